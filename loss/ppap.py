@@ -1,0 +1,259 @@
+"""PPAPLoss: anchors are drawn, propagated, and contrasted with the sets they arrive at.
+
+| symbol | code name         | training_coeff.*  | COCO S/8 | COCO S/16 | City B/8 | City S/8 | Potsdam |
+| ------ | ----------------- | ----------------- | -------- | --------- | -------- | -------- | ------- |
+| Phi_0  | `phi`             | `initialcrit_pos` | 0.55     | 0.55      | 0.6      | 0.6      | 0.55    |
+| Psi_0  | `psi`             | `initialcrit_amb` | 0.2      | 0.15      | 0.2      | 0.2      | 0.15    |
+| T      | `steps`           | `prop_iter`       | 2        | 2         | 3        | 3        | 1       |
+| sigma+ | `sigma_pos`       | `sigma_pos`       | 3        | 3         | 3        | 3        | 5       |
+| sigma~ | `sigma_amb`       | `sigma_amb`       | 3        | 4         | 2        | 3        | 3       |
+| tau    | `tau`             | `tau`             | 0.8      | 0.8       | 0.1      | 0.8      | 0.07    |
+| -      | `trainpatchsplit` | `trainpatchsplit` | 16       | 4         | 16       | 16       | 16      |
+| -      | `group_size`      | `group_size`      | 784      | 784       | 784      | 784      | 784     |
+
+Where the published code differs: it holds the initial boundaries of t >= 1 in float16, makes the loss NaN
+where a group has no positive at all, divides by zero below 784 patches, never draws an anchor beyond the
+last full group, and builds an (A, N, D) tensor a step. Here a short group counts by its anchors, a group
+without positives is left out, and only matrix products over a chunk of anchors are held at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from loss.contrastive import masked_contrastive
+from loss.propagation import Boundaries, propagate, select_sets
+
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}  # entries of one (anchors, N) float32 tensor
+
+
+@dataclass(frozen=True)
+class PPAPLossOutput:
+    """The loss of a batch and what it was computed over.
+
+    Attributes:
+        loss: () float32, with a gradient through z; 0 where no anchor has a positive.
+        num_positives: () float32, mean |P| per anchor drawn.
+        num_negatives: () float32, mean count of {v_T . f_j < Psi_T} per anchor drawn.
+    """
+
+    loss: Tensor
+    num_positives: Tensor
+    num_negatives: Tensor
+
+
+class PPAPLoss(nn.Module):
+    """The contrastive loss of PPAP over the patches of a batch.
+
+    The symbols and the paper's values stand in the table above. All arithmetic is float32 with TF32 off,
+    whatever autocast is around it: a bfloat16 product moves a similarity by up to 4e-3 and changes about
+    1% of P_0.
+
+    Args:
+        initialcrit_pos: Phi_0.
+        initialcrit_amb: Psi_0.
+        prop_iter: T >= 0.
+        sigma_pos: > 0; infinity holds Phi still.
+        sigma_amb: > 0; infinity holds Psi still.
+        trainpatchsplit: a group of s patches gives max(1, s // trainpatchsplit) anchors.
+        tau: temperature > 0.
+        group_size: consecutive patches that share a draw of anchors and a mean (784: one image at patch 8
+            and 224 pixels).
+        similarity_dtype: operands of the products that are compared with a boundary, float32 or float16
+            (rounded to it, accumulated in float32).
+        chunk_size: anchors held at a time, rounded up to whole groups; None chooses by device and N.
+
+    Raises:
+        ValueError: a coefficient is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        initialcrit_pos: float,
+        initialcrit_amb: float,
+        prop_iter: int,
+        sigma_pos: float,
+        sigma_amb: float,
+        trainpatchsplit: int,
+        tau: float,
+        group_size: int = 784,
+        similarity_dtype: torch.dtype = torch.float32,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        wrong = [
+            f"{name} is {value}, must be {allowed}"
+            for name, value, allowed, good in (
+                ("prop_iter", prop_iter, "at least 0", prop_iter >= 0),
+                ("sigma_pos", sigma_pos, "above 0", sigma_pos > 0),
+                ("sigma_amb", sigma_amb, "above 0", sigma_amb > 0),
+                ("tau", tau, "above 0 and finite", 0 < tau < float("inf")),
+                ("trainpatchsplit", trainpatchsplit, "at least 1", trainpatchsplit >= 1),
+                ("group_size", group_size, "at least 1", group_size >= 1),
+                ("chunk_size", chunk_size, "None or at least 1", chunk_size is None or chunk_size >= 1),
+                (
+                    "similarity_dtype",
+                    similarity_dtype,
+                    "torch.float32 or torch.float16",
+                    similarity_dtype in (torch.float32, torch.float16),
+                ),
+            )
+            if not good
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        self.boundaries = Boundaries(initialcrit_pos, initialcrit_amb, prop_iter, sigma_pos, sigma_amb)
+        self.trainpatchsplit = trainpatchsplit
+        self.tau = tau
+        self.group_size = group_size
+        self.similarity_dtype = similarity_dtype
+        self.chunk_size = chunk_size
+
+    def sample_anchors(self, patches: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws anchors without replacement from each group of consecutive patches.
+
+        Group g's anchors depend on the generator's state and on g alone, not on how many groups follow.
+
+        Args:
+            patches: N.
+            generator: a CPU generator; None takes torch's global one.
+
+        Returns:
+            (groups, A_max) int64 on the CPU, indices into the N patches; -1 fills a short group's row.
+        """
+        groups = -(-patches // self.group_size)
+        widest = max(1, min(self.group_size, patches) // self.trainpatchsplit)
+        anchors = torch.full((groups, widest), -1)  # (G, A_max)
+        for group in range(groups):
+            size = min(self.group_size, patches - group * self.group_size)
+            drawn = max(1, size // self.trainpatchsplit)
+            order = torch.randperm(size, generator=generator)
+            anchors[group, :drawn] = order[:drawn] + group * self.group_size
+        return anchors
+
+    def forward(
+        self,
+        z: Tensor,
+        features: Tensor,
+        anchors: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> PPAPLossOutput:
+        """The loss of one batch; the gradient flows through z only.
+
+        Args:
+            z: projections, (N, D') of any float dtype, rows in (image, row, column) order, used as given.
+            features: criterion features, (B, D, h, w) of any float dtype with B*h*w = N; normalised here.
+            anchors: (groups, A_max) int64 indices into the N patches, -1 = unused; sampled if None.
+            generator: the CPU generator for sampling.
+
+        Raises:
+            ValueError: shapes, dtype or indices that do not fit.
+        """
+        self._check(z, features, anchors)
+        if anchors is None:
+            anchors = self.sample_anchors(len(z), generator)
+        anchors = anchors.to(z.device, non_blocking=True)
+        with torch.autocast(z.device.type, enabled=False), ieee_float32():
+            bank = features.detach().float().permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
+            bank = F.normalize(bank, dim=1).to(self.similarity_dtype).float()
+            loss, num_positives, num_negatives = _StreamedLoss.apply(z.float(), bank, anchors, self)
+        return PPAPLossOutput(loss, num_positives, num_negatives)
+
+    def groups_per_chunk(self, anchors: Tensor, patches: int) -> int:
+        """How many groups' anchors are held against the N patches at a time."""
+        budget = CHUNK_ELEMENTS.get(anchors.device.type, CHUNK_ELEMENTS["cpu"])
+        chunk = self.chunk_size or budget // patches
+        return max(1, chunk // anchors.shape[1])
+
+    def _check(self, z: Tensor, features: Tensor, anchors: Tensor | None) -> None:
+        if features.ndim != 4:
+            raise ValueError(f"features must be (B, D, h, w), got {tuple(features.shape)}")
+        patches = features.shape[0] * features.shape[2] * features.shape[3]
+        if z.ndim != 2 or len(z) != patches or patches == 0:
+            raise ValueError(
+                f"z must be (B*h*w, D) = ({patches}, D) with at least one row for features "
+                f"{tuple(features.shape)}, got {tuple(z.shape)}"
+            )
+        if anchors is None:
+            return
+        if anchors.ndim != 2 or anchors.dtype != torch.int64 or anchors.numel() == 0:
+            got = f"{tuple(anchors.shape)} {anchors.dtype}"
+            raise ValueError(f"anchors must be (groups, A_max) int64 with at least one entry, got {got}")
+        if anchors.device.type == "cpu":  # on a GPU this look would wait for it; the gather there checks
+            low, high = anchors.aminmax()
+            if low < -1 or high >= patches:
+                raise ValueError(f"anchors must lie in [0, {patches}) or be -1, got {low} to {high}")
+
+    def extra_repr(self) -> str:
+        """The coefficients, for print(model)."""
+        drawn = f"trainpatchsplit={self.trainpatchsplit}, group_size={self.group_size}"
+        return f"{self.boundaries}, tau={self.tau}, {drawn}"
+
+
+class _StreamedLoss(torch.autograd.Function):
+    """Loss and gradient in one pass over chunks of whole groups; keeps grad_z and nothing of size A x N."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, bank: Tensor, anchors: Tensor, criterion: PPAPLoss):
+        grad_z = torch.zeros_like(z) if ctx.needs_input_grad[0] else None  # (N, D)
+        sums = z.new_zeros(4)  # loss, anchors in groups that have a positive, |P|, |{below Psi}|
+        for groups in anchors.split(criterion.groups_per_chunk(anchors, len(z))):  # (g, A_max)
+            sums += _add_chunk(groups, z, bank, criterion, grad_z)
+        loss, weight, positives, negatives = sums.unbind()
+        weight = weight.clamp_min(1)  # no positive anywhere: 0 / 1
+        ctx.grad_z = None if grad_z is None else grad_z.div_(weight)
+        drawn = (anchors >= 0).sum().clamp_min(1)
+        outputs = (loss / weight, positives / drawn, negatives / drawn)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor, *_unused):
+        return grad_loss * ctx.grad_z, None, None, None
+
+
+def _add_chunk(groups: Tensor, z: Tensor, bank: Tensor, criterion: PPAPLoss, grad_z: Tensor | None) -> Tensor:
+    """Sums over the anchors of some groups, (4,); adds their unweighted gradient to `grad_z` (N, D)."""
+    drawn = (groups >= 0).flatten()  # (A,)
+    index = groups.flatten().clamp_min(0)  # (A,)
+    reached = propagate(bank[index], bank, criterion.boundaries, operand=criterion.similarity_dtype)
+    sets = select_sets(reached, index)
+    term = masked_contrastive(
+        z[index] @ z.T / criterion.tau,  # (A, N)
+        sets.positives,
+        kept=sets.positives | sets.negatives,
+        tau=criterion.tau,
+        with_slope=grad_z is not None,
+    )
+    counted = (term.valid & drawn).view_as(groups)  # (g, A_max)
+    per_group = counted.sum(dim=1, keepdim=True)  # (g, 1), anchors that have a positive
+    size = drawn.view_as(groups).sum(dim=1, keepdim=True) * (per_group > 0)  # (g, 1), the group's weight
+    weight = (counted * size / per_group.clamp_min(1)).flatten()  # (A,)
+    if grad_z is not None:
+        slope = term.slope * (weight / criterion.tau)[:, None]  # (A, N)
+        grad_z.addmm_(slope.T, z[index])
+        grad_z.index_add_(0, index, slope @ z)
+    below = (reached.similarity < reached.psi).sum(dim=1)  # (A,), the anchor itself included
+    counts = torch.stack([sets.positives.sum(dim=1), below]) @ drawn.to(torch.int64)  # (2,)
+    return torch.stack([(term.loss * weight).sum(), size.sum().to(z.dtype), *counts.to(z.dtype)])
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Holds float32 matrix products at IEEE precision: TF32 would move patches across a boundary."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

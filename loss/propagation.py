@@ -1,0 +1,100 @@
+"""Progressive proxy anchor propagation: from an anchor to its positives and negatives.
+
+Seong, Moon, Lee, Heo, "Progressive Proxy Anchor Propagation for Unsupervised Semantic Segmentation",
+ECCV 2024. Pure functions on tensors: nothing here is random, stateful or in need of a gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """The coefficients of the propagation.
+
+    Attributes:
+        phi: Phi_0, the tight initial boundary of the positives (`initialcrit_pos`).
+        psi: Psi_0, the initial lower edge of the ambiguous zone (`initialcrit_amb`).
+        steps: T, the number of relocations (`prop_iter`); with 0 the initial similarities decide.
+        sigma_pos: how little Phi sinks as the proxy moves; infinity keeps it where it is.
+        sigma_amb: how little Psi rises as the proxy moves; infinity keeps it where it is.
+    """
+
+    phi: float
+    psi: float
+    steps: int
+    sigma_pos: float
+    sigma_amb: float
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """Where the proxies of A anchors have come to, in a bank of N patches.
+
+    Attributes:
+        proxies: v_T, (A, D) float32, unit length.
+        similarity: v_T . f_j, (A, N) float32.
+        phi: Phi_T, (A, 1) float32: a patch above it is a positive.
+        psi: Psi_T, (A, 1) float32: a patch below it is a negative.
+    """
+
+    proxies: Tensor
+    similarity: Tensor
+    phi: Tensor
+    psi: Tensor
+
+
+def propagate(
+    anchors: Tensor, bank: Tensor, boundaries: Boundaries, *, operand: torch.dtype = torch.float32
+) -> Propagation:
+    """Moves each anchor's proxy to where its neighbours are densest and adapts its boundaries.
+
+    An empty P_{t-1} leaves the proxy where it is (m_t = 0).
+
+    Args:
+        anchors: f_i of the anchors, (A, D) float32, unit length.
+        bank: f_j of every patch of the batch, (N, D) float32, unit length.
+        boundaries: the coefficients.
+        operand: what a proxy is rounded to before it is compared with the bank; sums stay float32.
+    """
+    proxies = anchors  # (A, D)
+    phi = anchors.new_full((len(anchors), 1), boundaries.phi)  # (A, 1)
+    psi = anchors.new_full((len(anchors), 1), boundaries.psi)  # (A, 1)
+    similarity = proxies.to(operand).float() @ bank.T  # (A, N)
+    for _ in range(boundaries.steps):
+        inside = (similarity > phi).to(bank.dtype)  # (A, N), P_{t-1}
+        size = inside.sum(dim=1, keepdim=True)  # (A, 1)
+        mean = (inside @ bank) / size.clamp_min(1)  # (A, D)
+        relocated = torch.where(size > 0, F.normalize(mean, dim=1), proxies)  # proxy anchor relocation
+        moved = 1 - (proxies * relocated).sum(dim=1, keepdim=True)  # (A, 1), degree of propagation
+        moved = torch.where(size > 0, moved, 0)
+        phi = phi - moved / boundaries.sigma_pos  # adaptive positiveness boundary
+        psi = psi + moved / boundaries.sigma_amb  # lower edge of the ambiguous zone
+        proxies = relocated
+        similarity = proxies.to(operand).float() @ bank.T
+    return Propagation(proxies, similarity, phi, psi)
+
+
+@dataclass(frozen=True)
+class Sets:
+    """P and Q of A anchors as masks, (A, N) bool; they overlap where Psi_T lies above Phi_T."""
+
+    positives: Tensor
+    negatives: Tensor
+
+
+def select_sets(reached: Propagation, index: Tensor) -> Sets:
+    """P = {v_T . f_j > Phi_T} and Q = {v_T . f_j < Psi_T}, the anchor itself in neither.
+
+    Args:
+        reached: where the proxies have come to.
+        index: each anchor's own place in the bank, (A,) int64.
+    """
+    positives = (reached.similarity > reached.phi).scatter_(1, index[:, None], False)  # (A, N)
+    negatives = (reached.similarity < reached.psi).scatter_(1, index[:, None], False)  # (A, N)
+    return Sets(positives, negatives)

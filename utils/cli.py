@@ -1,0 +1,153 @@
+"""The command line that run.py and eval.py share: flags, overrides in Hydra's grammar, sweeps."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    Override,
+    OverrideType,
+    QuotedString,
+    RangeSweep,
+    Transformer,
+)
+from hydra.errors import HydraException
+
+from utils.errors import UserError
+from utils.optionfile import find_option_file, load_options
+from utils.options import Options
+
+QUOTING = """write key=value; quote a value with spaces, commas or brackets twice: 'key="a, b"'"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a command line.
+
+    Attributes:
+        options: checked and resolved.
+        setting: what the sweep changes for this run, '' where there is no sweep; without the seed.
+        evaluate_only: whether `--test` was given.
+    """
+
+    options: Options
+    setting: str
+    evaluate_only: bool
+
+
+def parse_arguments(argv: Sequence[str] | None, *, description: str, training: bool) -> argparse.Namespace:
+    """The flags; further words are left in `overrides`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--opt", required=True, help="option file: a path, or a name in json/, json/server/")
+    parser.add_argument("--debug", action="store_true", help="no wandb")
+    parser.add_argument("--test", action="store_true", help="evaluate only (eval.py does nothing else)")
+    parser.add_argument("--checkpoint", help="a file, a folder or the name of a run")
+    parser.add_argument("--data_path", help="folder of the data set")
+    if training:
+        parser.add_argument("--frozen", action="store_true", help="baseline: never update the head")
+    parser.add_argument("overrides", nargs="*", help="key=value, or key=a,b,c for a sweep")
+    return parser.parse_args(argv)
+
+
+def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
+    """Every run that the command line asks for, all checked before the first one starts.
+
+    Raises:
+        UserError: a mistake in the option file, in an override or in a combination of them.
+    """
+    path = find_option_file(arguments.opt)
+    flags = {
+        "checkpoint": arguments.checkpoint,
+        "dataset.data_path": arguments.data_path,
+        "wandb.mode": "disabled" if arguments.debug else None,
+        "train.frozen": True if getattr(arguments, "frozen", False) else None,
+    }
+    fixed = {key: value for key, value in flags.items() if value is not None}
+    choices = parse_overrides(arguments.overrides)
+    swept = [key for key, values in choices.items() if len(values) > 1]
+    jobs = []
+    for combination in itertools.product(*choices.values()):
+        values = fixed | dict(zip(choices, combination, strict=True))
+        options = load_options(path, values, check_files=True)
+        words = [f"{key.rsplit('.', 1)[-1]}={values[key]}" for key in swept]
+        if words:
+            options.wandb.name = re.sub(r"[^\w.=+-]", "_", "-".join([options.wandb.name, *words]))
+        setting = [f"{key}={values[key]}" for key in swept if key != "train.seed"]
+        jobs.append(Job(options, " ".join(setting), arguments.test))
+    return jobs
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, list[Any]]:
+    """Dotted keys and the values each is to take, by Hydra's own parser.
+
+    Plain changes (`key=value`) and choice or range sweeps (`key=1,2`, `key=range(1,4)`) are taken; what
+    else the grammar has (adding, deleting, packages, globs, intervals, shuffles) means nothing here.
+
+    Raises:
+        UserError: all words that are not such a change.
+    """
+    choices: dict[str, list[Any]] = {}
+    mistakes = []
+    parser = OverridesParser.create()
+    for word in words:
+        try:
+            override = parser.parse_override(word)
+        except HydraException as error:
+            mistakes.append(f"{word}: not an override ({str(error).splitlines()[0]}); {QUOTING}")
+            continue
+        if (reason := _beyond_plain(override)) is not None:
+            mistakes.append(f"{word}: {reason}; {QUOTING}")
+        elif override.key_or_group in choices:
+            mistakes.append(f"{word}: {override.key_or_group} is given twice; keep one")
+        elif override.is_sweep_override():
+            values = list(override.sweep_iterator(transformer=Transformer.identity))
+            choices[override.key_or_group] = [_plain(value) for value in values]
+        else:
+            choices[override.key_or_group] = [override.value()]
+        if choices.get(override.key_or_group) == []:
+            mistakes.append(f"{word}: the range is empty; give it at least one value")
+    if mistakes:
+        raise UserError(mistakes, "the overrides")
+    return choices
+
+
+def _beyond_plain(override: Override) -> str | None:
+    if override.type is not OverrideType.CHANGE:
+        return "keys cannot be added or deleted, only changed"
+    if override.package is not None:
+        return "packages (@) mean nothing here"
+    if override.is_sweep_override():
+        sweep = override.value()
+        if not isinstance(sweep, (ChoiceSweep, RangeSweep)):
+            return "only choice and range sweeps are run"
+        if sweep.shuffle or sweep.tags:
+            return "shuffles and tags are not run"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def guarded(main: Callable[[], None]) -> int:
+    """Runs a program; a user's mistake is shown without a traceback and gives exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,41 @@
+"""The one exception for mistakes a user can mend, and how its message is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake outside the program: an option, a file, a data set. Shown without a traceback, exit status 2.
+
+    Args:
+        mistakes: one line each: the key or file, its value, what is allowed and what to do.
+        heading: what the mistakes were found in.
+    """
+
+    def __init__(self, mistakes: str | Iterable[str], heading: str = "") -> None:
+        self.mistakes = [mistakes] if isinstance(mistakes, str) else list(mistakes)
+        self.heading = heading
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        if not self.heading and len(self.mistakes) == 1:
+            return self.mistakes[0]
+        count = f"{len(self.mistakes)} mistake{'s' if len(self.mistakes) > 1 else ''}"
+        head = f"{count} in {self.heading}:" if self.heading else f"{count}:"
+        return "\n".join([head, *(f"  - {line}" for line in self.mistakes)])
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' for the known word nearest to `word`, or nothing.
+
+    A dotted key is also compared by its last part, so that a key in the wrong section is found.
+    """
+    known = list(known)
+    found = get_close_matches(word, known, n=1, cutoff=0.75)
+    if not found:
+        by_tail = {key.rsplit(".", 1)[-1]: key for key in known}
+        tails = get_close_matches(word.rsplit(".", 1)[-1], by_tail, n=1, cutoff=0.75)
+        found = [by_tail[tail] for tail in tails]
+    return f" Did you mean {found[0]}?" if found else ""

@@ -1,0 +1,283 @@
+"""From an option file and overrides to checked `Options`; every mistake is reported at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from utils.errors import UserError, closest
+from utils.options import LEGACY_KEYS, Options
+
+OPTION_FOLDERS = (Path("json"), Path("json/server"))
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One option of the schema: its dataclass field and its plain type."""
+
+    field: dataclasses.Field
+    type: Any
+    optional: bool
+
+    @property
+    def allowed(self) -> str:
+        """What a value may be, in words."""
+        meta = self.field.metadata
+        if meta["choices"]:
+            return "one of " + ", ".join(json.dumps(choice) for choice in meta["choices"])
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+        text = names.get(self.type) or f"a list of {'numbers' if self.type == list[int] else 'strings'}"
+        bounds = (("at least", meta["least"]), ("above", meta["above"]), ("at most", meta["most"]))
+        text += "".join(f", {word} {bound}" for word, bound in bounds if bound not in (None, -math.inf))
+        return text + (" or null" if self.optional else "")
+
+    def admits(self, value: Any) -> bool:
+        """Whether a value has the type and lies in the range."""
+        meta = self.field.metadata
+        if value is None:
+            return self.optional
+        if self.type in (list[int], list[str]):
+            (inner,) = typing.get_args(self.type)
+            return isinstance(value, list) and all(type(item) is inner for item in value)
+        if not _has_type(value, self.type):
+            return False
+        if meta["choices"]:
+            return value in meta["choices"]
+        if self.type in (int, float):
+            number = float(value)
+            return (
+                not math.isnan(number)
+                and (meta["least"] is None or number >= meta["least"])
+                and (meta["above"] is None or number > meta["above"])
+                and (meta["most"] is None or number <= meta["most"])
+            )
+        return True
+
+
+def _has_type(value: Any, expected: type) -> bool:
+    if expected is float:
+        return type(value) in (int, float) or value in ("inf", "-inf")
+    if expected is str:  # a run may be called 5
+        return type(value) in (str, int, float)
+    return type(value) is expected
+
+
+def schema(section: type = Options, prefix: str = "") -> dict[str, Key]:
+    """All keys in their dotted form, in the order of the dataclasses."""
+    keys: dict[str, Key] = {}
+    hints = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            keys |= schema(kind, f"{prefix}{field.name}.")
+            continue
+        parts = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        plain = next(part for part in parts if part is not NoneType)
+        keys[prefix + field.name] = Key(field, plain, NoneType in parts)
+    return keys
+
+
+SCHEMA = schema()
+SECTIONS = {key.rsplit(".", depth)[0] for key in SCHEMA for depth in range(1, key.count(".") + 1)}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}; lists and empty dicts are leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def find_option_file(name: str, *, beside: Path | None = None) -> Path:
+    """A path, or a bare name found in json/ or json/server/ of the current folder or of the project.
+
+    Args:
+        name: what the user gave; '.json' may be left out.
+        beside: a folder that is looked into first.
+
+    Raises:
+        UserError: no such file; names the nearest.
+    """
+    folders = [root / folder for root in (Path(), REPOSITORY) for folder in OPTION_FOLDERS]
+    places = ([beside / name] if beside else []) + [Path(name), *(folder / name for folder in folders)]
+    for place in places:
+        for candidate in (place, place.with_name(place.name + ".json")):
+            if candidate.is_file():
+                return candidate
+    known = {path.name for folder in folders for path in folder.glob("*.json")}
+    raise UserError(
+        f"--opt {name}: no such file, and not a name in json/ or json/server/.{closest(name, known)} "
+        f"There are: {', '.join(sorted(known))}"
+    )
+
+
+def read_option_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The flat keys of an option file on top of those of the file that its `base` names.
+
+    Raises:
+        UserError: not JSON, not an object, or a circle of bases.
+    """
+    if path.resolve() in seen:
+        raise UserError(f"{path}: base: the files name each other in a circle; remove one base")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not a readable JSON file: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: must hold an object {{...}}, holds {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return flatten(tree)
+    below = read_option_file(find_option_file(str(base), beside=path.parent), (*seen, path.resolve()))
+    return below | flatten(tree)
+
+
+def build_options(flat: dict[str, Any], *, source: str, check_files: bool = False) -> Options:
+    """Checks every key and value and fills in the defaults.
+
+    Args:
+        flat: dotted keys and values, from an option file and overrides.
+        source: what to call their origin in an error.
+        check_files: whether the files and folders that the options name must be there.
+
+    Raises:
+        UserError: all mistakes together.
+    """
+    mistakes = []
+    config = OmegaConf.structured(Options)
+    for key, value in flat.items():
+        if key in LEGACY_KEYS:
+            if value != LEGACY_KEYS[key]:
+                only = json.dumps(LEGACY_KEYS[key])
+                given = json.dumps(value)
+                mistakes.append(f"{key} is {given}, but has no effect; remove it or leave it at {only}")
+        elif key not in SCHEMA:
+            mistakes.append(_unknown(key, value))
+        elif not SCHEMA[key].admits(value):
+            mistakes.append(f"{key} is {json.dumps(value)}, must be {SCHEMA[key].allowed}")
+        else:
+            OmegaConf.update(config, key, value)
+    try:
+        options = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # a ${...} that leads nowhere
+        raise UserError([*mistakes, str(error).splitlines()[0]], source) from None
+    reported = tuple(f"{line.split()[0]} " for line in mistakes)
+    further = contradictions(options) + (missing_files(options) if check_files else [])
+    mistakes += [line for line in further if not line.startswith(reported)]
+    if mistakes:
+        raise UserError(mistakes, source)
+    return options
+
+
+def _unknown(key: str, value: Any) -> str:
+    if key in SECTIONS:
+        return f"{key} is {json.dumps(value)}, must be a section {{...}} of keys"
+    parent = key.rsplit(".", 1)[0]
+    if parent in SCHEMA:
+        return f"{parent} holds {{...}}, must be {SCHEMA[parent].allowed}"
+    return f"{key} (value {json.dumps(value)}) is not an option.{closest(key, [*SCHEMA, *LEGACY_KEYS])}"
+
+
+def contradictions(options: Options) -> list[str]:
+    """Mistakes that only several keys together make."""
+    found = []
+    patch = options.model.pretrained.dino_patch_size
+    for key in ("res", "val_res"):
+        value = getattr(options.dataset, key)
+        if value % patch:
+            low, high = value // patch * patch, (value // patch + 1) * patch
+            nearest = f"{low} or {high}" if low else str(high)
+            found.append(f"dataset.{key} is {value}, must be a multiple of the patch ({patch}): {nearest}")
+    if len(options.gpu_ids) != 1 or options.gpu_ids[0] < 0:
+        found.append(f"gpu_ids is {options.gpu_ids}, must be a list of one device number, such as [0]")
+    if options.eval.extra_clusters != options.model.extra_clusters:
+        found.append(
+            f"eval.extra_clusters is {options.eval.extra_clusters}, must equal model.extra_clusters "
+            f"({options.model.extra_clusters})"
+        )
+    name = options.wandb.name
+    if not name or name in (".", "..") or "/" in name or "\\" in name:
+        found.append(f"wandb.name is {json.dumps(name)}, must be usable as the name of one folder")
+    return found + _backbone_contradictions(options)
+
+
+def _backbone_contradictions(options: Options) -> list[str]:
+    model, backbone = options.model, options.model.pretrained
+    patches = {"dino": (8, 16), "dinov2": (14,)}.get(model.arch)
+    found = []
+    if patches and backbone.dino_patch_size not in patches:
+        allowed = " or ".join(map(str, patches))
+        found.append(
+            f"model.pretrained.dino_patch_size is {backbone.dino_patch_size}, "
+            f"must be {allowed} with model.arch {model.arch}"
+        )
+    if patches and (backbone.depth or 2) > 12:
+        found.append(f"model.pretrained.depth is {backbone.depth}, must be at most 12 with {model.arch}")
+    if backbone.registers and model.arch != "dinov2":
+        found.append(f"model.pretrained.registers is true, must be false with model.arch {model.arch}")
+    width = {"vit_small": 384, "vit_base": 768}[backbone.model_type]
+    if patches and model.continuous and model.dim != width:
+        found.append(
+            f"model.dim is {model.dim}, must be {width}, the width of {backbone.model_type} "
+            "(the head is a copy of its last block)"
+        )
+    if model.arch == "vit":
+        if model.dim % backbone.heads:
+            found.append(f"model.dim is {model.dim}, must be a multiple of heads ({backbone.heads})")
+        if (backbone.native_res or 0) % backbone.dino_patch_size:
+            patch = backbone.dino_patch_size
+            found.append(
+                f"model.pretrained.native_res is {backbone.native_res}, must be a multiple of {patch}"
+            )
+    return found
+
+
+def missing_files(options: Options) -> list[str]:
+    """Files and folders that the options name and that are not there."""
+    found = []
+    weights = options.model.pretrained.pretrained_weights
+    if weights is not None and not Path(weights).is_file():
+        found.append(f"model.pretrained.pretrained_weights is {weights}: no such file; null takes the official")
+    folder = options.dataset.data_path
+    if options.dataset.data_type != "synthetic" and not (folder and Path(folder).is_dir()):
+        found.append(
+            f"dataset.data_path is {json.dumps(folder)}: no such folder; name the folder of the "
+            f"{options.dataset.data_type} data with --data_path"
+        )
+    return found
+
+
+def load_options(
+    path: Path, overrides: dict[str, Any] | None = None, *, check_files: bool = False
+) -> Options:
+    """Reads an option file, puts overrides on top and checks all of it.
+
+    Raises:
+        UserError: all mistakes together.
+    """
+    flat = read_option_file(path) | flatten(overrides or {})
+    return build_options(flat, source=str(path), check_files=check_files)
+
+
+def as_tree(options: Options) -> dict[str, Any]:
+    """The resolved options as plain JSON: infinities as the strings that the reader takes back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+    return plain(dataclasses.asdict(options))

@@ -1,0 +1,132 @@
+"""The frozen vision transformer, built from timm's parts at its native grid.
+
+timm's own rule for position embeddings at other sizes is not DINO's (0.2 off in the features), and it may
+resample a stored embedding while loading; so the tokens are put together here, and timm gives the blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+INTERPOLATE_OFFSET = 0.1  # of the DINO rule: the scale is (h + 0.1) / h0
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """A ViT by its dimensions.
+
+    Attributes:
+        dim: D, width of a token.
+        depth: number of blocks kept.
+        heads: attention heads.
+        patch: pixels of a patch's side.
+        native_res: pixels of the square that the stored position embedding belongs to.
+        registers: number of register tokens (DINOv2's variants: 4).
+        layer_scale: whether the blocks have LayerScale (DINOv2).
+        address: where the official weights lie, or None.
+    """
+
+    dim: int
+    depth: int
+    heads: int
+    patch: int
+    native_res: int
+    registers: int = 0
+    layer_scale: bool = False
+    address: str | None = None
+
+
+class FrozenViT(nn.Module):
+    """A ViT without gradients that gives the tokens before and after its last block.
+
+    Its parameters are named as in DINO's files (`cls_token`, `pos_embed`, `patch_embed.proj`, `blocks.N`,
+    `norm`); `train()` leaves it in evaluation mode.
+    """
+
+    def __init__(self, spec: BackboneSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        vit = VisionTransformer(
+            img_size=spec.native_res,
+            patch_size=spec.patch,
+            embed_dim=spec.dim,
+            depth=spec.depth,
+            num_heads=spec.heads,
+            init_values=1e-5 if spec.layer_scale else None,
+            num_classes=0,
+            global_pool="",
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )
+        self.cls_token, self.pos_embed = vit.cls_token, vit.pos_embed  # (1, 1, D), (1, 1 + h0*w0, D)
+        if spec.registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, spec.registers, spec.dim))
+        self.patch_embed = vit.patch_embed
+        self.patch_embed.strict_img_size = False
+        self.blocks, self.norm = vit.blocks, vit.norm
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> FrozenViT:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def tokens(self, image: Tensor) -> Tensor:
+        """Tokens that come out of the second-last block.
+
+        Args:
+            image: (B, 3, H, W), normalised; H and W multiples of the patch.
+
+        Returns:
+            (B, 1 + registers + h*w, D).
+
+        Raises:
+            ValueError: H or W is no multiple of the patch.
+        """
+        height, width = image.shape[-2:]
+        if height % self.spec.patch or width % self.spec.patch:
+            raise ValueError(f"image is {height} x {width}, must be multiples of the patch ({self.spec.patch})")
+        grid = (height // self.spec.patch, width // self.spec.patch)
+        tokens = self.patch_embed(image)  # (B, h*w, D)
+        cls = self.cls_token.expand(len(tokens), -1, -1)  # (B, 1, D)
+        tokens = torch.cat([cls, tokens], dim=1) + self.position_embedding(grid)  # (B, 1 + h*w, D)
+        if self.spec.registers:
+            registers = self.register_tokens.expand(len(tokens), -1, -1)  # (B, R, D)
+            tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)  # (B, 1 + R + h*w, D)
+        for block in self.blocks[:-1]:
+            tokens = block(tokens)
+        return tokens
+
+    @torch.no_grad()
+    def last_features(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patch features of the frozen last block after the final LayerNorm, (B, D, h, w)."""
+        return self.to_map(self.blocks[-1](tokens), grid)
+
+    def to_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Final LayerNorm of the patch tokens, (B, 1 + R + h*w, D) -> (B, D, h, w)."""
+        patches = self.norm(tokens[:, -grid[0] * grid[1] :])  # (B, h*w, D)
+        return patches.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
+
+    def position_embedding(self, grid: tuple[int, int]) -> Tensor:
+        """The stored embedding at its native grid, resampled by the DINO rule at another, (1, 1 + h*w, D).
+
+        Bicubic with scale (h + 0.1) / h0; variants with registers resample with antialiasing to the exact
+        size, as DINOv2 does.
+        """
+        native = self.spec.native_res // self.spec.patch
+        if grid == (native, native):
+            return self.pos_embed
+        patches = self.pos_embed[:, 1:].unflatten(1, (native, native)).permute(0, 3, 1, 2).float()
+        if self.spec.registers:
+            patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=True)
+        else:
+            scale = tuple((side + INTERPOLATE_OFFSET) / native for side in grid)
+            patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")  # (1, D, h, w)
+        resampled = patches.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)  # (1, h*w, D)
+        return torch.cat([self.pos_embed[:, :1], resampled], dim=1)

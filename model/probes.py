@@ -1,0 +1,77 @@
+"""The two probes that read the code: a linear classifier and cosine clusters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IGNORE = -1
+
+
+class LinearProbe(nn.Module):
+    """A 1x1 convolution from the code to class logits.
+
+    Args:
+        dim: D, channels of the code.
+        n_classes: number of classes.
+    """
+
+    def __init__(self, dim: int, n_classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Conv2d(dim, n_classes, 1)
+
+    def forward(self, code: Tensor) -> Tensor:
+        """(B, D, h, w) -> logits (B, n_classes, h, w)."""
+        return self.classifier(code)
+
+    def loss(self, code: Tensor, label: Tensor) -> Tensor:
+        """Cross-entropy over valid pixels of the logits upsampled to the label, () float32.
+
+        Without a valid pixel it is 0 with a graph.
+
+        Args:
+            code: (B, D, h, w), detached by the caller.
+            label: (B, H, W) int64; values outside [0, n_classes) are ignored.
+        """
+        logits = F.interpolate(self(code), size=label.shape[-2:], mode="bilinear").float()  # (B, C, H, W)
+        ignored = (label < 0) | (label >= logits.shape[1])
+        target = label.masked_fill(ignored, IGNORE)
+        total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+        return total / (~ignored).sum().clamp_min(1)
+
+
+class ClusterProbe(nn.Module):
+    """Centroids that the code is assigned to by cosine similarity.
+
+    Args:
+        dim: D, channels of the code.
+        n_clusters: K, number of classes plus extra clusters.
+    """
+
+    def __init__(self, dim: int, n_clusters: int) -> None:
+        super().__init__()
+        self.clusters = nn.Parameter(torch.randn(n_clusters, dim))
+
+    def inner(self, code: Tensor) -> Tensor:
+        """code . normalised centroid, (B, D, h, w) -> (B, K, h, w): linear in the code, so that it commutes
+        with bilinear upsampling, and with the same argmax as the cosine.
+        """
+        return F.conv2d(code, F.normalize(self.clusters, dim=1)[:, :, None, None].to(code.dtype))
+
+    def forward(self, code: Tensor) -> Tensor:
+        """Cosine similarities, (B, D, h, w) -> (B, K, h, w)."""
+        return self.inner(F.normalize(code, dim=1))
+
+    def loss(self, code: Tensor, *, alpha: float | None = None) -> Tensor:
+        """Minus the mean similarity to the nearest centroid, () float32.
+
+        Args:
+            code: (B, D, h, w), detached by the caller.
+            alpha: None assigns each patch to its nearest centroid alone; a number weighs all centroids by
+                the softmax of alpha * similarity.
+        """
+        similarity = self(code.float())  # (B, K, h, w)
+        if alpha is None:
+            return -similarity.amax(dim=1).mean()
+        return -((similarity * alpha).softmax(dim=1) * similarity).sum(dim=1).mean()

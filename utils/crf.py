@@ -1,0 +1,135 @@
+"""Dense CRF refinement (Krähenbühl and Koltun, NIPS 2011) in a pool of processes that import no torch.
+
+Both heads of an image share one lattice; the workers get logits on the patch grid and upsample them, so
+that little crosses the pipe.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from utils.upsampling import upsample
+
+ITERATIONS = 10
+GAUSSIAN = {"sxy": 1, "compat": 3}
+BILATERAL = {"sxy": 67, "srgb": 3, "compat": 4}
+LEAST_PROBABILITY = 1e-5
+NEVER = 1e6  # energy of a label that a head does not have
+
+
+@dataclass(frozen=True)
+class HeadLogits:
+    """Logits of one head for one image.
+
+    Attributes:
+        logits: (K, h, w) float32 on the patch grid.
+        divisor: (H, W) float32 that the upsampled logits are divided by, or None.
+    """
+
+    logits: np.ndarray
+    divisor: np.ndarray | None = None
+
+    def at(self, size: tuple[int, int]) -> np.ndarray:
+        """(K, H, W) float32."""
+        full = upsample(self.logits, size)
+        return full if self.divisor is None else full / self.divisor
+
+
+def crf_missing() -> str | None:
+    """Why CRF refinement is not to be had, or None."""
+    try:
+        import pydensecrf.densecrf  # noqa: F401
+    except ImportError as error:
+        return f"pydensecrf does not import ({error}); pip install pydensecrf2 needs a C++ compiler"
+    return None
+
+
+def refine(image: np.ndarray, heads: Sequence[HeadLogits]) -> list[np.ndarray]:
+    """Mean-field inference on one image for each head, on one lattice.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        heads: logits whose softmax is the unary term.
+
+    Returns:
+        For each head the marginals, (K, H, W) float32.
+    """
+    from pydensecrf.densecrf import DenseCRF2D
+
+    height, width = image.shape[:2]
+    labels = max(len(head.logits) for head in heads)
+    crf = DenseCRF2D(width, height, labels)
+    crf.addPairwiseGaussian(**GAUSSIAN)
+    bgr = np.ascontiguousarray(image[:, :, ::-1])
+    crf.addPairwiseBilateral(
+        sxy=BILATERAL["sxy"], srgb=BILATERAL["srgb"], rgbim=bgr, compat=BILATERAL["compat"]
+    )
+    marginals = []
+    for head in heads:
+        unary = np.full((labels, height * width), NEVER, dtype=np.float32)
+        unary[: len(head.logits)] = unary_energy(head.at((height, width))).reshape(len(head.logits), -1)
+        crf.setUnaryEnergy(unary)
+        q = np.asarray(crf.inference(ITERATIONS), dtype=np.float32).reshape(labels, height, width)
+        marginals.append(q[: len(head.logits)])
+    return marginals
+
+
+def unary_energy(logits: np.ndarray) -> np.ndarray:
+    """-log of the softmax over the first axis, probabilities clipped at 1e-5; float32 of the same shape."""
+    exponent = np.exp(logits - logits.max(axis=0))
+    return -np.log(np.clip(exponent / exponent.sum(axis=0), LEAST_PROBABILITY, 1)).astype(np.float32)
+
+
+def _predict(image: np.ndarray, heads: Sequence[HeadLogits]) -> list[np.ndarray]:
+    return [marginal.argmax(axis=0).astype(np.int16) for marginal in refine(image, heads)]
+
+
+class CrfPool:
+    """Processes that refine images while the network goes on; alive for a whole evaluation.
+
+    Results come back in the order of submission, each with the tag it was given.
+
+    Args:
+        workers: number of processes; None is one per core this process may use.
+    """
+
+    def __init__(self, workers: int | None = None) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.workers = workers or cores
+        # spawn: a fork would copy torch's threads and, on a GPU, its context
+        self._pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"))
+        self._pending: deque[tuple[Any, Future]] = deque()
+
+    def submit(self, image: np.ndarray, heads: Sequence[HeadLogits], tag: Any) -> None:
+        """Queues one image; see `refine` for the arguments."""
+        self._pending.append((tag, self._pool.submit(_predict, image, heads)))
+
+    def finished(self, *, wait: bool = False) -> Iterator[tuple[Any, list[np.ndarray]]]:
+        """(tag, predictions (H, W) int16 per head) of what is done; blocks when too much is queued.
+
+        Args:
+            wait: whether to wait for all that is queued.
+        """
+        while self._pending:
+            tag, future = self._pending[0]
+            if not (wait or future.done() or len(self._pending) > 4 * self.workers):
+                return
+            self._pending.popleft()
+            yield tag, future.result()
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def __enter__(self) -> CrfPool:
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)

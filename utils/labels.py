@@ -1,0 +1,43 @@
+"""Class names and colours of a data set: what travels from the data set to tables, pictures, checkpoints."""
+
+from __future__ import annotations
+
+import colorsys
+from dataclasses import dataclass
+
+IGNORE = -1
+
+
+@dataclass(frozen=True)
+class LabelSpace:
+    """The classes of a data set, in the order of their ids.
+
+    Attributes:
+        names: one unique name per class.
+        palette: one (red, green, blue) per class, 0 to 255.
+
+    Raises:
+        ValueError: the two differ in length or a name occurs twice.
+    """
+
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.palette) or len(set(self.names)) != len(self.names):
+            raise ValueError(f"{len(self.names)} names (unique?) for {len(self.palette)} colours: {self.names}")
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes."""
+        return len(self.names)
+
+    @classmethod
+    def with_spread_colours(cls, names: tuple[str, ...]) -> LabelSpace:
+        """A label space whose hues step by the golden ratio, so that neighbours differ."""
+        colours = []
+        for index in range(len(names)):
+            hue = (index * 0.618033988749895) % 1
+            saturation, value = (0.85, 0.6, 0.45)[index % 3], (0.95, 0.7)[index % 2]
+            colours.append(tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value)))
+        return cls(tuple(names), tuple(colours))

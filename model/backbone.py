@@ -91,7 +91,9 @@ class FrozenViT(nn.Module):
         """
         height, width = image.shape[-2:]
         if height % self.spec.patch or width % self.spec.patch:
-            raise ValueError(f"image is {height} x {width}, must be multiples of the patch ({self.spec.patch})")
+            raise ValueError(
+                f"image is {height} x {width}, must be multiples of the patch ({self.spec.patch})"
+            )
         grid = (height // self.spec.patch, width // self.spec.patch)
         tokens = self.patch_embed(image)  # (B, h*w, D)
         cls = self.cls_token.expand(len(tokens), -1, -1)  # (B, 1, D)

@@ -25,7 +25,9 @@ class LabelSpace:
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.palette) or len(set(self.names)) != len(self.names):
-            raise ValueError(f"{len(self.names)} names (unique?) for {len(self.palette)} colours: {self.names}")
+            raise ValueError(
+                f"{len(self.names)} names (unique?) for {len(self.palette)} colours: {self.names}"
+            )
 
     @property
     def n_classes(self) -> int:

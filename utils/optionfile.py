@@ -250,7 +250,9 @@ def missing_files(options: Options) -> list[str]:
     found = []
     weights = options.model.pretrained.pretrained_weights
     if weights is not None and not Path(weights).is_file():
-        found.append(f"model.pretrained.pretrained_weights is {weights}: no such file; null takes the official")
+        found.append(
+            f"model.pretrained.pretrained_weights is {weights}: no such file; null takes the official"
+        )
     folder = options.dataset.data_path
     if options.dataset.data_type != "synthetic" and not (folder and Path(folder).is_dir()):
         found.append(

@@ -49,9 +49,7 @@ class Geometry:
         if self.crop == "center":
             box = center_box(size, (self.res, self.res))
         elif self.crop == "random":
-            left, top = (
-                int(torch.randint(side - self.res + 1, (), generator=generator)) for side in size
-            )
+            left, top = (int(torch.randint(side - self.res + 1, (), generator=generator)) for side in size)
             box = (left, top, left + self.res, top + self.res)
         image = image.resize(size, RESAMPLING[self.interpolation]).crop(box)
         if label is not None:

@@ -28,7 +28,9 @@ class Taps:
 
 def bilinear_taps(n_in: int, n_out: int) -> Taps:
     """Taps along one axis, with the coordinate rule of torch's interpolate."""
-    source = (np.arange(n_out, dtype=np.float32) + np.float32(0.5)) * np.float32(n_in / n_out) - np.float32(0.5)
+    source = (np.arange(n_out, dtype=np.float32) + np.float32(0.5)) * np.float32(n_in / n_out) - np.float32(
+        0.5
+    )
     source = source.clip(min=0)
     low = np.minimum(source.astype(np.int64), n_in - 1)
     return Taps(low, np.minimum(low + 1, n_in - 1), source - low.astype(np.float32))

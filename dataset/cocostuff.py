@@ -1,0 +1,93 @@
+"""COCO-Stuff (Caesar et al., CVPR 2018) with 27 coarse, 15 stuff or 3 classes.
+
+Layout below data_path: curated/<split>/<list>.txt, images/<split>/<id>.jpg, annotations/<split>/<id>.png with
+split train2017 or val2017; annotations hold fine ids 0..181 and 255 = ignore.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dataset.source import RawItem, Source, class_rule, open_image, open_label
+from utils.errors import UserError
+from utils.labels import LabelSpace
+from utils.options import DatasetOptions
+
+NAMES = (
+    *("electronic", "appliance", "food (thing)", "furniture (thing)", "indoor", "kitchen", "accessory"),
+    *("animal", "outdoor", "person", "sports", "vehicle", "ceiling", "floor", "food (stuff)"),
+    *("furniture (stuff)", "rawmaterial", "textile", "wall", "window", "building", "ground", "plant"),
+    *("sky", "solid", "structural", "water"),
+)
+FIRST_STUFF = 12
+FEW = ("sky", "plant", "ground")
+COARSE_OF_FINE = (
+    *(9, 11, 11, 11, 11, 11, 11, 11, 11, 8, 8, 8, 8, 8, 8, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 6, 6, 6, 6, 6),
+    *(6, 6, 6, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 5, 5, 5, 5, 5, 5, 5, 5, 2, 2, 2, 2, 2, 2, 2, 2, 2),
+    *(2, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 4, 4, 4, 4, 4, 4, 4),
+    *(4, 17, 17, 22, 20, 20, 22, 15, 25, 16, 13, 12, 12, 17, 17, 23, 15, 15, 17, 15, 21, 15, 25, 13, 13),
+    *(13, 13, 13, 22, 26, 14, 14, 15, 22, 21, 21, 24, 20, 22, 15, 17, 16, 15, 22, 24, 21, 17, 25, 16, 21),
+    *(17, 22, 16, 21, 21, 25, 21, 26, 21, 24, 20, 17, 14, 21, 26, 15, 23, 20, 21, 24, 15, 24, 22, 25, 15),
+    *(20, 17, 17, 22, 14, 18, 18, 18, 18, 18, 18, 18, 26, 26, 19, 19, 24),
+)
+LISTS = {
+    ("cocostuff27", "train"): "Coco164kFull_Stuff_Coarse.txt",
+    ("cocostuff27", "val"): "Coco164kFull_Stuff_Coarse_7.txt",
+    ("cocostuff15", "train"): "Coco164kFull_Stuff_Coarse_7.txt",
+    ("cocostuff15", "val"): "Coco164kFull_Stuff_Coarse_7.txt",
+    ("cocostuff3", "train"): "Coco164kFew_Stuff_6.txt",
+    ("cocostuff3", "val"): "Coco164kFew_Stuff_6.txt",
+}
+
+
+def coarse_rule(data_type: str) -> dict[int, int]:
+    """Class of each fine id; ids that are not in it are ignored."""
+    coarse = dict(enumerate(COARSE_OF_FINE))
+    if data_type == "cocostuff27":
+        return coarse
+    if data_type == "cocostuff15":
+        return {fine: class_id - FIRST_STUFF for fine, class_id in coarse.items() if class_id >= FIRST_STUFF}
+    wanted = [NAMES.index(name) for name in FEW]
+    return {fine: wanted.index(class_id) for fine, class_id in coarse.items() if class_id in wanted}
+
+
+def labels(options: DatasetOptions) -> LabelSpace:
+    """The classes of the chosen variant."""
+    names = {"cocostuff27": NAMES, "cocostuff15": NAMES[FIRST_STUFF:], "cocostuff3": FEW}
+    return LabelSpace.with_spread_colours(names[options.data_type])
+
+
+class CocoStuff(Source):
+    """One split of COCO-Stuff.
+
+    Args:
+        options: `dataset.*`.
+        split: "train" or "val".
+
+    Raises:
+        UserError: the curated list or the first image is not there.
+    """
+
+    def __init__(self, options: DatasetOptions, split: str) -> None:
+        root, folder = Path(options.data_path), f"{split}2017"
+        listing = root / "curated" / folder / LISTS[options.data_type, split]
+        if not listing.is_file():
+            raise UserError(
+                f"dataset.data_path is {root}: {listing} is missing; the folder must hold curated/, images/ "
+                "and annotations/ of COCO-Stuff"
+            )
+        self.ids = listing.read_text().split()
+        self.images, self.annotations = root / "images" / folder, root / "annotations" / folder
+        self.rule = class_rule(coarse_rule(options.data_type))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, index: int) -> RawItem:
+        """The image and its fine labels."""
+        image = open_image(self.images / f"{self.ids[index]}.jpg")
+        return RawItem(image, open_label(self.annotations / f"{self.ids[index]}.png", image.size))
+
+    def name(self, index: int) -> str:
+        """The image's file."""
+        return str(self.images / f"{self.ids[index]}.jpg")

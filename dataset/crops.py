@@ -1,0 +1,94 @@
+"""Five crops of each train image: from the prepared folder, or cut on the fly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dataset.source import RawItem, Source, class_rule, open_image, open_label
+from utils.randomness import derived_seed
+from utils.transforms import center_box
+
+CROPS = 5
+Box = tuple[int, int, int, int]
+
+
+def crop_boxes(size: tuple[int, int], ratio: float, kind: str, index: int) -> list[Box]:
+    """The five (left, top, right, bottom) of an image.
+
+    Args:
+        size: (W, H) of the image.
+        ratio: size of a crop as a share of each side.
+        kind: "five": top left, top right, bottom left, bottom right, centre. "random": offsets from SHA-256
+            of (index, k), read as 63-bit numbers, modulo the number of places.
+        index: the image's place in its split.
+    """
+    width, height = size
+    w, h = max(1, int(width * ratio)), max(1, int(height * ratio))
+    if kind == "five":
+        corners = [(0, 0), (width - w, 0), (0, height - h), (width - w, height - h)]
+        return [(left, top, left + w, top + h) for left, top in corners] + [center_box(size, (w, h))]
+    boxes = []
+    for k in range(CROPS):
+        left = derived_seed(index, "left", k) % (width - w + 1)
+        top = derived_seed(index, "top", k) % (height - h + 1)
+        boxes.append((left, top, left + w, top + h))
+    return boxes
+
+
+class CropSource(Source):
+    """Item 5 * index + k is crop k of image `index` of another source.
+
+    Args:
+        whole: the source of whole images.
+        ratio: `dataset.crop_ratio`.
+        kind: `dataset.crop_type`.
+    """
+
+    def __init__(self, whole: Source, ratio: float, kind: str) -> None:
+        self.whole, self.ratio, self.kind = whole, ratio, kind
+        self.rule, self.labelled = whole.rule, whole.labelled
+
+    def __len__(self) -> int:
+        return CROPS * len(self.whole)
+
+    def read(self, index: int) -> RawItem:
+        """The whole image and label, cut to the crop."""
+        raw = self.whole.read(index // CROPS)
+        box = crop_boxes(raw.image.size, self.ratio, self.kind, index // CROPS)[index % CROPS]
+        return RawItem(raw.image.crop(box), None if raw.label is None else raw.label.crop(box))
+
+    def name(self, index: int) -> str:
+        """The image's name and the crop's number."""
+        return f"{self.whole.name(index // CROPS)} (crop {index % CROPS})"
+
+
+def prepared_folder(data_path: Path, data_type: str, kind: str, ratio: float) -> Path:
+    """Where the published layout keeps prepared crops."""
+    return data_path / "cropped" / f"{data_type}_{kind}_crop_{ratio}"
+
+
+class PreparedCrops(Source):
+    """Crops stored as img/<split>/<5*index+k>.jpg and label/<split>/<5*index+k>.png (class + 1, 0 = ignore).
+
+    Args:
+        folder: as `prepared_folder` says.
+        split: "train".
+        n_classes: of the data set.
+    """
+
+    def __init__(self, folder: Path, split: str, n_classes: int) -> None:
+        self.images = sorted((folder / "img" / split).glob("*.jpg"), key=lambda path: int(path.stem))
+        self.labels = folder / "label" / split
+        self.rule = class_rule({class_id + 1: class_id for class_id in range(n_classes)})
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> RawItem:
+        """The stored crop and its label."""
+        image = open_image(self.images[index])
+        return RawItem(image, open_label(self.labels / f"{self.images[index].stem}.png", image.size))
+
+    def name(self, index: int) -> str:
+        """The crop's file."""
+        return str(self.images[index])

@@ -1,0 +1,148 @@
+"""Loaders: an order that is a function of seed and epoch, and the sizes of train and evaluation batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader, Sampler
+
+from dataset.crops import CropSource, PreparedCrops, prepared_folder
+from dataset.source import SegmentationDataset, Source
+from utils.errors import UserError
+from utils.labels import LabelSpace
+from utils.options import DatasetOptions, Options
+from utils.randomness import generator
+from utils.transforms import Geometry
+
+CROPPED = ("cocostuff27", "cityscapes", "directory", "synthetic")  # data sets that crop_type acts on
+
+
+@dataclass(frozen=True)
+class DataSetKind:
+    """A data set as the registry holds it: its classes and its source, each made from `dataset.*`."""
+
+    labels: Any
+    source: Any
+
+
+class EpochSampler(Sampler):
+    """(epoch, index) pairs in an order that depends on seed and epoch alone.
+
+    Args:
+        size: number of items.
+        seed: of the run.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = torch.randperm(self.size, generator=generator(self.seed, "order", self.epoch))
+        return iter([(self.epoch, index) for index in order.tolist()])
+
+    def __len__(self) -> int:
+        return self.size
+
+
+class SegmentationData(LightningDataModule):
+    """Train and validation data of a run; opened at once, so that a mistake shows before weights load.
+
+    Args:
+        options: all options.
+        kind: the entry of the registry that `dataset.data_type` names.
+        train: whether train data is wanted (evaluation needs none).
+
+    Raises:
+        UserError: the data is not where the options say, or has fewer train items than a batch.
+    """
+
+    def __init__(self, options: Options, kind: DataSetKind, *, train: bool = True) -> None:
+        super().__init__()
+        self.options = options
+        chosen = options.dataset
+        self.labels: LabelSpace = kind.labels(chosen)
+        self.validation_set = SegmentationDataset(
+            kind.source(chosen, "val"), Geometry(chosen.val_res, "center", chosen.interpolation)
+        )
+        self.train_set: SegmentationDataset | None = None
+        if train:
+            source = train_source(chosen, kind, self.labels.n_classes)
+            geometry = Geometry(chosen.res, chosen.loader_crop_type, chosen.interpolation)
+            self.train_set = SegmentationDataset(source, geometry, seed=options.train.seed)
+            self._check_batch()
+
+    def _check_batch(self) -> None:
+        items, batch = len(self.train_set), self.options.dataloader.batch_size
+        if items < batch:
+            raise UserError(
+                f"dataloader.batch_size is {batch}, but there are only {items} train items, and the last "
+                f"partial batch is dropped; set dataloader.batch_size={items} or less, or add images"
+            )
+
+    @property
+    def train_labelled(self) -> bool:
+        """Whether train items have labels, so that the linear probe can be trained."""
+        return self.train_set is not None and self.train_set.source.labelled
+
+    @property
+    def validation_labelled(self) -> bool:
+        """Whether the validation split has images with labels, so that metrics exist."""
+        return len(self.validation_set) > 0 and self.validation_set.source.labelled
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches; the last partial one is dropped."""
+        sampler = EpochSampler(len(self.train_set), self.options.train.seed)
+        return self._loader(
+            self.train_set, self.options.dataloader.batch_size, sampler=sampler, drop_last=True
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """All validation images, in order, for the validations of training."""
+        return self._loader(self.validation_set, self.options.dataloader.val_batch_size)
+
+    def evaluation_dataloader(self) -> DataLoader:
+        """All validation images, in order, for the final evaluation."""
+        return self._loader(self.validation_set, self.options.eval.batch_size)
+
+    def _loader(self, dataset: SegmentationDataset, batch_size: int, **further: Any) -> DataLoader:
+        workers = self.options.dataloader.num_workers
+        return DataLoader(
+            dataset,
+            batch_size,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **further,
+        )
+
+
+def train_source(options: DatasetOptions, kind: DataSetKind, n_classes: int) -> Source:
+    """The train split, as five crops an image where `crop_type` asks for them.
+
+    Prepared crops are taken where their folder is; otherwise crops are cut on the fly, from the same boxes
+    and without a second JPEG pass.
+    """
+    if options.crop_type is None:
+        return kind.source(options, "train")
+    if options.data_type not in CROPPED:
+        print(
+            f"dataset.crop_type is {options.crop_type}: ignored, {options.data_type} trains on whole images"
+        )
+        return kind.source(options, "train")
+    folder = prepared_folder(
+        Path(options.data_path), options.data_type, options.crop_type, options.crop_ratio
+    )
+    if options.data_type != "synthetic" and folder.is_dir():
+        print(f"train crops: {folder}")
+        return PreparedCrops(folder, "train", n_classes)
+    print(f"train crops: {options.crop_type}, ratio {options.crop_ratio}, cut on the fly")
+    return CropSource(kind.source(options, "train"), options.crop_ratio, options.crop_type)

@@ -1,0 +1,105 @@
+"""Procedural scenes: regions told apart by texture, whose colours say nothing. No file, no network.
+
+Each scene is a Voronoi-like partition with wavy borders; each region has one of seven textures in two random
+colours, with random phase, jittered period and shading, all a function of (split, index).
+"""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+from PIL import Image
+
+from dataset.source import RawItem, Source, class_rule
+from utils.labels import LabelSpace
+from utils.options import DatasetOptions
+from utils.randomness import derived_seed
+
+NAMES = ("plain", "rows", "columns", "diagonals", "checks", "dots", "grain")
+REGIONS = 5
+PERIOD = (5.0, 9.0)  # pixels
+
+
+def labels(options: DatasetOptions) -> LabelSpace:
+    """The seven textures."""
+    return LabelSpace.with_spread_colours(NAMES)
+
+
+class Synthetic(Source):
+    """One split of procedural scenes.
+
+    Args:
+        options: `dataset.*`; a scene is made at the side it is used at, so that no texture is resampled.
+        split: "train" or "val".
+    """
+
+    def __init__(self, options: DatasetOptions, split: str) -> None:
+        self.split = split
+        self.side, self.count = (
+            (options.res, options.train_images) if split == "train" else (options.val_res, options.val_images)
+        )
+        self.rule = class_rule({class_id: class_id for class_id in range(len(NAMES))})
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> RawItem:
+        """Scene `index`."""
+        rng = np.random.default_rng(derived_seed(0, "scene", self.split, index))
+        regions = _regions(self.side, rng)  # (S, S), region ids
+        image = np.zeros((self.side, self.side, 3))
+        label = np.zeros((self.side, self.side), dtype=np.uint8)
+        chosen = rng.permutation(len(NAMES))[:REGIONS]
+        for region, class_id in enumerate(chosen):
+            mask = regions == region
+            image[mask] = _paint(NAMES[class_id], self.side, rng)[mask]
+            label[mask] = class_id
+        image += rng.normal(0, 0.02, image.shape)  # sensor noise
+        return RawItem(Image.fromarray((255 * image.clip(0, 1)).astype(np.uint8)), Image.fromarray(label))
+
+    def name(self, index: int) -> str:
+        """Split and index."""
+        return f"synthetic {self.split} scene {index}"
+
+
+def _regions(side: int, rng: np.random.Generator) -> np.ndarray:
+    """Nearest of five seeds after a wavy warp, (S, S)."""
+    y, x = np.mgrid[:side, :side] / side
+    waves = rng.uniform(1, 3, 2), rng.uniform(0, 2 * np.pi, 2)
+    warped_x = x + 0.05 * np.sin(2 * np.pi * waves[0][0] * y + waves[1][0])
+    warped_y = y + 0.05 * np.sin(2 * np.pi * waves[0][1] * x + waves[1][1])
+    seeds = rng.uniform(0.1, 0.9, (REGIONS, 2, 1, 1))
+    return np.argmin((warped_y - seeds[:, 0]) ** 2 + (warped_x - seeds[:, 1]) ** 2, axis=0)
+
+
+def _paint(texture: str, side: int, rng: np.random.Generator) -> np.ndarray:
+    """A texture over the whole scene in two random colours of distinct lightness, (S, S, 3)."""
+    pattern = _pattern(texture, side, rng)[:, :, None]  # (S, S, 1) in [0, 1]
+    dark, light = sorted(rng.uniform(0.15, 0.95, 2))
+    light = min(1.0, max(light, dark + 0.35))
+    colours = [
+        np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, 0.8), value)) for value in (dark, light)
+    ]
+    y, x = np.mgrid[:side, :side] / side
+    shade = 1 + rng.uniform(-0.2, 0.2) * (x - 0.5) + rng.uniform(-0.2, 0.2) * (y - 0.5)
+    return (colours[0] + pattern * (colours[1] - colours[0])) * shade[:, :, None]
+
+
+def _pattern(texture: str, side: int, rng: np.random.Generator) -> np.ndarray:
+    y, x = np.mgrid[:side, :side] + rng.uniform(0, 10, (2, 1, 1))
+    period = rng.uniform(*PERIOD)
+    row, column = 2 * np.pi * y / period, 2 * np.pi * x / period
+    if texture == "plain":
+        return np.full((side, side), rng.uniform())
+    if texture == "grain":
+        return rng.uniform(0, 1, (side, side))
+    if texture == "dots":
+        return ((np.sin(row) + np.sin(column)) > 1.0).astype(float)
+    wave = {
+        "rows": np.sin(row),
+        "columns": np.sin(column),
+        "diagonals": np.sin((row + column * rng.choice((-1, 1))) / np.sqrt(2)),
+        "checks": np.sin(row) * np.sin(column),
+    }[texture]
+    return (wave > 0).astype(float)

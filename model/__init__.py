@@ -1,0 +1,46 @@
+"""The network and what trains it; `build_module` is the factory."""
+
+from __future__ import annotations
+
+from model.backbone import FrozenViT
+from model.checkpoint import CheckpointFile, find_checkpoint, read_checkpoint, restore
+from model.module import PPAPModule
+from model.pretrained import backbone_spec, load_backbone
+from model.segmenter import Segmenter
+from utils.labels import LabelSpace
+from utils.options import Options
+from utils.randomness import seeded
+
+__all__ = ["PPAPModule", "build_module", "find_checkpoint"]
+
+
+def build_module(
+    options: Options, labels: LabelSpace, *, train_labelled: bool = True, checkpoint: str | None = None
+) -> PPAPModule:
+    """Builds the network and fills it, from a checkpoint or from the backbone's weights.
+
+    Args:
+        options: all options.
+        labels: classes of the data set.
+        train_labelled: whether train items have labels.
+        checkpoint: a file, a folder or a run to restore all parameters from.
+
+    Raises:
+        UserError: weights or checkpoint are missing, damaged or do not fit.
+    """
+    loaded: CheckpointFile | None = None
+    if checkpoint is not None:
+        loaded = read_checkpoint(find_checkpoint(checkpoint, options.output_dir))
+        train_labelled = loaded.about.get("train_labelled", train_labelled)
+    with seeded(options.train.seed, "backbone"):
+        backbone = FrozenViT(backbone_spec(options))
+    source = (
+        str(loaded.path) if loaded else load_backbone(backbone, options.model.pretrained.pretrained_weights)
+    )
+    with seeded(options.train.seed, "projection"):
+        segmenter = Segmenter(backbone)
+    module = PPAPModule(options, labels, segmenter, train_labelled=train_labelled)
+    if loaded is not None:
+        restore(module, loaded)
+    print(f"backbone: {options.model.arch}, {backbone.spec.depth} blocks, from {source}")
+    return module

@@ -1,0 +1,103 @@
+"""Reading checkpoints: our own and the published format, strictly."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.module import CHECKPOINT_ENTRY, PPAPModule
+from model.pretrained import load_strictly
+from utils.errors import UserError
+
+FILES = ("best.ckpt", "best.pth", "ckpt.pth")  # in the order they are looked for
+PUBLISHED_PARTS = {  # published dict entry -> our prefix
+    "linear_model_state_dict": "linear_probe.classifier.",
+    "cluster_model_state_dict": "cluster_probe.",
+}
+PUBLISHED_NET = {
+    "model.": "segmenter.backbone.",
+    "decoder.": "segmenter.head.",
+    "project_head.": "segmenter.projection.",
+}
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A checkpoint as read.
+
+    Attributes:
+        path: where it lies.
+        state: parameters under our names.
+        about: class names, palette, matching and the rest of our own entry; empty for the published format.
+    """
+
+    path: Path
+    state: dict[str, torch.Tensor]
+    about: dict[str, Any]
+
+
+def find_checkpoint(name: str, output_dir: str) -> Path:
+    """A file; or a folder, or a run's folder below `output_dir`, with best.ckpt, best.pth or ckpt.pth.
+
+    Raises:
+        UserError: nothing is there; names the places.
+    """
+    if not name:
+        raise UserError("no checkpoint is named: give --checkpoint a file, a folder or the name of a run")
+    if Path(name).is_file():
+        return Path(name)
+    places = [folder / file for folder in (Path(name), Path(output_dir) / name) for file in FILES]
+    for place in places:
+        if place.is_file():
+            return place
+    runs = sorted({path.parent.name for file in FILES for path in Path(output_dir).glob(f"*/{file}")})
+    there = f"runs in {output_dir}: {', '.join(runs)}" if runs else f"{output_dir} holds no run"
+    raise UserError(f"checkpoint {name}: none of {', '.join(map(str, places))} is there; {there}")
+
+
+def read_checkpoint(path: Path) -> CheckpointFile:
+    """Reads tensors and plain containers only (weights_only), whichever of the two formats it is.
+
+    Raises:
+        UserError: damaged, or neither format.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    if isinstance(content, dict) and CHECKPOINT_ENTRY in content and "state_dict" in content:
+        return CheckpointFile(path, content["state_dict"], content[CHECKPOINT_ENTRY])
+    if isinstance(content, dict) and {"net_model_state_dict", *PUBLISHED_PARTS} <= set(content):
+        return CheckpointFile(path, published_state(content), {})
+    keys = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
+    raise UserError(f"{path}: neither one of our checkpoints nor a published one (it holds: {keys})")
+
+
+def published_state(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The published format's parameters under our names."""
+    state = {}
+    for name, value in content["net_model_state_dict"].items():
+        prefix = next((prefix for prefix in PUBLISHED_NET if name.startswith(prefix)), "")
+        state[PUBLISHED_NET.get(prefix, "") + name.removeprefix(prefix)] = value
+    for part, prefix in PUBLISHED_PARTS.items():
+        state |= {prefix + name: value for name, value in content[part].items()}
+    return state
+
+
+def restore(module: PPAPModule, checkpoint: CheckpointFile) -> None:
+    """Loads all parameters, strictly.
+
+    Raises:
+        UserError: classes, keys or shapes differ; names both sides.
+    """
+    names = checkpoint.about.get("class_names")
+    if names is not None and tuple(names) != module.labels.names:
+        raise UserError(
+            f"{checkpoint.path}: trained on the {len(names)} classes {', '.join(names)}; the options' data set "
+            f"has the {module.labels.n_classes} classes {', '.join(module.labels.names)}"
+        )
+    load_strictly(module, checkpoint.state, str(checkpoint.path))

@@ -1,0 +1,230 @@
+"""PPAP as a LightningModule: what a training step and a validation step are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor
+
+from loss import PPAPLoss, PPAPLossOutput
+from model.evaluator import Evaluation, Evaluator
+from model.probes import ClusterProbe, LinearProbe
+from model.segmenter import Segmenter, criterion_dropout
+from utils.errors import UserError
+from utils.labels import LabelSpace
+from utils.optionfile import as_tree
+from utils.options import Options
+from utils.provenance import provenance
+from utils.randomness import generator, seeded
+from utils.transforms import normalise
+
+CHECKPOINT_ENTRY = "ppap"
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """The losses of a training step; None for a part that is left out."""
+
+    total: Tensor
+    cluster: Tensor
+    linear: Tensor | None
+    ppap: PPAPLossOutput | None
+
+
+class PPAPModule(LightningModule):
+    """Segmenter, probes, loss and evaluator under Lightning's automatic optimization.
+
+    The trainable state is made from `train.seed` alone, so that a run and its frozen baseline start equal.
+
+    Args:
+        options: all options.
+        labels: class names and colours, which travel in checkpoints.
+        segmenter: the network, its backbone filled.
+        train_labelled: whether train items have labels; without them there is no linear probe.
+    """
+
+    def __init__(
+        self, options: Options, labels: LabelSpace, segmenter: Segmenter, *, train_labelled: bool = True
+    ) -> None:
+        super().__init__()
+        self.options, self.labels, self.train_labelled = options, labels, train_labelled
+        self.segmenter = segmenter
+        self.frozen = options.train.frozen
+        self.dim = segmenter.backbone.spec.dim
+        self._check_channels(labels.n_classes)
+        n_clusters = labels.n_classes + options.model.extra_clusters
+        with seeded(options.train.seed, "linear probe"):
+            self.linear_probe = LinearProbe(self.dim, labels.n_classes)
+        with seeded(options.train.seed, "cluster probe"):
+            self.cluster_probe = ClusterProbe(self.dim, n_clusters)
+        self.criterion = build_criterion(options)
+        self.evaluator = Evaluator(
+            labels.n_classes, n_clusters, is_direct=options.eval.is_direct, with_linear=train_labelled
+        )
+        if self.frozen:
+            for parameter in segmenter.trainable():
+                parameter.requires_grad_(False)
+        self.last_evaluation: Evaluation | None = None
+        self._grad_norm = torch.tensor(0.0)
+        self._losses: StepLosses | None = None
+
+    def _check_channels(self, n_classes: int) -> None:
+        wanted = self.options.model.dim if self.options.model.continuous else n_classes
+        if wanted != self.dim:
+            key = (
+                "model.dim"
+                if self.options.model.continuous
+                else "model.continuous: false asks for D = n_classes,"
+            )
+            raise UserError(f"{key} is {wanted}, must be {self.dim}, the backbone's width")
+        n_clusters = n_classes + self.options.model.extra_clusters
+        if self.options.eval.is_direct and self.dim != n_clusters:
+            raise UserError(
+                f"eval.is_direct takes the code's {self.dim} channels as cluster logits, so there must be "
+                f"{self.dim} clusters, not {n_clusters}; set eval.is_direct false"
+            )
+
+    @property
+    def iters(self) -> int:
+        """Global step, from 1, of the batch in hand."""
+        return self.current_epoch * self.trainer.num_training_batches + self._batch_index + 1
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One batch of images (B, 3, H, W) uint8 and labels (B, H, W); returns the total loss."""
+        self._batch_index = batch_idx
+        losses = self.losses(batch, step=self.iters)
+        self._losses = losses
+        if batch_idx % self.options.train.print_freq == 0 and not torch.isfinite(losses.total):
+            raise UserError(f"the loss is not finite at step {self.iters}: {losses}; lower optimizer.net.lr")
+        self.log("loss", losses.total.detach(), prog_bar=True, logger=False)
+        return losses.total
+
+    def losses(self, batch: Any, *, step: int) -> StepLosses:
+        """PPAP plus linear plus cluster loss; the probes read the code detached."""
+        image, seed = normalise(batch.image), self.options.train.seed
+        if self.frozen:
+            with torch.no_grad():
+                code, ppap = self.segmenter.segment(image), None  # (B, D, h, w)
+        else:
+            output = self.segmenter(image)
+            code = output.code
+            crit = criterion_dropout(
+                output.crit,
+                probability=self.options.model.criterion_dropout,
+                generator=generator(seed, "criterion dropout", step),
+            )
+            ppap = self.criterion(output.z, crit, generator=generator(seed, "anchors", step))
+        cluster = self.cluster_probe.loss(code.detach())
+        linear = self.linear_probe.loss(code.detach(), batch.label) if self.train_labelled else None
+        total = sum(part for part in (ppap and ppap.loss, linear, cluster) if part is not None)
+        return StepLosses(total, cluster, linear, ppap)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One AdamW of three groups; Adam is AdamW without decay."""
+        chosen = self.options.optimizer
+        groups = [] if self.frozen else [(self.segmenter.trainable(), chosen.net)]
+        if self.train_labelled:
+            groups.append((list(self.linear_probe.parameters()), chosen.linear))
+        groups.append((list(self.cluster_probe.parameters()), chosen.cluster))
+        return torch.optim.AdamW(
+            [
+                {
+                    "params": parameters,
+                    "lr": group.lr,
+                    "weight_decay": group.weight_decay if group.name == "adamw" else 0.0,
+                }
+                for parameters, group in groups
+            ]
+        )
+
+    def configure_gradient_clipping(self, *_arguments: Any, **_keywords: Any) -> None:
+        """Clips head and projection alone; Lightning calls this after unscaling."""
+        if not self.frozen:
+            self._grad_norm = torch.nn.utils.clip_grad_norm_(
+                self.segmenter.trainable(), self.options.train.grad_norm
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Logs the published scalars, and the total loss that they leave out, every `print_freq` steps."""
+        if batch_idx % self.options.train.print_freq:
+            return
+        losses = self._losses
+        probes = losses.cluster if losses.linear is None else losses.linear + losses.cluster
+        scalars = {
+            "epoch": self.current_epoch,
+            "iters": self.iters,
+            "train_loss": probes,
+            "total_loss": losses.total,
+            "net_lr": self.options.optimizer.net.lr,
+        }
+        if losses.ppap is not None:
+            trainable = [parameter.detach() for parameter in self.segmenter.trainable()]
+            scalars |= {
+                "supcon_loss": losses.ppap.loss,
+                "num_positives": losses.ppap.num_positives,
+                "num_negatives": losses.ppap.num_negatives,
+                "grad_norm": self._grad_norm,
+                "param_norm": torch.nn.utils.get_total_norm(trainable),
+            }
+        self._write(scalars)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Adds a batch to the evaluator."""
+        code = self.segmenter.segment(normalise(batch.image))
+        self.evaluator.update(
+            code, batch.image, batch.label, linear=self.linear_probe, cluster=self.cluster_probe
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts counting afresh."""
+        self.evaluator.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Scores the set; `score`, the sum of the metrics that exist, chooses the best checkpoint."""
+        self.last_evaluation = self.evaluator.compute()
+        metrics = self.last_evaluation.metrics()
+        shown = {name: metrics[name] for name in ("Cluster_Accuracy", "Cluster_mIoU") if name in metrics}
+        self.log_dict(shown, prog_bar=True, logger=False)
+        if metrics:
+            self.log("score", sum(metrics.values()), logger=False)
+        if self.trainer.training:
+            self._write({**metrics, "iters": self.iters, "valid_loss": self.last_evaluation.valid_loss})
+
+    def _write(self, scalars: dict[str, Any]) -> None:
+        plain = {name: float(value) for name, value in scalars.items()}
+        for logger in self.loggers:
+            logger.log_metrics(plain, step=self.iters)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what a checkpoint is about: classes, colours, matching, options, versions; plain containers."""
+        evaluation = self.last_evaluation
+        scores = evaluation.cluster if evaluation is not None else None
+        checkpoint[CHECKPOINT_ENTRY] = {
+            "class_names": list(self.labels.names),
+            "palette": [list(colour) for colour in self.labels.palette],
+            "assignment": list(scores.assignment) if scores is not None else None,
+            "metrics": evaluation.metrics() if evaluation is not None else {},
+            "train_labelled": self.train_labelled,
+            "step": self.iters,
+            "options": as_tree(self.options),
+            **provenance(),
+        }
+
+
+def build_criterion(options: Options) -> PPAPLoss:
+    """The loss that `training_coeff.*` describes."""
+    chosen = options.training_coeff
+    return PPAPLoss(
+        initialcrit_pos=chosen.initialcrit_pos,
+        initialcrit_amb=chosen.initialcrit_amb,
+        prop_iter=chosen.prop_iter,
+        sigma_pos=chosen.sigma_pos,
+        sigma_amb=chosen.sigma_amb,
+        trainpatchsplit=chosen.trainpatchsplit,
+        tau=chosen.tau,
+        group_size=chosen.group_size,
+        similarity_dtype=getattr(torch, chosen.similarity_dtype),
+    )

@@ -1,0 +1,160 @@
+"""Which backbone the options mean, and where its weights come from."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from torch import Tensor
+
+from model.backbone import BackboneSpec, FrozenViT
+from utils.errors import UserError
+from utils.options import Options
+
+DINO = "https://dl.fbaipublicfiles.com/dino"
+DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
+OFFICIAL = {  # (arch, model_type, patch, registers) -> address; the 300-epoch S/8 file is the paper's
+    (
+        "dino",
+        "vit_small",
+        8,
+        False,
+    ): f"{DINO}/dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth",
+    ("dino", "vit_small", 16, False): f"{DINO}/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+    ("dino", "vit_base", 8, False): f"{DINO}/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
+    ("dino", "vit_base", 16, False): f"{DINO}/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+    ("dinov2", "vit_small", 14, False): f"{DINOV2}/dinov2_vits14/dinov2_vits14_pretrain.pth",
+    ("dinov2", "vit_small", 14, True): f"{DINOV2}/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
+    ("dinov2", "vit_base", 14, False): f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+    ("dinov2", "vit_base", 14, True): f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
+}
+# SHA-256 of the DINOv2 files as public projects pin them (finegrain's refiners among them); those of the
+# DINO files are published nowhere that we know, so these are not checked.
+SHA256 = {
+    "dinov2_vits14_pretrain.pth": "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+    "dinov2_vits14_reg4_pretrain.pth": "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb",
+    "dinov2_vitb14_pretrain.pth": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+    "dinov2_vitb14_reg4_pretrain.pth": "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
+}
+WIDTH_AND_HEADS = {"vit_small": (384, 6), "vit_base": (768, 12)}
+NATIVE_RES = {"dino": 224, "dinov2": 518}
+FULL_DEPTH = {"dino": 12, "dinov2": 12, "vit": 4}
+DROPPED = ("head.", "mask_token", "dino_head.", "ibot_head.")
+
+
+def backbone_spec(options: Options) -> BackboneSpec:
+    """The dimensions that `model.*` of the options describes."""
+    arch, chosen = options.model.arch, options.model.pretrained
+    depth = chosen.depth or FULL_DEPTH[arch]
+    if arch == "vit":
+        native = chosen.native_res or options.dataset.res
+        return BackboneSpec(options.model.dim, depth, chosen.heads, chosen.dino_patch_size, native)
+    dim, heads = WIDTH_AND_HEADS[chosen.model_type]
+    return BackboneSpec(
+        dim=dim,
+        depth=depth,
+        heads=heads,
+        patch=chosen.dino_patch_size,
+        native_res=NATIVE_RES[arch],
+        registers=4 if chosen.registers else 0,
+        layer_scale=arch == "dinov2",
+        address=OFFICIAL[arch, chosen.model_type, chosen.dino_patch_size, chosen.registers],
+    )
+
+
+def load_backbone(backbone: FrozenViT, weights: str | None) -> str:
+    """Fills a backbone from a local file or from the official address.
+
+    Args:
+        backbone: as built from `backbone_spec`.
+        weights: `model.pretrained.pretrained_weights`.
+
+    Returns:
+        What was loaded, for the log.
+
+    Raises:
+        UserError: no file and no network, a damaged file, or keys and shapes that do not fit.
+    """
+    if weights is None and backbone.spec.address is None:
+        return "no weights (the backbone is untrained)"
+    path = Path(weights) if weights is not None else official_file(backbone.spec.address)
+    load_strictly(backbone, clean_state(read_state(path), backbone.spec.depth), str(path))
+    return str(path)
+
+
+def official_file(address: str) -> Path:
+    """The cached file of an official address, downloaded with a progress bar if it is not there.
+
+    It lies in torch.hub's checkpoints folder and is checked by SHA-256 where the digest is known.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / address.rsplit("/", 1)[-1]
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(address, str(path), hash_prefix=SHA256.get(path.name))
+    except (URLError, OSError) as error:
+        raise UserError(
+            f"{address}: could not be downloaded ({error}); fetch it elsewhere and put it at {path}, "
+            "or name a file with model.pretrained.pretrained_weights"
+        ) from None
+    except RuntimeError as error:  # torch.hub's word for a wrong digest
+        raise UserError(f"{address}: damaged on the way ({error}); run the command again") from None
+    return path
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .pth or .safetensors file: bare, or under `teacher`."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a readable weights file ({str(error).splitlines()[0]})") from None
+    state = state.get("teacher", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(
+            f"{path}: must hold a state dict, bare or under 'teacher', holds {type(state).__name__}"
+        )
+    return state
+
+
+def clean_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """Official names as ours: prefixes, block chunks and heads dropped, and blocks beyond `depth`."""
+    clean = {}
+    for name, value in state.items():
+        name = re.sub(r"^(module\.|backbone\.)+", "", name)
+        name = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name)  # DINOv2's training keeps chunks
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if name.startswith(DROPPED) or (block and int(block[1]) >= depth):
+            continue
+        clean[name] = value
+    return clean
+
+
+def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """load_state_dict(strict=True) whose error names file, keys and both shapes.
+
+    Raises:
+        UserError: missing or unknown keys, or shapes that differ.
+    """
+    own = module.state_dict()
+    mistakes = [f"{name}: missing in the file" for name in own if name not in state]
+    mistakes += [
+        f"{name}: not part of the model that the options describe" for name in state if name not in own
+    ]
+    mistakes += [
+        f"{name}: {tuple(state[name].shape)} in the file, {tuple(value.shape)} in the model"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if mistakes:
+        more = [f"... and {len(mistakes) - 8} more"] if len(mistakes) > 8 else []
+        hint = "compare model.* and the data set of the options with what the file was made for"
+        raise UserError([*mistakes[:8], *more, hint], f"{source}, which does not fit")
+    module.load_state_dict(state)

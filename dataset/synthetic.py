@@ -52,9 +52,9 @@ class Synthetic(Source):
         label = np.zeros((self.side, self.side), dtype=np.uint8)
         chosen = rng.permutation(len(NAMES))[:REGIONS]
         for region, class_id in enumerate(chosen):
-            mask = regions == region
-            image[mask] = _paint(NAMES[class_id], self.side, rng)[mask]
-            label[mask] = class_id
+            y, x = np.nonzero(regions == region)  # (P,) each, the region's pixels
+            image[y, x] = _paint(NAMES[class_id], y, x, self.side, rng)
+            label[y, x] = class_id
         image += rng.normal(0, 0.02, image.shape)  # sensor noise
         return RawItem(Image.fromarray((255 * image.clip(0, 1)).astype(np.uint8)), Image.fromarray(label))
 
@@ -73,27 +73,25 @@ def _regions(side: int, rng: np.random.Generator) -> np.ndarray:
     return np.argmin((warped_y - seeds[:, 0]) ** 2 + (warped_x - seeds[:, 1]) ** 2, axis=0)
 
 
-def _paint(texture: str, side: int, rng: np.random.Generator) -> np.ndarray:
-    """A texture over the whole scene in two random colours of distinct lightness, (S, S, 3)."""
-    pattern = _pattern(texture, side, rng)[:, :, None]  # (S, S, 1) in [0, 1]
+def _paint(texture: str, y: np.ndarray, x: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+    """A texture at pixels (y, x), (P,) each, in two random colours of distinct lightness; (P, 3)."""
+    pattern = _pattern(texture, y, x, rng)[:, None]  # (P, 1) in [0, 1]
     dark, light = sorted(rng.uniform(0.15, 0.95, 2))
     light = min(1.0, max(light, dark + 0.35))
     colours = [
         np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, 0.8), value)) for value in (dark, light)
     ]
-    y, x = np.mgrid[:side, :side] / side
-    shade = 1 + rng.uniform(-0.2, 0.2) * (x - 0.5) + rng.uniform(-0.2, 0.2) * (y - 0.5)
-    return (colours[0] + pattern * (colours[1] - colours[0])) * shade[:, :, None]
+    shade = 1 + rng.uniform(-0.2, 0.2) * (x / side - 0.5) + rng.uniform(-0.2, 0.2) * (y / side - 0.5)
+    return (colours[0] + pattern * (colours[1] - colours[0])) * shade[:, None]
 
 
-def _pattern(texture: str, side: int, rng: np.random.Generator) -> np.ndarray:
-    y, x = np.mgrid[:side, :side] + rng.uniform(0, 10, (2, 1, 1))
+def _pattern(texture: str, y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     period = rng.uniform(*PERIOD)
-    row, column = 2 * np.pi * y / period, 2 * np.pi * x / period
+    row, column = 2 * np.pi * (np.stack((y, x)) / period + rng.uniform(0, 1, (2, 1)))  # (P,) each, phases
     if texture == "plain":
-        return np.full((side, side), rng.uniform())
+        return np.full(len(y), rng.uniform())
     if texture == "grain":
-        return rng.uniform(0, 1, (side, side))
+        return rng.uniform(0, 1, len(y))
     if texture == "dots":
         return ((np.sin(row) + np.sin(column)) > 1.0).astype(float)
     wave = {

@@ -42,5 +42,6 @@ def build_module(
     module = PPAPModule(options, labels, segmenter, train_labelled=train_labelled)
     if loaded is not None:
         restore(module, loaded)
+        module.restored_from, module.restored_step = str(loaded.path), loaded.about.get("step")
     print(f"backbone: {options.model.arch}, {backbone.spec.depth} blocks, from {source}")
     return module

@@ -94,8 +94,13 @@ class Evaluator(nn.Module):
             linear: the linear probe.
             cluster: the cluster probe.
         """
+        with torch.autocast(code.device.type, enabled=False):
+            self._update(code.float(), image, label, linear, cluster)
+
+    def _update(
+        self, code: Tensor, image: Tensor, label: Tensor, linear: LinearProbe, cluster: ClusterProbe
+    ) -> None:
         size = label.shape[-2:]
-        code = code.float()
         inner = code if self.is_direct else cluster.inner(code)  # (B, K, h, w)
         norm = None if self.is_direct else upsampled_norm(code, size)  # (B, H, W)
         logits = linear(code) if self.with_linear else None  # (B, C, h, w)
@@ -128,9 +133,9 @@ class Evaluator(nn.Module):
             self.pool.submit(shown[place], heads, tag=label[place].cpu())
         self.collect_refined()
 
-    def collect_refined(self, *, wait: bool = False) -> int:
+    def collect_refined(self, *, wait_for_one: bool = False) -> int:
         """Counts what the CRF processes have finished; returns how many images are still with them."""
-        for label, predictions in self.pool.finished(wait=wait):
+        for label, predictions in self.pool.finished(wait_for_one=wait_for_one):
             for name, prediction in zip(("cluster", "linear"), predictions, strict=False):
                 metric = self.refined[name]
                 metric.update(*(t.to(metric.counts.device) for t in (torch.from_numpy(prediction), label)))

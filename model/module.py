@@ -67,6 +67,8 @@ class PPAPModule(LightningModule):
         if self.frozen:
             for parameter in segmenter.trainable():
                 parameter.requires_grad_(False)
+        self.restored_from: str | None = None
+        self.restored_step: int | None = None
         self.last_evaluation: Evaluation | None = None
         self._grad_norm = torch.tensor(0.0)
         self._losses: StepLosses | None = None
@@ -190,7 +192,7 @@ class PPAPModule(LightningModule):
         self.log_dict(shown, prog_bar=True, logger=False)
         if metrics:
             self.log("score", sum(metrics.values()), logger=False)
-        if self.trainer.training:
+        if self.trainer.state.fn == "fit":
             self._write({**metrics, "iters": self.iters, "valid_loss": self.last_evaluation.valid_loss})
 
     def _write(self, scalars: dict[str, Any]) -> None:

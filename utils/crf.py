@@ -112,16 +112,17 @@ class CrfPool:
         """Queues one image; see `refine` for the arguments."""
         self._pending.append((tag, self._pool.submit(_predict, image, heads)))
 
-    def finished(self, *, wait: bool = False) -> Iterator[tuple[Any, list[np.ndarray]]]:
+    def finished(self, *, wait_for_one: bool = False) -> Iterator[tuple[Any, list[np.ndarray]]]:
         """(tag, predictions (H, W) int16 per head) of what is done; blocks when too much is queued.
 
         Args:
-            wait: whether to wait for all that is queued.
+            wait_for_one: whether to wait for the oldest image that is queued.
         """
         while self._pending:
             tag, future = self._pending[0]
-            if not (wait or future.done() or len(self._pending) > 4 * self.workers):
+            if not (wait_for_one or future.done() or len(self._pending) > 4 * self.workers):
                 return
+            wait_for_one = False
             self._pending.popleft()
             yield tag, future.result()
 

@@ -35,7 +35,7 @@ class ConfusionMatrix(Metric):
         valid = (label >= 0) & (label < self.n_classes)
         flat = torch.where(valid, label * self.n_predictions + prediction, self.counts.numel())
         counts = torch.bincount(flat, minlength=self.counts.numel() + 1)[:-1]
-        self.counts += counts.view_as(self.counts)
+        self.counts = self.counts + counts.view_as(self.counts)  # not in place: may be an inference tensor
 
     def compute(self) -> Tensor:
         """(C, n_predictions) int64, summed over ranks."""

@@ -1,0 +1,130 @@
+"""Trains PPAP and evaluates it: python run.py --opt cocostuff.json
+
+option file -> typed options -> data -> backbone -> head -> loss and probes -> metrics -> report
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval import evaluate
+from utils.cli import Job, guarded, parse_arguments, plan_jobs
+from utils.optionfile import as_tree
+from utils.options import Options
+
+# What needs torch is imported inside functions; see eval.py.
+
+
+def train(options: Options, folder: Path) -> Path:
+    """Trains one run and writes its options, scalars and best checkpoint.
+
+    Args:
+        options: all options.
+        folder: of the run; an earlier run in it is moved aside.
+
+    Returns:
+        The best checkpoint: the largest sum of the metrics that exist, else the last.
+
+    Raises:
+        UserError: data or weights are missing or do not fit.
+    """
+    from dataset import build_data
+    from model import build_module
+    from utils.files import make_folder, move_aside, write_json
+    from utils.provenance import provenance
+    from utils.training import ValidationSteps, best_checkpoint, build_loggers, build_trainer
+
+    data = build_data(options)
+    module = build_module(
+        options, data.labels, train_labelled=data.train_labelled, checkpoint=options.checkpoint or None
+    )
+    if not data.train_labelled:
+        print("train data has no labels: no linear probe")
+    if (earlier := move_aside(folder)) is not None:
+        print(f"{folder} held an earlier run, now in {earlier}")
+    make_folder(folder)
+    write_json(folder / "options.json", as_tree(options) | {"made_with": provenance()})
+    validated = len(data.validation_set) > 0
+    keeper = best_checkpoint(folder, scored=data.validation_labelled, validated=validated)
+    trainer = build_trainer(
+        options,
+        loggers=build_loggers(options, folder),
+        callbacks=[ValidationSteps(options.train.valid_freq), keeper],
+        validate=validated,
+    )
+    trainer.fit(module, datamodule=data, weights_only=True)
+    return Path(keeper.best_model_path)
+
+
+def train_and_evaluate(options: Options) -> dict[str, Any]:
+    """One run from data to metrics.json; returns what that file holds."""
+    from utils.files import write_json
+    from utils.training import peak_memory_gib
+
+    folder = run_folder(options)
+    start = time.perf_counter()
+    best = train(options, folder)
+    hours = (time.perf_counter() - start) / 3600
+    result = evaluate(options, checkpoint=str(best), folder=folder)
+    result |= {"train_hours": hours, "peak_memory_gib": peak_memory_gib()}
+    write_json(folder / "metrics.json", result)
+    return result
+
+
+def run_folder(options: Options) -> Path:
+    """<output_dir>/<wandb.name>, in every wandb mode."""
+    return Path(options.output_dir) / options.wandb.name
+
+
+def as_baseline(options: Options) -> Options:
+    """The same run with the head never updated, under a name of its own."""
+    baseline = copy.deepcopy(options)
+    baseline.train.frozen = True
+    baseline.wandb.name += "-frozen"
+    return baseline
+
+
+def run_job(job: Job) -> dict[str, dict[str, Any]]:
+    """One job of the command line: a run, with `train.compare_frozen` its baseline first."""
+    options = job.options
+    if job.evaluate_only:
+        checkpoint = options.checkpoint or str(run_folder(options))
+        return {options.wandb.name: evaluate(options, checkpoint=checkpoint, folder=run_folder(options))}
+    if options.train.frozen:
+        options = as_baseline(options)
+    runs = [options]
+    if options.train.compare_frozen and not options.train.frozen:
+        runs.insert(0, as_baseline(options))
+    results = {}
+    for options in runs:
+        print(f"\n{options.wandb.name}: {'frozen baseline' if options.train.frozen else 'PPAP'}")
+        results[options.wandb.name] = train_and_evaluate(options)
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Runs what the command line asks for, one job after another; returns the metrics of each."""
+    arguments = parse_arguments(argv, description="Train PPAP and evaluate it.", training=True)
+    jobs = plan_jobs(arguments)
+    from utils.report import class_table, metrics_table, sweep_table
+
+    finished = []
+    for job in jobs:
+        results = run_job(job)
+        print(f"\n{class_table(results)}\n\n{metrics_table(results)}")
+        for name, result in results.items():
+            spent = f", {result['train_hours']:.2f} h" if "train_hours" in result else ""
+            print(f"{name}: step {result['step']}{spent}, results in {Path(job.options.output_dir) / name}")
+        finished.append((job.setting, list(results.values())[-1]))
+    if len(jobs) > 1:
+        print("\n" + sweep_table(finished))
+    return [result for _, result in finished]
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

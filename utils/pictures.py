@@ -1,0 +1,96 @@
+"""Pictures of an evaluation: predictions in the data set's palette, and confusion matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn
+from matplotlib.patches import Patch
+
+from utils.labels import LabelSpace
+
+IGNORED = (0, 0, 0)
+UNMATCHED = (160, 160, 160)
+
+
+def colour(classes: np.ndarray, labels: LabelSpace, *, missing: tuple[int, int, int] = IGNORED) -> np.ndarray:
+    """(H, W) class ids, negative = missing, to (H, W, 3) uint8."""
+    table = np.array([*labels.palette, missing], dtype=np.uint8)
+    return table[np.where(classes < 0, labels.n_classes, classes)]
+
+
+def draw_predictions(path: Path, rows: Sequence[dict[str, np.ndarray]], labels: LabelSpace) -> None:
+    """One row an image, one column for each picture (H, W, 3) uint8 under its title, and a legend.
+
+    Args:
+        path: PNG to write.
+        rows: title -> picture, the same titles in each row.
+        labels: classes for the legend.
+    """
+    titles = list(rows[0])
+    figure, axes = plt.subplots(
+        len(rows), len(titles), figsize=(2 * len(titles), 2 * len(rows) + 0.6), squeeze=False
+    )
+    for row, pictures in zip(axes, rows, strict=True):
+        for axis, title in zip(row, titles, strict=True):
+            axis.imshow(pictures[title])
+            axis.set_axis_off()
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=9)
+    handles = [
+        Patch(color=np.array(c) / 255, label=n) for n, c in zip(labels.names, labels.palette, strict=True)
+    ]
+    handles += [Patch(color=np.array(IGNORED) / 255, label="ignored")]
+    figure.legend(
+        handles=handles, loc="lower center", ncol=min(8, 2 * len(titles)), fontsize=7, frameon=False
+    )
+    lines = -(-len(handles) // min(8, 2 * len(titles)))
+    figure.tight_layout(rect=(0, 0.02 + 0.22 * lines / figure.get_figheight(), 1, 1), pad=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_confusion(path: Path, confusions: dict[str, np.ndarray], labels: LabelSpace) -> None:
+    """Heat maps of (C, C + 1) confusions side by side, rows normalised by truth, in percent.
+
+    Args:
+        path: PNG to write.
+        confusions: title -> counts; the last column holds unmatched clusters and is shown if it counts.
+        labels: row and column names.
+    """
+    side = 2.2 + 0.42 * labels.n_classes
+    figure, axes = plt.subplots(1, len(confusions), figsize=(side * len(confusions), side), squeeze=False)
+    for axis, (title, counts) in zip(axes[0], confusions.items(), strict=True):
+        columns = [*labels.names, "unmatched"]
+        if not counts[:, -1].any():
+            counts, columns = counts[:, :-1], columns[:-1]
+        total = counts.sum(axis=1, keepdims=True)
+        share = 100 * counts / np.maximum(total, 1)
+        seaborn.heatmap(
+            share,
+            ax=axis,
+            vmin=0,
+            vmax=100,
+            cmap="mako_r",
+            square=True,
+            cbar=False,
+            annot=labels.n_classes <= 15,
+            fmt=".0f",
+            annot_kws={"fontsize": 7},
+            xticklabels=columns,
+            yticklabels=labels.names,
+        )
+        axis.set_title(f"{title} (% of the true class)", fontsize=9)
+        axis.set_xlabel("predicted")
+        axis.set_ylabel("true")
+        axis.tick_params(labelsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

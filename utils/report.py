@@ -1,0 +1,78 @@
+"""Tables to print and to paste: the four metrics, IoU per class, and sweeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+METRICS = ("Cluster_Accuracy", "Cluster_mIoU", "Linear_Accuracy", "Linear_mIoU")
+STAGES = {"before_crf": "before CRF", "after_crf": "after CRF"}
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns, numbers to the right."""
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for row in (header, rule, *rows):
+        first = row[0].ljust(widths[0])
+        lines.append(
+            "| " + " | ".join([first, *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) + " |"
+        )
+    return "\n".join(lines)
+
+
+def metrics_table(results: dict[str, dict[str, Any]]) -> str:
+    """The four metrics of each run before and after CRF, in percent; a reason where CRF is missing."""
+    rows, notes = [], []
+    for run, result in results.items():
+        for stage, title in STAGES.items():
+            metrics = result[stage]
+            rows.append([f"{run}, {title}", *(_percent(metrics and metrics.get(name)) for name in METRICS)])
+        if result["after_crf_missing"]:
+            notes.append(f"{run}, after CRF: {result['after_crf_missing']}")
+    return "\n".join([markdown(["", *(name.replace("_", " ") for name in METRICS)], rows), *notes])
+
+
+def class_table(results: dict[str, dict[str, Any]]) -> str:
+    """IoU per class in percent: a column for each run, head and stage that exists."""
+    columns: dict[str, dict[str, float]] = {}
+    for run, result in results.items():
+        for stage, title in STAGES.items():
+            for head, iou in (result["class_iou"].get(stage) or {}).items():
+                columns[f"{run} {head}{' CRF' if title == 'after CRF' else ''}"] = iou
+    if not columns:
+        return "no labels, so no IoU"
+    names = list(next(iter(columns.values())))
+    return markdown(
+        ["IoU", *columns], [[name, *(_percent(c[name]) for c in columns.values())] for name in names]
+    )
+
+
+def sweep_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Mean and sample standard deviation over the runs (seeds) of each setting.
+
+    Args:
+        results: (setting, result) for each run, in order.
+    """
+    rows = []
+    for setting in dict.fromkeys(setting for setting, _ in results):
+        group = [result for other, result in results if other == setting]
+        for stage, title in STAGES.items():
+            cells = [_spread([(r[stage] or {}).get(name) for r in group]) for name in METRICS]
+            rows.append([f"{setting or 'all'}, {title}", str(len(group)), *cells])
+    return markdown(["setting", "runs", *(name.replace("_", " ") for name in METRICS)], rows)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.1f}"
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    return f"{mean(known):.1f} ± {stdev(known):.1f}" if len(known) > 1 else f"{known[0]:.1f}"

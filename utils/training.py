@@ -1,0 +1,174 @@
+"""Lightning's Trainer as this project uses it: device, precision, loggers, when to validate."""
+
+from __future__ import annotations
+
+import logging
+import math
+import netrc
+import os
+import resource
+import socket
+import warnings
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.plugins.precision import MixedPrecision
+
+from utils.errors import UserError
+from utils.options import Options
+
+LOSS_SCALE, GROWTH_INTERVAL = 2048.0, 1000  # the published scaler
+REACH_SECONDS = 3
+
+
+class ValidationSteps(Callback):
+    """Validates after batch i of an epoch (from 1) where i is a multiple of `every`, and after the last.
+
+    Lightning's own val_check_interval leaves out an epoch's last batch unless it is a multiple.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """`val_check_batch` is compared with the batch in hand; infinity leaves the last batch alone."""
+        due = (batch_idx + 1) % self.every == 0
+        trainer.val_check_batch = batch_idx + 1 if due else math.inf
+
+
+def device_settings(options: Options) -> dict[str, Any]:
+    """Accelerator and devices: CUDA, else Apple MPS, else the CPU.
+
+    Raises:
+        UserError: `gpu_ids` names a device that is not there.
+    """
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if options.gpu_ids[0] >= count:
+            raise UserError(f"gpu_ids is {options.gpu_ids}, must be from 0 to {count - 1} on this machine")
+        return {"accelerator": "cuda", "devices": list(options.gpu_ids)}
+    accelerator = "mps" if torch.backends.mps.is_available() else "cpu"
+    print(f"device: {accelerator} (no CUDA device; gpu_ids {options.gpu_ids} ignored)")
+    return {"accelerator": accelerator, "devices": 1}
+
+
+def precision_settings(options: Options, accelerator: str) -> dict[str, Any]:
+    """Autocast as `train.precision` says; float16 with the published loss scale.
+
+    Raises:
+        UserError: float16 without CUDA.
+    """
+    chosen = options.train.precision
+    if chosen == "auto":
+        chosen = "fp16" if accelerator == "cuda" else "fp32"
+    if chosen == "fp16":
+        if accelerator != "cuda":
+            raise UserError(f"train.precision is fp16, must be auto, fp32 or bf16 on {accelerator}")
+        scaler = torch.amp.GradScaler("cuda", init_scale=LOSS_SCALE, growth_interval=GROWTH_INTERVAL)
+        return {"plugins": [MixedPrecision("16-mixed", "cuda", scaler=scaler)]}
+    return {"precision": {"bf16": "bf16-mixed", "fp32": "32-true"}[chosen]}
+
+
+def build_trainer(
+    options: Options,
+    *,
+    loggers: list[Logger] | None = None,
+    callbacks: list[Callback] | None = None,
+    validate: bool = True,
+) -> Trainer:
+    """A Trainer for a run, or with no loggers and callbacks for an evaluation.
+
+    Args:
+        options: all options.
+        loggers: where scalars go.
+        callbacks: beside the progress bar.
+        validate: whether there are validation images.
+    """
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    device = device_settings(options)
+    return Trainer(
+        **device,
+        **precision_settings(options, device["accelerator"]),
+        max_epochs=options.train.epoch,
+        logger=loggers or False,
+        callbacks=[*(callbacks or []), TQDMProgressBar()],
+        limit_val_batches=1.0 if validate else 0,
+        num_sanity_val_steps=0,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks or []),
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def best_checkpoint(folder: Path, *, scored: bool, validated: bool) -> ModelCheckpoint:
+    """Keeps best.ckpt: the largest `score`, or the newest where no metric exists.
+
+    Args:
+        folder: of the run.
+        scored: whether validation gives metrics.
+        validated: whether validation runs at all; otherwise an epoch's end saves.
+    """
+    return ModelCheckpoint(
+        dirpath=folder,
+        filename="best",
+        monitor="score" if scored else None,
+        mode="max",
+        save_top_k=1,
+        enable_version_counter=False,
+        save_on_train_epoch_end=not validated,
+    )
+
+
+def build_loggers(options: Options, folder: Path) -> list[Logger]:
+    """A CSV file beside the run, and wandb where the options ask for it.
+
+    wandb never waits for a login or a network: where one is missing the run is recorded offline.
+    """
+    loggers: list[Logger] = [CSVLogger(folder.parent, name=folder.name, version="")]
+    chosen = options.wandb
+    if chosen.mode == "disabled":
+        return loggers
+    obstacle = wandb_obstacle() if chosen.mode == "online" else None
+    if obstacle:
+        print(f"wandb: {obstacle}; recording offline in {folder} (wandb sync uploads it later)")
+    loggers.append(
+        WandbLogger(
+            project=chosen.project,
+            entity=chosen.entity,
+            name=chosen.name,
+            save_dir=folder,
+            offline=bool(obstacle) or chosen.mode == "offline",
+        )
+    )
+    return loggers
+
+
+def wandb_obstacle() -> str | None:
+    """Why wandb cannot be reached at once, or None."""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        known = netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        known = False
+    if not known and not os.environ.get("WANDB_API_KEY"):
+        return "not logged in (wandb login)"
+    try:
+        socket.create_connection((host, 443), timeout=REACH_SECONDS).close()
+    except OSError:
+        return f"{host} cannot be reached"
+    return None
+
+
+def peak_memory_gib() -> float:
+    """Peak memory in GiB: of the GPU where there is one, else resident memory of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

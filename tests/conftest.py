@@ -1,0 +1,89 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from utils.optionfile import build_options
+
+GOLDEN = Path(__file__).parent / "golden"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+TINY = {  # seconds, not minutes: 4 steps of 4 scenes of 32 pixels
+    "wandb.name": "tiny",
+    "wandb.mode": "disabled",
+    "dataset.data_type": "synthetic",
+    "dataset.crop_type": None,
+    "dataset.res": 32,
+    "dataset.val_res": 32,
+    "dataset.train_images": 16,
+    "dataset.val_images": 6,
+    "dataloader.batch_size": 4,
+    "dataloader.num_workers": 0,
+    "training_coeff.group_size": 16,
+    "training_coeff.trainpatchsplit": 4,
+    "model.arch": "vit",
+    "model.dim": 24,
+    "model.pretrained.depth": 2,
+    "train.epoch": 1,
+    "train.print_freq": 2,
+    "train.valid_freq": 3,
+    "eval.crf_workers": 1,
+    "eval.pictures": 2,
+}
+
+
+@pytest.fixture
+def golden():
+    def load(name: str) -> SimpleNamespace:
+        """Arrays of a golden file as tensors, float16 as float32; other entries as they are."""
+        entries = {}
+        with np.load(GOLDEN / f"{name}.npz") as stored:
+            for key in stored.files:
+                value = stored[key]
+                if value.dtype.kind == "U":
+                    entries[key] = str(value)
+                else:
+                    tensor = torch.from_numpy(value)
+                    entries[key] = tensor.float() if tensor.dtype == torch.float16 else tensor
+        return SimpleNamespace(**entries)
+
+    return load
+
+
+@pytest.fixture
+def tiny_options(tmp_path):
+    def make(**overrides):
+        """Options of a run of seconds; keys with '__' for '.'."""
+        changed = {key.replace("__", "."): value for key, value in overrides.items()}
+        return build_options(TINY | {"output_dir": str(tmp_path / "output")} | changed, source="a test")
+
+    return make
+
+
+@pytest.fixture
+def tiny_file(tmp_path):
+    import json
+
+    def write(**overrides) -> str:
+        changed = {key.replace("__", "."): value for key, value in overrides.items()}
+        tree: dict = {}
+        for key, value in (TINY | {"output_dir": str(tmp_path / "output")} | changed).items():
+            *sections, last = key.split(".")
+            node = tree
+            for section in sections:
+                node = node.setdefault(section, {})
+            node[last] = value
+        path = tmp_path / "tiny.json"
+        path.write_text(json.dumps(tree))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("the shared reference folder is not beside this checkout")
+    return SHARED

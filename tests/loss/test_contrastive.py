@@ -1,0 +1,44 @@
+import math
+
+import pytest
+import torch
+
+from loss.contrastive import masked_contrastive
+
+
+def masks(seed=0, anchors=6, patches=9):
+    drawn = torch.Generator().manual_seed(seed)
+    logits = torch.randn(anchors, patches, generator=drawn, dtype=torch.float64)
+    positives = torch.rand(anchors, patches, generator=drawn) < 0.3
+    kept = positives | (torch.rand(anchors, patches, generator=drawn) < 0.4)
+    positives[0] = kept[0] = False  # an anchor with nothing
+    positives[1] = False
+    kept[1] = True  # an anchor with negatives alone
+    return logits, positives, kept
+
+
+def test_masked_contrastive__by_hand():
+    logits = torch.tensor([[1.0, 2.0, 5.0, 3.0]])
+    positives = torch.tensor([[True, True, False, False]])
+    kept = torch.tensor([[True, True, False, True]])
+    total = math.log(math.e + math.e**2 + math.e**3)
+    expected = -(0.7 / 0.07) * ((1 - total) + (2 - total)) / 2
+    term = masked_contrastive(logits, positives, kept=kept, tau=0.7)
+    assert term.loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_masked_contrastive__slope_is_the_derivative():
+    logits, positives, kept = masks()
+    logits.requires_grad_()
+    term = masked_contrastive(logits, positives, kept=kept, tau=0.5, with_slope=True)
+    (expected,) = torch.autograd.grad(term.loss.sum(), logits)
+    torch.testing.assert_close(term.slope, expected)
+
+
+def test_masked_contrastive__anchor_without_positives_is_zero():
+    logits, positives, kept = masks()
+    term = masked_contrastive(logits, positives, kept=kept, tau=0.5, with_slope=True)
+    assert term.loss[:2].tolist() == [0, 0]
+    assert term.valid[:2].tolist() == [False, False]
+    assert not term.slope[:2].any()
+    assert torch.isfinite(term.slope).all()

@@ -1,0 +1,292 @@
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from loss import PPAPLoss
+from loss.ppap import ieee_float32
+from tests.loss.oracle import oracle_loss
+
+GOLDEN_LOSSES = ["loss_cocostuff8", "loss_cocostuff16", "loss_cityscapes_base", "loss_potsdam"]
+COEFFICIENTS = {
+    "initialcrit_pos": 0.55,
+    "initialcrit_amb": 0.2,
+    "prop_iter": 2,
+    "sigma_pos": 3.0,
+    "sigma_amb": 3.0,
+    "trainpatchsplit": 4,
+    "tau": 0.8,
+    "group_size": 16,
+}
+
+
+def clustered_batch(*, images=3, dim=8, side=4, seed=0):
+    """Features around a few centres, so that every set is non-trivial; z of unit length."""
+    drawn = torch.Generator().manual_seed(seed)
+    centres = torch.randn(4, dim, generator=drawn)
+    which = torch.randint(4, (images * side * side,), generator=drawn)
+    rows = centres[which] + 0.6 * torch.randn(len(which), dim, generator=drawn)
+    features = rows.view(images, side, side, dim).permute(0, 3, 1, 2).contiguous()
+    z = F.normalize(torch.randn(len(which), dim, generator=drawn), dim=1)
+    return z.requires_grad_(), features
+
+
+@pytest.mark.parametrize("name", GOLDEN_LOSSES)
+@pytest.mark.parametrize("chunk_size", [None, 1, 60])
+def test_loss__golden(golden, name, chunk_size):
+    stored = golden(name)
+    z = stored.z.requires_grad_()
+    output = PPAPLoss(**json.loads(stored.config), chunk_size=chunk_size)(z, stored.feat, stored.anchors)
+    output.loss.backward()
+    assert output.loss.item() == pytest.approx(stored.loss.item(), rel=1e-5)
+    assert (z.grad - stored.grad_z).norm() <= 1e-5 * stored.grad_z.norm()
+    assert output.num_positives.item() == pytest.approx(stored.num_positives.item(), rel=1e-6)
+    assert output.num_negatives.item() == pytest.approx(stored.num_below_psi.item(), rel=1e-6)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(
+    images=st.integers(1, 3),
+    height=st.integers(1, 4),
+    width=st.integers(1, 3),
+    dim=st.integers(1, 5),
+    steps=st.integers(0, 5),
+    phi=st.floats(-1.1, 1.1),
+    psi=st.floats(-1.1, 1.1),
+    sigma_pos=st.sampled_from([0.05, 0.5, 3.0, math.inf]),
+    sigma_amb=st.sampled_from([0.05, 0.5, 3.0, math.inf]),
+    split=st.integers(1, 8),
+    group_size=st.integers(1, 20),
+    tau=st.sampled_from([0.07, 0.5, 0.8]),
+    chunk_size=st.sampled_from([None, 1, 5]),
+    seed=st.integers(0, 10**6),
+)
+def test_loss__oracle(
+    images,
+    height,
+    width,
+    dim,
+    steps,
+    phi,
+    psi,
+    sigma_pos,
+    sigma_amb,
+    split,
+    group_size,
+    tau,
+    chunk_size,
+    seed,
+):
+    drawn = torch.Generator().manual_seed(seed)
+    features = torch.randn(images, dim, height, width, generator=drawn)
+    z = F.normalize(torch.randn(images * height * width, 3, generator=drawn), dim=1).requires_grad_()
+    criterion = PPAPLoss(
+        initialcrit_pos=phi,
+        initialcrit_amb=psi,
+        prop_iter=steps,
+        sigma_pos=sigma_pos,
+        sigma_amb=sigma_amb,
+        trainpatchsplit=split,
+        tau=tau,
+        group_size=group_size,
+        chunk_size=chunk_size,
+    )
+    anchors = criterion.sample_anchors(len(z), drawn)
+    exact_z = z.detach().double().requires_grad_()
+    expected = oracle_loss(
+        exact_z,
+        features,
+        anchors,
+        phi0=phi,
+        psi0=psi,
+        steps=steps,
+        sigma_pos=sigma_pos,
+        sigma_amb=sigma_amb,
+        tau=tau,
+    )
+    assume(expected.margin > 2e-4)  # float32 and float64 agree on every set
+    output = criterion(z, features, anchors)
+    output.loss.backward()
+    expected.loss.backward()
+    assert output.loss.item() == pytest.approx(expected.loss.item(), rel=2e-4, abs=2e-4)
+    torch.testing.assert_close(z.grad.double(), exact_z.grad, rtol=1e-3, atol=1e-3)
+    assert output.num_positives.item() == pytest.approx(expected.num_positives)
+    assert output.num_negatives.item() == pytest.approx(expected.num_negatives)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_loss__dtypes_and_autocast(dtype):
+    z, features = clustered_batch()
+    criterion = PPAPLoss(**COEFFICIENTS)
+    anchors = criterion.sample_anchors(len(z), torch.Generator().manual_seed(1))
+    low_z, low_features = z.detach().to(dtype).requires_grad_(), features.to(dtype)
+    reference = criterion(low_z.float(), low_features.float(), anchors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = criterion(low_z, low_features, anchors)
+    output.loss.backward()
+    assert output.loss.dtype == torch.float32
+    assert low_z.grad.dtype == dtype
+    assert output.loss.item() == reference.loss.item()  # autocast around it changes nothing
+    assert output.num_positives == reference.num_positives
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 5, 7, 1000])
+def test_loss__chunked_equals_unchunked_with_a_leftover(chunk_size):
+    z, features = clustered_batch(images=3, side=4)  # 48 patches: groups of 20, 20 and 8
+    chosen = COEFFICIENTS | {"group_size": 20}
+    anchors = PPAPLoss(**chosen).sample_anchors(len(z), torch.Generator().manual_seed(1))
+    whole = PPAPLoss(**chosen)(z, features, anchors)
+    (expected,) = torch.autograd.grad(whole.loss, z)
+    parts = PPAPLoss(**chosen, chunk_size=chunk_size)(z, features, anchors)
+    (grad,) = torch.autograd.grad(parts.loss, z)
+    torch.testing.assert_close(parts.loss, whole.loss)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_loss__gradient_scales_and_needs_z_only():
+    z, features = clustered_batch()
+    features.requires_grad_()
+    criterion = PPAPLoss(**COEFFICIENTS)
+    anchors = criterion.sample_anchors(len(z), torch.Generator().manual_seed(1))
+    (once,) = torch.autograd.grad(criterion(z, features, anchors).loss, z)
+    (scaled,) = torch.autograd.grad(2048 * criterion(z, features, anchors).loss, z)
+    torch.testing.assert_close(scaled, 2048 * once)
+    criterion(z, features, anchors).loss.backward()
+    assert features.grad is None
+    assert not criterion(z.detach(), features, anchors).loss.requires_grad
+
+
+def test_loss__no_positive_anywhere_is_zero_with_a_graph():
+    z, features = clustered_batch()
+    criterion = PPAPLoss(**COEFFICIENTS | {"initialcrit_pos": 2.0, "prop_iter": 3})
+    output = criterion(z, features, generator=torch.Generator().manual_seed(0))
+    output.loss.backward()
+    assert output.loss.item() == 0
+    assert output.num_positives.item() == 0
+    assert torch.equal(z.grad, torch.zeros_like(z))
+
+
+def test_loss__group_without_positives_is_left_out():
+    features = torch.eye(6).repeat_interleave(1, 0)[None, :, :, None].clone()  # (1, 6, 6, 1), all orthogonal
+    features[0, :, 1] = features[0, :, 0]  # but patches 0 and 1, of the first group, are one
+    z = F.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    both = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    criterion = PPAPLoss(**COEFFICIENTS | {"group_size": 3, "trainpatchsplit": 1})
+    torch.testing.assert_close(criterion(z, features, both).loss, criterion(z, features, both[:1]).loss)
+
+
+def test_loss__short_group_counts_by_its_anchors():
+    z, features = clustered_batch(images=1, side=4)
+    criterion = PPAPLoss(**COEFFICIENTS | {"initialcrit_pos": -1.1})  # everything is a positive
+    first, second = torch.tensor([[0, 1, 2]]), torch.tensor([[9, -1, -1]])
+    a, b = criterion(z, features, first).loss, criterion(z, features, second).loss
+    torch.testing.assert_close(criterion(z, features, torch.cat([first, second])).loss, (3 * a + b) / 4)
+
+
+def test_loss__infinite_sigma_holds_the_boundary():
+    z, features = clustered_batch()
+    anchors = PPAPLoss(**COEFFICIENTS).sample_anchors(len(z), torch.Generator().manual_seed(1))
+    held = PPAPLoss(**COEFFICIENTS | {"sigma_pos": math.inf, "sigma_amb": math.inf})(z, features, anchors)
+    nearly = PPAPLoss(**COEFFICIENTS | {"sigma_pos": 1e9, "sigma_amb": 1e9})(z, features, anchors)
+    torch.testing.assert_close(held.loss, nearly.loss)
+    assert held.num_positives == nearly.num_positives
+
+
+def test_loss__overlapping_sets_count_each_patch_once():
+    z, features = clustered_batch()
+    anchors = PPAPLoss(**COEFFICIENTS).sample_anchors(len(z), torch.Generator().manual_seed(1))
+    everything = COEFFICIENTS | {"initialcrit_pos": -2.0, "prop_iter": 0}
+    alone = PPAPLoss(**everything | {"initialcrit_amb": -3.0})(z, features, anchors)
+    doubled = PPAPLoss(**everything | {"initialcrit_amb": 3.0})(z, features, anchors)
+    torch.testing.assert_close(alone.loss, doubled.loss)
+
+
+def test_loss__float16_operands_change_little():
+    z, features = clustered_batch(images=8)
+    anchors = PPAPLoss(**COEFFICIENTS).sample_anchors(len(z), torch.Generator().manual_seed(1))
+    full = PPAPLoss(**COEFFICIENTS)(z, features, anchors)
+    half = PPAPLoss(**COEFFICIENTS, similarity_dtype=torch.float16)(z, features, anchors)
+    assert half.loss.item() == pytest.approx(full.loss.item(), rel=0.05)
+
+
+def test_sampling__range_no_repeats_and_per_group():
+    criterion = PPAPLoss(**COEFFICIENTS)
+    anchors = criterion.sample_anchors(16 * 3 + 7, torch.Generator().manual_seed(0))
+    assert anchors.shape == (4, 4)
+    assert anchors.dtype == torch.int64
+    for group, row in enumerate(anchors.tolist()):
+        drawn = [index for index in row if index >= 0]
+        assert len(drawn) == (4 if group < 3 else 1)  # 16 // 4, and 7 // 4
+        assert len(set(drawn)) == len(drawn)
+        assert all(16 * group <= index < min(16 * group + 16, 55) for index in drawn)
+
+
+def test_sampling__covers_a_group_and_depends_on_the_generator_alone():
+    criterion = PPAPLoss(**COEFFICIENTS)
+    seen = {
+        int(i) for s in range(80) for i in criterion.sample_anchors(16, torch.Generator().manual_seed(s))[0]
+    }
+    assert seen == set(range(16))
+    draw = [criterion.sample_anchors(160, torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert torch.equal(*draw)
+    shorter = criterion.sample_anchors(80, torch.Generator().manual_seed(5))
+    assert torch.equal(shorter, draw[0][:5])  # what follows a group does not change it
+
+
+def test_sampling__fewer_patches_than_the_split_gives_one_anchor():
+    assert PPAPLoss(**COEFFICIENTS).sample_anchors(3).shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"tau": 0.0}, "tau"),
+        ({"tau": float("nan")}, "tau"),
+        ({"sigma_pos": 0.0}, "sigma_pos"),
+        ({"prop_iter": -1}, "prop_iter"),
+        ({"trainpatchsplit": 0}, "trainpatchsplit"),
+        ({"similarity_dtype": torch.bfloat16}, "similarity_dtype"),
+    ],
+)
+def test_coefficients__out_of_range(change, word):
+    with pytest.raises(ValueError, match=word):
+        PPAPLoss(**COEFFICIENTS | change)
+
+
+def test_shapes__that_do_not_fit():
+    z, features = clustered_batch()
+    criterion = PPAPLoss(**COEFFICIENTS)
+    with pytest.raises(ValueError, match="z must be"):
+        criterion(z[:-1], features)
+    with pytest.raises(ValueError, match="features must be"):
+        criterion(z, features[0])
+    with pytest.raises(ValueError, match="anchors must lie"):
+        criterion(z, features, torch.tensor([[len(z)]]))
+    with pytest.raises(ValueError, match="anchors must be"):
+        criterion(z, features, torch.tensor([0]))
+
+
+def test_ieee_float32__restores_the_setting():
+    torch.set_float32_matmul_precision("high")
+    try:
+        with ieee_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", GOLDEN_LOSSES)
+def test_loss__golden_on_cuda(golden, name):
+    stored = golden(name)
+    z = stored.z.cuda().requires_grad_()
+    output = PPAPLoss(**json.loads(stored.config))(z, stored.feat.cuda(), stored.anchors)
+    output.loss.backward()
+    assert output.loss.item() == pytest.approx(stored.loss.item(), rel=1e-5)
+    assert (z.grad.cpu() - stored.grad_z).norm() <= 1e-5 * stored.grad_z.norm()

@@ -49,8 +49,8 @@ class Potsdam(Source):
             self.ids = first.read_text().split() if first.is_file() else []
         if not self.ids:
             raise UserError(
-                f"dataset.data_path is {options.data_path}: {first} is missing or empty; the folder must hold "
-                "the lists, imgs/ and gt/ of Potsdam"
+                f"dataset.data_path is {options.data_path}: {first} is missing or empty; the folder must "
+                "hold the lists, imgs/ and gt/ of Potsdam"
             )
         self.images, self.targets = root / "imgs", root / "gt"
         self.rule = class_rule(COARSE_OF_FINE)

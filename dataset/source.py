@@ -147,7 +147,7 @@ class SegmentationDataset(Dataset):
             value = int(raw[classes == INVALID][0])
             known = np.flatnonzero(self.source.rule != INVALID).tolist()
             raise UserError(
-                f"{self.source.name(index)}: its label holds {value}, must be one of {known}; mend the label or "
-                "the number of classes"
+                f"{self.source.name(index)}: its label holds {value}, must be one of {known}; mend the label "
+                "or the number of classes"
             )
         return torch.from_numpy(classes)

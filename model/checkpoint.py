@@ -11,7 +11,7 @@ import torch
 
 from model.module import CHECKPOINT_ENTRY, PPAPModule
 from model.pretrained import load_strictly
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 FILES = ("best.ckpt", "best.pth", "ckpt.pth")  # in the order they are looked for
 PUBLISHED_PARTS = {  # published dict entry -> our prefix
@@ -68,7 +68,7 @@ def read_checkpoint(path: Path) -> CheckpointFile:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
     if isinstance(content, dict) and CHECKPOINT_ENTRY in content and "state_dict" in content:
         return CheckpointFile(path, content["state_dict"], content[CHECKPOINT_ENTRY])
     if isinstance(content, dict) and {"net_model_state_dict", *PUBLISHED_PARTS} <= set(content):
@@ -97,7 +97,7 @@ def restore(module: PPAPModule, checkpoint: CheckpointFile) -> None:
     names = checkpoint.about.get("class_names")
     if names is not None and tuple(names) != module.labels.names:
         raise UserError(
-            f"{checkpoint.path}: trained on the {len(names)} classes {', '.join(names)}; the options' data set "
-            f"has the {module.labels.n_classes} classes {', '.join(module.labels.names)}"
+            f"{checkpoint.path}: trained on the {len(names)} classes {', '.join(names)}; the data set "
+            f"of the options has the {module.labels.n_classes} classes {', '.join(module.labels.names)}"
         )
     load_strictly(module, checkpoint.state, str(checkpoint.path))

@@ -196,12 +196,15 @@ class PPAPModule(LightningModule):
             self._write({**metrics, "iters": self.iters, "valid_loss": self.last_evaluation.valid_loss})
 
     def _write(self, scalars: dict[str, Any]) -> None:
-        plain = {name: float(value) for name, value in scalars.items()}
+        plain = {
+            name: value.item() if isinstance(value, Tensor) else float(value)
+            for name, value in scalars.items()
+        }
         for logger in self.loggers:
             logger.log_metrics(plain, step=self.iters)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what a checkpoint is about: classes, colours, matching, options, versions; plain containers."""
+        """Adds what a checkpoint is about, in plain containers: classes, matching, options, versions."""
         evaluation = self.last_evaluation
         scores = evaluation.cluster if evaluation is not None else None
         checkpoint[CHECKPOINT_ENTRY] = {

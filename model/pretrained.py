@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.backbone import BackboneSpec, FrozenViT
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.options import Options
 
 DINO = "https://dl.fbaipublicfiles.com/dino"
@@ -115,7 +115,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a readable weights file ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not a readable weights file ({first_line(error)})") from None
     state = state.get("teacher", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(

@@ -21,7 +21,7 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import HydraException
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.optionfile import find_option_file, load_options
 from utils.options import Options
 
@@ -101,7 +101,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, list[Any]]:
         try:
             override = parser.parse_override(word)
         except HydraException as error:
-            mistakes.append(f"{word}: not an override ({str(error).splitlines()[0]}); {QUOTING}")
+            mistakes.append(f"{word}: not an override ({first_line(error)}); {QUOTING}")
             continue
         if (reason := _beyond_plain(override)) is not None:
             mistakes.append(f"{word}: {reason}; {QUOTING}")

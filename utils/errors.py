@@ -15,7 +15,7 @@ class UserError(Exception):
     """
 
     def __init__(self, mistakes: str | Iterable[str], heading: str = "") -> None:
-        self.mistakes = [mistakes] if isinstance(mistakes, str) else list(mistakes)
+        self.mistakes = [_own_words(mistakes)] if isinstance(mistakes, str) else list(mistakes)
         self.heading = heading
         super().__init__(str(self))
 
@@ -25,6 +25,16 @@ class UserError(Exception):
         count = f"{len(self.mistakes)} mistake{'s' if len(self.mistakes) > 1 else ''}"
         head = f"{count} in {self.heading}:" if self.heading else f"{count}:"
         return "\n".join([head, *(f"  - {line}" for line in self.mistakes)])
+
+
+def _own_words(message: str) -> str:
+    """A message as it was raised: torch raises a worker's exception anew with its traceback as the text."""
+    return message.rsplit(f"{UserError.__module__}.UserError: ", 1)[-1].strip()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def closest(word: str, known: Iterable[str]) -> str:

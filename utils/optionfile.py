@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from utils.errors import UserError, closest
+from utils.errors import UserError, closest, first_line
 from utils.options import LEGACY_KEYS, Options
 
 OPTION_FOLDERS = (Path("json"), Path("json/server"))
@@ -173,7 +173,7 @@ def build_options(flat: dict[str, Any], *, source: str, check_files: bool = Fals
     try:
         options = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # a ${...} that leads nowhere
-        raise UserError([*mistakes, str(error).splitlines()[0]], source) from None
+        raise UserError([*mistakes, first_line(error)], source) from None
     reported = tuple(f"{line.split()[0]} " for line in mistakes)
     further = contradictions(options) + (missing_files(options) if check_files else [])
     mistakes += [line for line in further if not line.startswith(reported)]

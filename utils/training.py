@@ -92,7 +92,8 @@ def build_trainer(
         validate: whether there are validation images.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    for library in ("pytorch_lightning", "lightning_fabric", "torchmetrics"):
+        warnings.filterwarnings("ignore", module=library)
     device = device_settings(options)
     return Trainer(
         **device,

@@ -1,0 +1,75 @@
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+from model.backbone import BackboneSpec, FrozenViT
+
+SPEC = BackboneSpec(dim=24, depth=3, heads=3, patch=4, native_res=16)
+
+
+def image(height, width, seed=0):
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_position_embedding__native_grid_is_the_stored_one():
+    backbone = FrozenViT(SPEC)
+    assert backbone.position_embedding((4, 4)) is backbone.pos_embed
+
+
+def test_position_embedding__dino_rule_elsewhere():
+    backbone = FrozenViT(SPEC)
+    patches = backbone.pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
+    expected = F.interpolate(patches, scale_factor=(6.1 / 4, 3.1 / 4), mode="bicubic")
+    resampled = backbone.position_embedding((6, 3))
+    assert resampled.shape == (1, 1 + 18, 24)
+    torch.testing.assert_close(resampled[:, 1:], expected.flatten(2).transpose(1, 2))
+    assert torch.equal(resampled[:, :1], backbone.pos_embed[:, :1])
+
+
+def test_position_embedding__registers_resample_with_antialiasing():
+    spec = BackboneSpec(dim=24, depth=2, heads=3, patch=4, native_res=16, registers=4, layer_scale=True)
+    backbone = FrozenViT(spec)
+    patches = backbone.pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
+    expected = F.interpolate(patches, size=(2, 3), mode="bicubic", antialias=True)
+    resampled = backbone.position_embedding((2, 3))[:, 1:]
+    torch.testing.assert_close(resampled, expected.flatten(2).transpose(1, 2))
+    assert backbone.tokens(image(8, 12)).shape == (2, 1 + 4 + 6, 24)
+    assert backbone.last_features(backbone.tokens(image(8, 12)), (2, 3)).shape == (2, 24, 2, 3)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_tokens__equal_timm_at_the_native_grid(registers):
+    """An independent assembly of the same tokens: timm's own forward, where no resampling is involved."""
+    torch.manual_seed(0)
+    reference = timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=0, global_pool="",
+        init_values=0.1, reg_tokens=registers, no_embed_class=registers > 0, norm_layer=torch.nn.LayerNorm,
+    ).eval()  # fmt: skip
+    spec = BackboneSpec(24, 3, 3, 4, 16, registers=registers, layer_scale=True)
+    backbone = FrozenViT(spec)
+    state = reference.state_dict()
+    if registers:
+        state["register_tokens"] = state.pop("reg_token").normal_()
+        reference.reg_token.data.copy_(state["register_tokens"])
+        state["pos_embed"] = torch.cat([torch.zeros(1, 1, 24), state["pos_embed"]], dim=1)
+    backbone.load_state_dict(state)
+    backbone.norm.eps = reference.norm.eps
+    for ours, theirs in zip(backbone.blocks, reference.blocks, strict=True):
+        ours.norm1.eps, ours.norm2.eps = theirs.norm1.eps, theirs.norm2.eps
+    with torch.no_grad():
+        expected = reference.forward_features(image(16, 16))[:, 1 + registers :]
+    features = backbone.last_features(backbone.tokens(image(16, 16)), (4, 4))
+    torch.testing.assert_close(features.flatten(2).transpose(1, 2), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_tokens__size_that_is_no_multiple():
+    with pytest.raises(ValueError, match="multiples of the patch"):
+        FrozenViT(SPEC).tokens(image(18, 16))
+
+
+def test_frozen__never_trains():
+    backbone = FrozenViT(SPEC).train()
+    assert not backbone.training
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    assert not backbone.tokens(image(16, 16)).requires_grad

@@ -1,0 +1,107 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset import DATA_SETS
+from model import build_module, find_checkpoint
+from model.checkpoint import read_checkpoint, restore
+from model.pretrained import backbone_spec
+from model.segmenter import Segmenter
+from utils.errors import UserError
+from utils.labels import LabelSpace
+from utils.optionfile import load_options
+
+EXPERIMENTS = {
+    "cocostuff_vits8": "cocostuff.json",
+    "cocostuff_vits16": "cocostuff16.json",
+    "cityscapes_vitb8": "cityscapes_base.json",
+    "potsdam_vitb8": "potsdam.json",
+}
+LABELS = LabelSpace.with_spread_colours(("a", "b", "c"))
+
+
+def published(module):
+    """A file in the published format with a module's parameters."""
+    net = {
+        **{f"model.{k}": v for k, v in module.segmenter.backbone.state_dict().items()},
+        **{f"decoder.{k}": v for k, v in module.segmenter.head.state_dict().items()},
+        **{f"project_head.{k}": v for k, v in module.segmenter.projection.state_dict().items()},
+    }
+    return {
+        "epoch": 1,
+        "best": 12.5,
+        "net_model_state_dict": net,
+        "net_optimizer_state_dict": None,
+        "linear_model_state_dict": module.linear_probe.classifier.state_dict(),
+        "cluster_model_state_dict": module.cluster_probe.state_dict(),
+    }
+
+
+def test_published_format__round_trip(tiny_options, tmp_path):
+    module = build_module(tiny_options(), LABELS)
+    torch.save(published(module), tmp_path / "ckpt.pth")
+    loaded = build_module(tiny_options(train__seed=5), LABELS, checkpoint=str(tmp_path))
+    for name, value in module.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_published_format__other_number_of_classes_names_both_shapes(tiny_options, tmp_path):
+    torch.save(published(build_module(tiny_options(), LABELS)), tmp_path / "ckpt.pth")
+    two = LabelSpace.with_spread_colours(("a", "b"))
+    with pytest.raises(UserError) as error:
+        build_module(tiny_options(), two, checkpoint=str(tmp_path / "ckpt.pth"))
+    assert "cluster_probe.clusters: (3, 24) in the file, (2, 24) in the model" in str(error.value)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_published_format__keys_and_shapes_of_the_released_files(shared, name):
+    """What our network calls its parameters is what checkpoint_keys.json lists, key by key."""
+    listed = json.loads((shared / "reference/checkpoint_keys.json").read_text())[name]
+    options = load_options(Path("json/server") / EXPERIMENTS[name])
+    with torch.device("meta"):
+        from model.backbone import FrozenViT
+        from model.module import PPAPModule
+
+        labels = DATA_SETS[options.dataset.data_type].labels(options.dataset)
+        segmenter = Segmenter(FrozenViT(backbone_spec(options)))
+        module = PPAPModule(options, labels, segmenter)
+        content = published(module)
+    for part in ("net_model_state_dict", "linear_model_state_dict", "cluster_model_state_dict"):
+        assert {key: list(value.shape) for key, value in content[part].items()} == listed[part]
+
+
+def test_find__order_of_names_and_places(tmp_path):
+    folder = tmp_path / "output" / "run"
+    folder.mkdir(parents=True)
+    for name in ("ckpt.pth", "best.pth", "best.ckpt"):
+        (folder / name).touch()
+        assert find_checkpoint("run", str(tmp_path / "output")) == folder / name
+        assert find_checkpoint(str(folder), "elsewhere") == folder / name
+    assert find_checkpoint(str(folder / "best.pth"), "elsewhere") == folder / "best.pth"
+    with pytest.raises(UserError, match=r"runs in .*: run"):
+        find_checkpoint("ran", str(tmp_path / "output"))
+    with pytest.raises(UserError, match="no checkpoint is named"):
+        find_checkpoint("", str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [{"weights": 1}, [1, 2], {}])
+def test_read__neither_format(tmp_path, content):
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=r"x\.ckpt: neither"):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_read__damaged(tmp_path):
+    (tmp_path / "x.ckpt").write_bytes(b"PK\x03\x04nonsense")
+    with pytest.raises(UserError, match=r"x\.ckpt: not a readable checkpoint"):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_restore__other_classes_are_named(tiny_options):
+    module = build_module(tiny_options(), LABELS)
+    from model.checkpoint import CheckpointFile
+
+    with pytest.raises(UserError, match=r"2 classes x, y.*3 classes a, b, c"):
+        restore(module, CheckpointFile("best.ckpt", module.state_dict(), {"class_names": ["x", "y"]}))

@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model.evaluator import CLUSTER_ALPHA, Evaluator, upsampled_norm
+from model.probes import ClusterProbe, LinearProbe
+from utils.crf import CrfPool, HeadLogits
+
+
+@pytest.mark.parametrize("shape", [(13, 7, 97, 64), (16, 16, 224, 224), (1, 3, 8, 9), (8, 8, 8, 8)])
+def test_upsampled_norm__equals_the_norm_of_the_upsampled_map(shape):
+    h, w, height, width = shape
+    code = torch.randn(2, 24, h, w, generator=torch.Generator().manual_seed(0))
+    literal = F.interpolate(code, size=(height, width), mode="bilinear").norm(dim=1)
+    torch.testing.assert_close(upsampled_norm(code, (height, width)), literal, atol=2e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def batch():
+    drawn = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    return {
+        "code": torch.randn(2, 12, 5, 6, generator=drawn),
+        "image": torch.randint(256, (2, 3, 40, 48), generator=drawn, dtype=torch.uint8),
+        "label": torch.randint(-1, 3, (2, 40, 48), generator=drawn),
+        "linear": LinearProbe(12, 3),
+        "cluster": ClusterProbe(12, 4),
+    }
+
+
+def add(evaluator, batch):
+    evaluator.update(
+        batch["code"], batch["image"], batch["label"], linear=batch["linear"], cluster=batch["cluster"]
+    )
+
+
+def test_update__equals_probes_on_the_upsampled_code(batch):
+    """The literal order of the published evaluation: upsample the code, then apply the probes."""
+    evaluator = Evaluator(3, 4, is_direct=False, with_linear=True)
+    add(evaluator, batch)
+    full = F.interpolate(batch["code"], size=(40, 48), mode="bilinear")
+    cosine = F.conv2d(
+        F.normalize(full, dim=1), F.normalize(batch["cluster"].clusters, dim=1)[:, :, None, None]
+    )
+    label = batch["label"]
+    for name, prediction in (("cluster", cosine.argmax(1)), ("linear", batch["linear"](full).argmax(1))):
+        expected = torch.zeros(3, evaluator.plain[name].n_predictions, dtype=torch.int64)
+        for true, predicted in zip(label[label >= 0].tolist(), prediction[label >= 0].tolist(), strict=True):
+            expected[true, predicted] += 1
+        assert (evaluator.plain[name].compute() - expected).abs().sum() <= 2  # ties
+    literal = -cosine.max(1).values.mean().item()
+    assert evaluator.compute().valid_loss == pytest.approx(literal, abs=1e-5)
+
+
+def test_update__batched_equals_single(batch):
+    together, apart = (Evaluator(3, 4, is_direct=False, with_linear=True) for _ in range(2))
+    add(together, batch)
+    for place in range(2):
+        one = {k: v[place : place + 1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        add(apart, one)
+    for name in ("cluster", "linear"):
+        difference = together.plain[name].compute() - apart.plain[name].compute()
+        assert difference.abs().sum() <= 2
+    assert together.compute().images == apart.compute().images == 2
+
+
+def test_reset__forgets(batch):
+    evaluator = Evaluator(3, 4, is_direct=False, with_linear=True)
+    add(evaluator, batch)
+    evaluator.reset()
+    assert evaluator.compute().cluster is None
+    assert evaluator.compute().images == 0
+
+
+def test_direct__code_is_the_cluster_logits(batch):
+    evaluator = Evaluator(3, 12, is_direct=True, with_linear=False)
+    add(evaluator, batch)
+    full = F.interpolate(batch["code"], size=(40, 48), mode="bilinear").argmax(1)
+    label = batch["label"]
+    assert evaluator.plain["cluster"].compute()[1, 5] == ((full == 5) & (label == 1)).sum()
+    assert evaluator.compute().linear is None
+
+
+def test_crf__literal_logits_reach_the_workers(batch):
+    """log-softmax of the linear logits, and of twice the cosines of the upsampled code."""
+    evaluator = Evaluator(3, 4, is_direct=False, with_linear=True)
+    seen = []
+
+    class Recorder:
+        def submit(self, image, heads, tag):
+            seen.append((image, heads))
+
+        def finished(self, *, wait_for_one=False):
+            return iter(())
+
+        def __len__(self):
+            return 0
+
+    evaluator.pool = Recorder()
+    with torch.no_grad():
+        add(evaluator, batch)
+        full = F.interpolate(batch["code"], size=(40, 48), mode="bilinear")
+        cosine = F.conv2d(
+            F.normalize(full, dim=1), F.normalize(batch["cluster"].clusters, dim=1)[:, :, None, None]
+        )
+        expected = (CLUSTER_ALPHA * cosine, batch["linear"](full))
+    for place in range(2):
+        image, heads = seen[place]
+        assert image.shape == (40, 48, 3)
+        for head, literal in zip(heads, expected, strict=True):
+            np.testing.assert_allclose(head.at((40, 48)), literal[place].numpy(), atol=1e-4)
+
+
+def test_crf__pool_counts_every_image_once(batch):
+    evaluator = Evaluator(3, 4, is_direct=False, with_linear=True)
+    with CrfPool(2) as pool:
+        evaluator.pool = pool
+        for _ in range(3):
+            add(evaluator, batch)
+        while len(pool):
+            evaluator.collect_refined(wait_for_one=True)
+    valid = int((batch["label"] >= 0).sum()) * 3
+    assert int(evaluator.refined["cluster"].compute().sum()) == valid
+    assert int(evaluator.refined["linear"].compute().sum()) == valid
+
+
+def test_pool__results_keep_their_order_and_tag():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 24, 24, 3), dtype=np.uint8)
+    logits = rng.normal(size=(6, 3, 6, 6)).astype(np.float32)
+    from utils.crf import refine
+
+    with CrfPool(2) as pool:
+        for place in range(6):
+            pool.submit(images[place], [HeadLogits(logits[place])], tag=place)
+        results = []
+        while len(pool):
+            results += list(pool.finished(wait_for_one=True))
+    assert [tag for tag, _ in results] == list(range(6))
+    for tag, (prediction,) in results:
+        expected = refine(images[tag], [HeadLogits(logits[tag])])[0].argmax(0)
+        assert np.array_equal(prediction, expected)

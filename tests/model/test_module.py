@@ -1,0 +1,172 @@
+import csv
+
+import pytest
+import torch
+
+from dataset import build_data
+from model import build_module
+from run import train
+from utils.errors import UserError
+from utils.randomness import generator
+
+
+@pytest.fixture
+def made(tiny_options):
+    def make(**overrides):
+        options = tiny_options(**overrides)
+        data = build_data(options)
+        return options, data, build_module(options, data.labels, train_labelled=data.train_labelled)
+
+    return make
+
+
+def first_batch(data):
+    return next(iter(data.train_dataloader()))
+
+
+def test_losses__total_is_the_sum_and_probes_read_the_code_detached(made):
+    _, data, module = made()
+    losses = module.losses(first_batch(data), step=1)
+    torch.testing.assert_close(losses.total, losses.ppap.loss + losses.linear + losses.cluster)
+    (losses.linear + losses.cluster).backward()
+    assert all(parameter.grad is None for parameter in module.segmenter.parameters())
+    assert module.cluster_probe.clusters.grad is not None
+
+
+def test_losses__are_a_function_of_seed_and_step(made):
+    _, data, module = made()
+    batch = first_batch(data)
+    torch.manual_seed(1)
+    first = module.losses(batch, step=7)
+    torch.manual_seed(2)  # the global state plays no part
+    again, other = module.losses(batch, step=7), module.losses(batch, step=8)
+    assert torch.equal(first.total, again.total)
+    assert not torch.equal(first.ppap.loss, other.ppap.loss)
+
+
+def test_losses__frozen_leaves_out_ppap_and_the_head(made):
+    _, data, module = made(train__frozen=True)
+    losses = module.losses(first_batch(data), step=1)
+    losses.total.backward()
+    assert losses.ppap is None
+    assert not any(parameter.requires_grad for parameter in module.segmenter.parameters())
+
+
+def test_frozen__starts_as_the_same_probes_and_sees_the_same_batches(made):
+    (_, data, module), (_, frozen_data, frozen) = made(), made(train__frozen=True)
+    for name, value in module.state_dict().items():
+        assert torch.equal(frozen.state_dict()[name], value), name
+    assert torch.equal(first_batch(data).index, first_batch(frozen_data).index)
+
+
+def test_optimizer__three_groups_and_decay_for_adamw_alone(made):
+    options, _, module = made(
+        optimizer__net__weight_decay=0.1, optimizer__linear__lr=0.5, optimizer__cluster__weight_decay=0.3
+    )
+    optimizer = module.configure_optimizers()
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (options.optimizer.net.lr, 0.1),
+        (0.5, 0.0),
+        (options.optimizer.cluster.lr, 0.0),
+    ]
+    listed = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert listed == {id(p) for p in module.parameters() if p.requires_grad}
+    assert not any(group["fused"] for group in optimizer.param_groups)
+
+
+def test_optimizer__adamw_without_decay_is_adam():
+    drawn = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(5, generator=drawn), torch.randn(20, 5, generator=drawn)
+    ends = []
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        parameter = torch.nn.Parameter(start.clone())
+        optimizer = kind([parameter], lr=1e-2, weight_decay=0.0)
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        ends.append(parameter.detach())
+    assert torch.equal(*ends)
+
+
+def test_clipping__acts_on_the_net_alone(made):
+    _, data, module = made(train__grad_norm=1e-3)
+    (1e4 * module.losses(first_batch(data), step=1).total).backward()
+    probe = module.cluster_probe.clusters.grad.clone()
+    module.configure_gradient_clipping()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in module.segmenter.trainable() if p.grad is not None])
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+    assert torch.equal(module.cluster_probe.clusters.grad, probe)
+
+
+def scalars(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [{key: value for key, value in row.items() if value != ""} for row in csv.DictReader(file)]
+
+
+def test_training__validates_at_the_published_steps(tiny_options, tmp_path):
+    """7 batches an epoch, valid_freq 3, two epochs: steps 3, 6, 7, 10, 13, 14."""
+    options = tiny_options(dataset__train_images=30, train__epoch=2, train__valid_freq=3)
+    best = train(options, tmp_path / "run")
+    rows = scalars(tmp_path / "run")
+    validated = [int(float(row["iters"])) for row in rows if "valid_loss" in row]
+    assert validated == [3, 6, 7, 10, 13, 14]
+    four = ("Cluster_mIoU", "Cluster_Accuracy", "Linear_mIoU", "Linear_Accuracy")
+    totals = [sum(float(row[name]) for name in four) for row in rows if "valid_loss" in row]
+    about = torch.load(best, weights_only=True)["ppap"]
+    assert about["step"] == validated[totals.index(max(totals))]  # the best, not the last
+    assert sum(about["metrics"].values()) == pytest.approx(max(totals))
+
+
+def test_training__logs_the_published_scalars(tiny_options, tmp_path):
+    train(tiny_options(), tmp_path / "run")  # 4 steps, print_freq 2
+    rows = [row for row in scalars(tmp_path / "run") if "train_loss" in row]
+    assert [int(float(row["iters"])) for row in rows] == [1, 3]
+    published = {"epoch", "iters", "train_loss", "supcon_loss", "net_lr", "param_norm", "grad_norm"}
+    assert published | {"num_positives", "num_negatives", "total_loss"} <= set(rows[0])
+    for row in rows:
+        parts = float(row["train_loss"]) + float(row["supcon_loss"])
+        assert float(row["total_loss"]) == pytest.approx(parts, rel=1e-5)
+
+
+def test_checkpoint__holds_tensors_and_plain_containers_and_what_it_is_about(tiny_options, tmp_path):
+    best = train(tiny_options(), tmp_path / "run")
+    content = torch.load(best, weights_only=True)
+    about = content["ppap"]
+    assert about["class_names"][0] == "plain"
+    assert len(about["palette"]) == len(about["assignment"]) == 7
+    assert about["options"]["training_coeff"]["prop_iter"] == 2
+    assert about["git_sha"]
+    assert "torch" in about["versions"]
+
+    def check(value):
+        if isinstance(value, dict):
+            assert all(check(item) for item in value.values())
+        elif isinstance(value, (list, tuple)):
+            assert all(check(item) for item in value)
+        else:
+            assert value is None or isinstance(value, (torch.Tensor, int, float, str, bool)), type(value)
+        return True
+
+    assert check(content)
+
+
+def test_training__workers_change_nothing(tiny_options, tmp_path):
+    curves = []
+    for workers in (0, 2):
+        options = tiny_options(dataloader__num_workers=workers, dataset__loader_crop_type="random",
+                               dataset__crop_type="five")  # fmt: skip
+        train(options, tmp_path / f"run{workers}")
+        curves.append(scalars(tmp_path / f"run{workers}"))
+    assert curves[0] == curves[1]
+
+
+def test_channels__that_do_not_fit(made):
+    with pytest.raises(UserError, match=r"model\.continuous: false asks for D = n_classes"):
+        made(model__continuous=False)
+    with pytest.raises(UserError, match=r"eval\.is_direct"):
+        made(eval__is_direct=True)
+
+
+def test_generator__differs_by_place():
+    draws = {torch.rand(1, generator=generator(0, *place)).item() for place in (("a", 1), ("a", 2), ("b", 1))}
+    assert len(draws) == 3

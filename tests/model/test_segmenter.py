@@ -1,0 +1,111 @@
+import pytest
+import torch
+
+from model.backbone import BackboneSpec, FrozenViT
+from model.probes import ClusterProbe, LinearProbe
+from model.segmenter import Segmenter, criterion_dropout
+
+TINY8 = BackboneSpec(dim=48, depth=4, heads=3, patch=8, native_res=224)
+PUBLISHED = {"model": "backbone", "decoder": "head", "project_head": "projection"}
+
+
+@pytest.fixture
+def stored(golden):
+    return golden("model_tiny8")
+
+
+@pytest.fixture
+def segmenter(stored):
+    state = {}
+    for key, value in vars(stored).items():
+        if key.startswith("sd/"):
+            part, name = key.removeprefix("sd/").split(".", 1)
+            state[f"{PUBLISHED[part]}.{name}"] = value
+    network = Segmenter(FrozenViT(TINY8))
+    network.load_state_dict(state)
+    return network
+
+
+@pytest.mark.parametrize("place", ["0", "1"])
+def test_segmenter__golden(segmenter, stored, place):
+    output = segmenter(getattr(stored, f"img{place}"))
+    for name in ("code", "z", "crit"):
+        expected = getattr(stored, name + place)
+        torch.testing.assert_close(getattr(output, name).detach(), expected, atol=1e-4, rtol=0)
+
+
+def test_segmenter__batched_equals_single(segmenter, stored):
+    together = segmenter(stored.img0)
+    alone = segmenter(stored.img0[1:])
+    torch.testing.assert_close(alone.code, together.code[1:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alone.z, together.z[64:], atol=1e-5, rtol=1e-5)
+
+
+def test_segmenter__segment_is_the_code(segmenter, stored):
+    assert torch.equal(segmenter.segment(stored.img0), segmenter(stored.img0).code)
+
+
+def test_segmenter__starts_as_the_frozen_features():
+    network = Segmenter(FrozenViT(TINY8))
+    output = network(torch.randn(1, 3, 32, 24, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(output.code, output.crit)
+
+
+def test_segmenter__gradients_reach_head_and_projection_alone(segmenter, stored):
+    segmenter.train()
+    output = segmenter(stored.img0)
+    output.z.sum().backward()
+    assert not output.crit.requires_grad
+    assert all(parameter.grad is not None for parameter in segmenter.trainable())
+    assert all(parameter.grad is None for parameter in segmenter.backbone.parameters())
+    assert not segmenter.backbone.training
+
+
+def test_probes__golden(stored):
+    linear, cluster = LinearProbe(48, 6), ClusterProbe(48, 7)
+    with torch.no_grad():
+        linear.classifier.weight.copy_(stored.lin_w)
+        linear.classifier.bias.copy_(stored.lin_b)
+        cluster.clusters.copy_(stored.clusters)
+    code, label = stored.code0, stored.label.long()
+    assert cluster.loss(code).item() == pytest.approx(stored.cluster_loss_hard.item(), abs=1e-6)
+    assert cluster.loss(code, alpha=2).item() == pytest.approx(stored.cluster_loss_soft.item(), abs=1e-6)
+    torch.testing.assert_close((2 * cluster(code)).log_softmax(1), stored.cluster_logprob, atol=1e-5, rtol=0)
+    assert linear.loss(code, label).item() == pytest.approx(stored.linear_loss.item(), abs=1e-5)
+    assert torch.equal(cluster(code).argmax(1), stored.cluster_pred.long())
+    for probe, expected in ((cluster.inner, stored.cluster_pred_up), (linear, stored.linear_pred_up)):
+        upsampled = torch.nn.functional.interpolate(probe(code), size=(64, 64), mode="bilinear")
+        assert (upsampled.argmax(1) == expected).float().mean() > 0.9999  # but for ties
+
+
+def test_linear_probe__no_valid_pixel_is_zero_with_a_graph():
+    probe = LinearProbe(4, 3)
+    loss = probe.loss(torch.randn(1, 4, 2, 2), torch.full((1, 8, 8), -1))
+    loss.backward()
+    assert loss.item() == 0
+    assert not probe.classifier.weight.grad.any()
+
+
+def test_linear_probe__labels_outside_the_classes_are_ignored():
+    probe, code = LinearProbe(4, 3), torch.randn(1, 4, 2, 2)
+    label = torch.tensor([[[0, 1], [2, -1]]])
+    assert torch.equal(probe.loss(code, label), probe.loss(code, label.masked_fill(label < 0, 7)))
+
+
+def test_criterion_dropout__whole_channels_of_an_image():
+    crit = torch.rand(40, 50, 2, 3) + 1
+    dropped = criterion_dropout(crit, probability=0.3, generator=torch.Generator().manual_seed(0))
+    ratio = dropped / crit
+    zero = (ratio == 0).flatten(2)
+    assert torch.equal(zero.all(2), zero.any(2))
+    assert zero.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    torch.testing.assert_close(ratio[ratio > 0], torch.full_like(ratio[ratio > 0], 1 / 0.7))
+
+
+def test_criterion_dropout__an_image_does_not_depend_on_those_behind_it():
+    crit = torch.ones(4, 10, 1, 1)
+    masks = [
+        criterion_dropout(crit[:n], probability=0.5, generator=torch.Generator().manual_seed(2))
+        for n in (2, 4)
+    ]
+    assert torch.equal(masks[0], masks[1][:2])

@@ -1,0 +1,180 @@
+"""run.py and eval.py through the functions that the command line calls."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import run
+from utils.errors import UserError
+from utils.optionfile import REPOSITORY
+
+
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_train_then_evaluate__same_numbers_exactly(tiny_file, tmp_path):
+    path = tiny_file()
+    (trained,) = run.main(["--opt", path])
+    (evaluated,) = evaluation.main(["--opt", path, "--checkpoint", "tiny", "wandb.name=again"])
+    (tested,) = run.main(["--opt", path, "--test"])
+    for stage in ("before_crf", "after_crf", "class_iou", "valid_loss", "assignment"):
+        assert json.dumps(trained[stage]) == json.dumps(evaluated[stage]) == json.dumps(tested[stage])
+    stored = metrics_of(tmp_path / "output" / "again")
+    assert stored["before_crf"] == trained["before_crf"]
+    assert set(trained["after_crf"]) == {"Cluster_Accuracy", "Cluster_mIoU", "Linear_Accuracy", "Linear_mIoU"}
+    for name in (
+        "best.ckpt",
+        "options.json",
+        "metrics.csv",
+        "confusion.npz",
+        "confusion.png",
+        "predictions.png",
+    ):
+        assert (tmp_path / "output" / "tiny" / name).stat().st_size > 0
+    confusion = np.load(tmp_path / "output" / "tiny" / "confusion.npz")
+    assert confusion["cluster"].sum() == 6 * 32 * 32
+
+
+def test_training__changes_what_is_evaluated(tiny_file):
+    """The agreement above is not that of two untrained networks."""
+    path = tiny_file()
+    results = [run.main(["--opt", path, f"train.epoch={epochs}"])[0]["valid_loss"] for epochs in (1, 4)]
+    assert results[0] != results[1]
+
+
+def test_frozen__keeps_the_features_and_has_its_own_folder(tiny_file, tmp_path):
+    path = tiny_file()
+    run.main(["--opt", path, "--frozen"])
+    state = torch.load(tmp_path / "output/tiny-frozen/best.ckpt", weights_only=True)["state_dict"]
+    for name, value in state.items():
+        if name.startswith("segmenter.head."):
+            block = name.replace("segmenter.head.", "segmenter.backbone.blocks.1.")
+            assert torch.equal(value, state[block])
+    run.main(["--opt", path])
+    moved = torch.load(tmp_path / "output/tiny/best.ckpt", weights_only=True)["state_dict"]
+    assert not torch.equal(moved["segmenter.head.mlp.fc1.weight"], state["segmenter.head.mlp.fc1.weight"])
+    assert torch.equal(
+        moved["segmenter.backbone.blocks.1.mlp.fc1.weight"],
+        state["segmenter.backbone.blocks.1.mlp.fc1.weight"],
+    )
+
+
+def test_compare_frozen__shows_both_side_by_side(tiny_file, capsys):
+    run.main(["--opt", tiny_file(), "train.compare_frozen=true", "eval.is_crf=false"])
+    printed = capsys.readouterr().out
+    assert "| tiny-frozen, before CRF |" in printed
+    assert "| tiny, before CRF        |" in printed
+    assert "tiny, after CRF: eval.is_crf is false" in printed
+
+
+def test_same_seed__same_run(tiny_file):
+    path = tiny_file()
+    first, second, other = (
+        run.main(["--opt", path, f"train.seed={seed}", "eval.is_crf=false"])[0] for seed in (0, 0, 1)
+    )
+    assert first["valid_loss"] == second["valid_loss"] != other["valid_loss"]
+
+
+def test_earlier_run__is_moved_aside(tiny_file, tmp_path):
+    path = tiny_file()
+    for _ in range(2):
+        run.main(["--opt", path, "eval.is_crf=false"])
+    assert (tmp_path / "output/tiny/best.ckpt").is_file()
+    assert (tmp_path / "output/tiny.1/best.ckpt").is_file()
+
+
+def test_sweep__one_table_over_seeds(tiny_file, capsys):
+    words = ["training_coeff.prop_iter=0,1", "train.seed=0,1", "eval.is_crf=false"]
+    results = run.main(["--opt", tiny_file(), *words])
+    assert len(results) == 4
+    assert "| training_coeff.prop_iter=1, before CRF |    2 |" in capsys.readouterr().out
+
+
+def test_checkpoint__training_can_start_from_one(tiny_file, tmp_path):
+    path = tiny_file()
+    run.main(["--opt", path])
+    run.main(
+        ["--opt", path, "--checkpoint", "tiny", "wandb.name=on", "optimizer.net.lr=0", "eval.is_crf=false"]
+    )
+    before = torch.load(tmp_path / "output/tiny/best.ckpt", weights_only=True)["state_dict"]
+    after = torch.load(tmp_path / "output/on/best.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(before["segmenter.head.mlp.fc1.weight"], after["segmenter.head.mlp.fc1.weight"])
+
+
+@pytest.fixture
+def unlabelled(tmp_path):
+    for split, count in (("train", 8), ("val", 2)):
+        (tmp_path / "photos/imgs" / split).mkdir(parents=True)
+        for number in range(count):
+            pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"photos/imgs/{split}/{number}.jpg")
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("with_val", [True, False])
+def test_unlabelled__trains_clusters_alone_and_keeps_the_last(
+    tiny_file, unlabelled, tmp_path, capsys, with_val
+):
+    import shutil
+
+    if not with_val:
+        shutil.rmtree(unlabelled / "imgs/val")
+    path = tiny_file(dataset__data_type="directory", dataset__n_classes=3)
+    (result,) = run.main(["--opt", path, "--data_path", str(unlabelled), "train.epoch=2"])
+    assert result["before_crf"] is None
+    assert result["images"] == (2 if with_val else 0)
+    assert result["step"] == 4  # 2 epochs of 2
+    assert "no linear probe" in capsys.readouterr().out
+    about = torch.load(tmp_path / "output/tiny/best.ckpt", weights_only=True)["ppap"]
+    assert about["train_labelled"] is False
+
+
+def command(program, *arguments, cwd=REPOSITORY):
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / program), *arguments], capture_output=True, text=True, cwd=cwd
+    )
+
+
+@pytest.mark.parametrize("program", ["run.py", "eval.py"])
+def test_command_line__mistakes_give_status_two_without_a_traceback(program, tmp_path):
+    for arguments in (
+        ["--opt", "demmo.json"],
+        ["--opt", "demo.json", "train.epoc=1", "train.seed=x"],
+        ["--opt", "demo.json", "+train.epoch=1"],
+        ["--opt", "camvid.json", "--data_path", "nowhere"],
+    ):
+        done = command(program, *arguments, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: ")
+        assert "Traceback" not in done.stderr
+
+
+def test_command_line__missing_checkpoint(tiny_file):
+    done = command("eval.py", "--opt", tiny_file(), "--checkpoint", "nowhere")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: checkpoint nowhere: none of")
+
+
+def test_command_line__a_damaged_image_in_a_worker_is_told_in_one_line(tiny_file, unlabelled):
+    (unlabelled / "imgs/train/3.jpg").write_bytes(b"no image")
+    path = tiny_file(dataset__data_type="directory", dataset__n_classes=3, dataloader__num_workers=1)
+    done = command("run.py", "--opt", path, "--data_path", str(unlabelled))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "3.jpg: not a readable image" in done.stderr.splitlines()[-1]
+
+
+def test_evaluate__without_validation_images_or_labels_has_no_metrics(tiny_file, unlabelled):
+    path = tiny_file(dataset__data_type="directory", dataset__n_classes=3)
+    run.main(["--opt", path, "--data_path", str(unlabelled)])
+    with pytest.raises(UserError, match="3 classes"):
+        evaluation.main(
+            ["--opt", path, "--data_path", str(unlabelled), "--checkpoint", "tiny", "dataset.n_classes=4"]
+        )

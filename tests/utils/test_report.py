@@ -1,0 +1,52 @@
+import numpy as np
+
+from utils.labels import LabelSpace
+from utils.pictures import colour, draw_confusion, draw_predictions
+from utils.report import class_table, metrics_table, sweep_table
+
+FOUR = {"Cluster_Accuracy": 50.0, "Cluster_mIoU": 20.0, "Linear_Accuracy": 80.0, "Linear_mIoU": 40.0}
+
+
+def result(shift=0.0, **changes):
+    metrics = {name: value + shift for name, value in FOUR.items()}
+    iou = {"cluster": {"sky": 10.0, "road": float("nan")}, "linear": {"sky": 30.0, "road": 50.0}}
+    return {
+        "before_crf": metrics,
+        "after_crf": None,
+        "after_crf_missing": "no compiler",
+        "class_iou": {"before_crf": iou, "after_crf": None},
+    } | changes
+
+
+def test_metrics_table__says_why_crf_is_missing():
+    table = metrics_table({"run": result()})
+    assert "| run, before CRF |" in table
+    assert "50.0" in table
+    assert "run, after CRF: no compiler" in table
+
+
+def test_metrics_table__without_labels():
+    assert "| run, before CRF |                - |" in metrics_table({"run": result(before_crf=None)})
+
+
+def test_class_table__names_and_gaps():
+    lines = class_table({"run": result()}).splitlines()
+    assert lines[0].split("|")[1:4] == [" IoU  ", " run cluster ", " run linear "]
+    assert lines[3].split("|")[2].strip() == "-"
+
+
+def test_sweep_table__mean_and_sample_deviation_over_seeds():
+    table = sweep_table([("T=0", result(-1.0)), ("T=0", result(1.0)), ("T=1", result())])
+    assert "| T=0, before CRF |    2 |" in table
+    assert "50.0 ± 1.4" in table  # sqrt(2)
+    assert "| T=1, before CRF |    1 |" in table
+
+
+def test_pictures__are_written_in_the_palette(tmp_path):
+    labels = LabelSpace(("a", "b"), ((255, 0, 0), (0, 0, 255)))
+    painted = colour(np.array([[0, 1], [-1, 1]]), labels)
+    assert painted.tolist() == [[[255, 0, 0], [0, 0, 255]], [[0, 0, 0], [0, 0, 255]]]
+    draw_predictions(tmp_path / "p.png", [{"image": painted, "truth": painted}] * 2, labels)
+    draw_confusion(tmp_path / "c.png", {"cluster": np.array([[1, 2, 3], [4, 5, 0]])}, labels)
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    assert (tmp_path / "c.png").stat().st_size > 1000

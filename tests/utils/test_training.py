@@ -1,0 +1,89 @@
+import json
+
+import pytest
+
+from utils import training
+from utils.errors import UserError
+from utils.files import make_folder, move_aside, write_json
+
+
+def test_device__is_chosen_and_gpu_ids_are_checked(tiny_options, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert training.device_settings(tiny_options(gpu_ids=[1])) == {"accelerator": "cuda", "devices": [1]}
+    with pytest.raises(UserError, match=r"gpu_ids is \[2\], must be from 0 to 1"):
+        training.device_settings(tiny_options(gpu_ids=[2]))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert training.device_settings(tiny_options())["accelerator"] == "mps"
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert training.device_settings(tiny_options())["accelerator"] == "cpu"
+    assert "gpu_ids [0] ignored" in capsys.readouterr().out
+
+
+def test_precision__auto_and_the_published_scaler(tiny_options, monkeypatch):
+    assert training.precision_settings(tiny_options(), "cpu") == {"precision": "32-true"}
+    assert training.precision_settings(tiny_options(train__precision="bf16"), "cpu") == {
+        "precision": "bf16-mixed"
+    }
+    made = []
+    monkeypatch.setattr("torch.amp.GradScaler", lambda device, **settings: made.append((device, settings)))
+    (plugin,) = training.precision_settings(tiny_options(), "cuda")["plugins"]
+    assert plugin.precision == "16-mixed"
+    assert made[0] == ("cuda", {"init_scale": 2048, "growth_interval": 1000})
+    with pytest.raises(UserError, match=r"train\.precision is fp16"):
+        training.precision_settings(tiny_options(train__precision="fp16"), "cpu")
+
+
+def test_wandb__never_waits_for_login_or_network(monkeypatch, tmp_path):
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert "not logged in" in training.wandb_obstacle()
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://nowhere.invalid")
+    assert training.wandb_obstacle() == "nowhere.invalid cannot be reached"
+
+
+def test_wandb__offline_run_is_recorded_beside_the_run(monkeypatch, tmp_path, tiny_options):
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    loggers = training.build_loggers(
+        tiny_options(wandb__mode="online"), make_folder(tmp_path / "out" / "run")
+    )
+    assert [type(logger).__name__ for logger in loggers] == ["CSVLogger", "WandbLogger"]
+    loggers[1].log_metrics({"train_loss": 1.0}, step=1)
+    loggers[1].experiment.finish()
+    assert list((tmp_path / "out" / "run").rglob("run-*.wandb"))
+
+
+def test_wandb__disabled_leaves_the_csv(tmp_path, tiny_options):
+    loggers = training.build_loggers(tiny_options(), tmp_path)
+    assert [type(logger).__name__ for logger in loggers] == ["CSVLogger"]
+
+
+def test_write_json__is_standard_json(tmp_path):
+    write_json(tmp_path / "m.json", {"a": float("nan"), "b": (1, 2), "c": {"d": float("inf")}})
+    text = (tmp_path / "m.json").read_text()
+    assert json.loads(text, parse_constant=lambda word: pytest.fail(word)) == {
+        "a": None,
+        "b": [1, 2],
+        "c": {"d": None},
+    }
+
+
+def test_move_aside__keeps_every_earlier_run(tmp_path):
+    run = tmp_path / "run"
+    for number in (1, 2):
+        run.mkdir()
+        (run / "best.ckpt").write_text(str(number))
+        assert move_aside(run) == tmp_path / f"run.{number}"
+    assert [(tmp_path / f"run.{n}/best.ckpt").read_text() for n in (1, 2)] == ["1", "2"]
+    assert move_aside(run) is None
+
+
+def test_make_folder__that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="choose another output_dir"):
+        make_folder(tmp_path / "file" / "run")

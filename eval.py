@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import guarded, parse_arguments, plan_jobs
+from utils.files import find_checkpoint
 from utils.options import Options
 
 if TYPE_CHECKING:
@@ -142,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Evaluates what the command line asks for, one job after another."""
     arguments = parse_arguments(argv, description="Evaluate a PPAP checkpoint.", training=False)
     jobs = plan_jobs(arguments)
+    for job in jobs:
+        find_checkpoint(job.options.checkpoint, job.options.output_dir)  # named at all?
     from utils.report import class_table, metrics_table, sweep_table
 
     results = []

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from model.backbone import FrozenViT
-from model.checkpoint import CheckpointFile, find_checkpoint, read_checkpoint, restore
+from model.checkpoint import CheckpointFile, read_checkpoint, restore
 from model.module import PPAPModule
 from model.pretrained import backbone_spec, load_backbone
 from model.segmenter import Segmenter
+from utils.files import find_checkpoint
 from utils.labels import LabelSpace
 from utils.options import Options
 from utils.randomness import seeded
 
-__all__ = ["PPAPModule", "build_module", "find_checkpoint"]
+__all__ = ["PPAPModule", "build_module"]
 
 
 def build_module(

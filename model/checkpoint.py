@@ -13,7 +13,6 @@ from model.module import CHECKPOINT_ENTRY, PPAPModule
 from model.pretrained import load_strictly
 from utils.errors import UserError, first_line
 
-FILES = ("best.ckpt", "best.pth", "ckpt.pth")  # in the order they are looked for
 PUBLISHED_PARTS = {  # published dict entry -> our prefix
     "linear_model_state_dict": "linear_probe.classifier.",
     "cluster_model_state_dict": "cluster_probe.",
@@ -38,25 +37,6 @@ class CheckpointFile:
     path: Path
     state: dict[str, torch.Tensor]
     about: dict[str, Any]
-
-
-def find_checkpoint(name: str, output_dir: str) -> Path:
-    """A file; or a folder, or a run's folder below `output_dir`, with best.ckpt, best.pth or ckpt.pth.
-
-    Raises:
-        UserError: nothing is there; names the places.
-    """
-    if not name:
-        raise UserError("no checkpoint is named: give --checkpoint a file, a folder or the name of a run")
-    if Path(name).is_file():
-        return Path(name)
-    places = [folder / file for folder in (Path(name), Path(output_dir) / name) for file in FILES]
-    for place in places:
-        if place.is_file():
-            return place
-    runs = sorted({path.parent.name for file in FILES for path in Path(output_dir).glob(f"*/{file}")})
-    there = f"runs in {output_dir}: {', '.join(runs)}" if runs else f"{output_dir} holds no run"
-    raise UserError(f"checkpoint {name}: none of {', '.join(map(str, places))} is there; {there}")
 
 
 def read_checkpoint(path: Path) -> CheckpointFile:

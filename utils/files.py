@@ -10,6 +10,8 @@ from typing import Any
 
 from utils.errors import UserError
 
+CHECKPOINTS = ("best.ckpt", "best.pth", "ckpt.pth")  # in the order they are looked for
+
 
 def write_json(path: Path, content: Any) -> None:
     """Standard JSON (NaN as null), written to a temporary name and renamed."""
@@ -53,3 +55,22 @@ def move_aside(path: Path) -> Path | None:
         number += 1
     path.rename(there)
     return there
+
+
+def find_checkpoint(name: str, output_dir: str) -> Path:
+    """A file; or a folder, or a run's folder below `output_dir`, with best.ckpt, best.pth or ckpt.pth.
+
+    Raises:
+        UserError: nothing is there; names the places.
+    """
+    if not name:
+        raise UserError("no checkpoint is named: give --checkpoint a file, a folder or the name of a run")
+    if Path(name).is_file():
+        return Path(name)
+    places = [folder / file for folder in (Path(name), Path(output_dir) / name) for file in CHECKPOINTS]
+    for place in places:
+        if place.is_file():
+            return place
+    runs = sorted({path.parent.name for file in CHECKPOINTS for path in Path(output_dir).glob(f"*/{file}")})
+    there = f"runs in {output_dir}: {', '.join(runs)}" if runs else f"{output_dir} holds no run"
+    raise UserError(f"checkpoint {name}: none of {', '.join(map(str, places))} is there; {there}")

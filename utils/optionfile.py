@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import UserError, closest, first_line
+from utils.files import find_checkpoint
 from utils.options import LEGACY_KEYS, Options
 
 OPTION_FOLDERS = (Path("json"), Path("json/server"))
@@ -253,6 +254,11 @@ def missing_files(options: Options) -> list[str]:
         found.append(
             f"model.pretrained.pretrained_weights is {weights}: no such file; null takes the official"
         )
+    if options.checkpoint:
+        try:
+            find_checkpoint(options.checkpoint, options.output_dir)
+        except UserError as error:
+            found.append(str(error))
     folder = options.dataset.data_path
     if options.dataset.data_type != "synthetic" and not (folder and Path(folder).is_dir()):
         found.append(

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from dataset import DATA_SETS
-from model import build_module, find_checkpoint
+from model import build_module
 from model.checkpoint import read_checkpoint, restore
 from model.pretrained import backbone_spec
 from model.segmenter import Segmenter
 from utils.errors import UserError
+from utils.files import find_checkpoint
 from utils.labels import LabelSpace
 from utils.optionfile import load_options
 

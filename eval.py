@@ -86,7 +86,8 @@ def predict(
     with CrfPool(options.eval.crf_workers) if missing is None else nullcontext() as pool:
         evaluator.pool = pool
         if len(data.validation_set):
-            build_trainer(options).validate(module, data.evaluation_dataloader(), verbose=False)
+            trainer = build_trainer(options)
+            trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)
         if pool is not None:
             with tqdm(total=evaluator.images, desc="CRF", unit="image") as bar:
                 bar.update(evaluator.images - len(pool))

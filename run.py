@@ -118,7 +118,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         results = run_job(job)
         print(f"\n{class_table(results)}\n\n{metrics_table(results)}")
         for name, result in results.items():
-            spent = f", {result['train_hours']:.2f} h" if "train_hours" in result else ""
+            spent = ""
+            if "train_hours" in result:
+                spent = f", {result['train_hours']:.2f} h, {result['peak_memory_gib']:.1f} GiB at most"
             print(f"{name}: step {result['step']}{spent}, results in {Path(job.options.output_dir) / name}")
         finished.append((job.setting, list(results.values())[-1]))
     if len(jobs) > 1:

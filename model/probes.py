@@ -71,7 +71,7 @@ class ClusterProbe(nn.Module):
             alpha: None assigns each patch to its nearest centroid alone; a number weighs all centroids by
                 the softmax of alpha * similarity.
         """
-        similarity = self(code.float())  # (B, K, h, w)
+        similarity = self(code).float()  # (B, K, h, w)
         if alpha is None:
             return -similarity.amax(dim=1).mean()
         return -((similarity * alpha).softmax(dim=1) * similarity).sum(dim=1).mean()

@@ -6,8 +6,8 @@ import logging
 import math
 import netrc
 import os
-import resource
 import socket
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -172,4 +172,9 @@ def peak_memory_gib() -> float:
     """Peak memory in GiB: of the GPU where there is one, else resident memory of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,12 +1,18 @@
 import csv
+import time
 
 import pytest
 import torch
 
-from dataset import build_data
-from model import build_module
+from dataset import DATA_SETS, build_data
+from dataset.source import Batch
+from model import PPAPModule, build_module
+from model.backbone import FrozenViT
+from model.pretrained import backbone_spec
+from model.segmenter import Segmenter
 from run import train
 from utils.errors import UserError
+from utils.optionfile import find_option_file, load_options
 from utils.randomness import generator
 
 
@@ -158,6 +164,78 @@ def test_training__workers_change_nothing(tiny_options, tmp_path):
         train(options, tmp_path / f"run{workers}")
         curves.append(scalars(tmp_path / f"run{workers}"))
     assert curves[0] == curves[1]
+
+
+def test_training__order_is_that_of_seed_and_epoch(tiny_options, tmp_path, monkeypatch):
+    seen = []
+    step = PPAPModule.training_step
+    monkeypatch.setattr(
+        PPAPModule, "training_step", lambda self, b, i: (seen.append(b.index.tolist()), step(self, b, i))[1]
+    )
+    train(tiny_options(train__epoch=2), tmp_path / "run")
+    epochs = [[index for batch in part for index in batch] for part in (seen[:4], seen[4:])]
+    for epoch, order in enumerate(epochs):
+        assert order == torch.randperm(16, generator=generator(0, "order", epoch)).tolist()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_training__reduced_precision_steps_and_clips_after_unscaling(
+    tiny_options, tmp_path, monkeypatch, precision
+):
+    """float16 as on CUDA, loss scaling included, but with the CPU's scaler."""
+    from pytorch_lightning.plugins.precision import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2048.0, growth_interval=1000)
+    if precision == "fp16":
+        plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+        monkeypatch.setattr("utils.training.precision_settings", lambda *_: {"plugins": [plugin]})
+    train(tiny_options(train__precision="bf16"), tmp_path / "low")
+    monkeypatch.undo()
+    train(tiny_options(), tmp_path / "full")
+    low, full = scalars(tmp_path / "low")[0], scalars(tmp_path / "full")[0]
+    for name in ("total_loss", "train_loss", "grad_norm", "num_positives"):  # not 2048 times as large
+        assert float(low[name]) == pytest.approx(float(full[name]), rel=0.1)
+    assert scaler.get_scale() == 2048
+
+
+def full_shape_step(options, device, dtype):
+    """Seconds and losses of one forward and backward pass at the options' shape, random weights."""
+    labels = DATA_SETS[options.dataset.data_type].labels(options.dataset)
+    with torch.device(device):
+        segmenter = Segmenter(FrozenViT(backbone_spec(options)))
+    module = PPAPModule(options, labels, segmenter).to(device)
+    optimizer, side = module.configure_optimizers(), options.dataset.res
+    batch = Batch(
+        torch.randint(256, (options.dataloader.batch_size, 3, side, side), dtype=torch.uint8, device=device),
+        torch.randint(-1, labels.n_classes, (options.dataloader.batch_size, side, side), device=device),
+        torch.arange(options.dataloader.batch_size),
+    )
+    for step in (1, 2):  # the first warms up
+        start = time.perf_counter()
+        with torch.autocast(device, dtype=dtype):
+            losses = module.losses(batch, step=step)
+        losses.total.backward()
+        module.configure_gradient_clipping()
+        optimizer.step()
+        finite = bool(torch.isfinite(losses.total))  # waits for the device
+        seconds = time.perf_counter() - start
+    assert finite
+    return seconds
+
+
+def test_step__at_a_small_shape(tiny_options):
+    assert full_shape_step(tiny_options(), "cpu", torch.bfloat16) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_step__full_coco_shape_on_cuda(capsys):
+    options = load_options(find_option_file("cocostuff.json"))
+    seconds = full_shape_step(options, "cuda", torch.float16)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    with capsys.disabled():
+        print(f"\nCOCO ViT-S/8 step, batch 64, 224 pixels, fp16: {seconds:.3f} s, {peak:.1f} GiB at most")
+    assert peak < 80
 
 
 def test_channels__that_do_not_fit(made):

@@ -1,0 +1,72 @@
+"""The README says what the code does: its options table, its option files and its commands."""
+
+import dataclasses
+import json
+import re
+import shlex
+
+import pytest
+
+from utils.cli import parse_arguments, plan_jobs
+from utils.optionfile import REPOSITORY, SCHEMA, find_option_file, load_options
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def default_of(field: dataclasses.Field):
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
+def option_rows() -> list[str]:
+    """The rows of the options table as the schema has them."""
+    rows = []
+    for key, entry in SCHEMA.items():
+        default = json.dumps(default_of(entry.field))
+        allowed = entry.allowed.replace("|", "\\|")
+        rows.append(f"| `{key}` | `{default}` | {entry.field.metadata['help']} | {allowed} |")
+    return rows
+
+
+def test_options_table__is_the_schema():
+    section = README.split("\n## Options\n")[1].split("\n## ")[0]
+    assert [line for line in section.splitlines() if line.startswith("| `")] == option_rows()
+
+
+def commands():
+    """Every `python run.py` or `python eval.py` in a code block or in the text."""
+    found = re.findall(r"python (run|eval)\.py ([^\n`&]+)", README)
+    return [(program, line.split("#")[0].strip()) for program, line in found]
+
+
+@pytest.mark.parametrize(("program", "line"), sorted(set(commands())))
+def test_commands__parse(program, line, tmp_path, monkeypatch):
+    """Flags and keys exist and option files are there; placeholders stand for files that are."""
+    (tmp_path / "w.pth").touch()
+    line = line.replace("<weights>", str(tmp_path / "w.pth"))
+    line = re.sub(r"<[a-z]+>", str(tmp_path), line)
+    monkeypatch.setattr("utils.optionfile.missing_files", lambda options: [])
+    jobs = plan_jobs(parse_arguments(shlex.split(line), description="", training=program == "run"))
+    assert jobs
+
+
+def test_option_files__named_in_the_readme_exist_and_the_other_way_round():
+    named = {name for name in re.findall(r"[a-z0-9_]+\.json", README) if name not in NOT_OURS}
+    for name in named:
+        load_options(find_option_file(name))
+    ours = {path.name for path in (REPOSITORY / "json").rglob("*.json") if not path.stem.endswith("_eval")}
+    assert ours <= named
+
+
+NOT_OURS = {"metrics.json", "options.json", "classes.json", "other.json"}
+
+
+def test_quick_start__is_what_ci_runs():
+    script = (REPOSITORY / ".ci/run").read_text()
+    for words in ("python run.py --opt demo.json", "&& pytest"):
+        assert f'command_from_readme "{words}"' in script
+        assert sum(line.startswith("pip install") and words in line for line in README.splitlines()) == 1
+
+
+def test_pictures__are_there():
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (REPOSITORY / path).is_file()

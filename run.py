@@ -48,7 +48,8 @@ def train(options: Options, folder: Path) -> Path:
     if (earlier := move_aside(folder)) is not None:
         print(f"{folder} held an earlier run, now in {earlier}")
     make_folder(folder)
-    write_json(folder / "options.json", as_tree(options) | {"made_with": provenance()})
+    write_json(folder / "options.json", as_tree(options))
+    write_json(folder / "provenance.json", provenance())
     validated = len(data.validation_set) > 0
     keeper = best_checkpoint(folder, scored=data.validation_labelled, validated=validated)
     trainer = build_trainer(

@@ -16,14 +16,14 @@ __all__ = ["PPAPModule", "build_module"]
 
 
 def build_module(
-    options: Options, labels: LabelSpace, *, train_labelled: bool = True, checkpoint: str | None = None
+    options: Options, labels: LabelSpace, *, train_labelled: bool | None = None, checkpoint: str | None = None
 ) -> PPAPModule:
     """Builds the network and fills it, from a checkpoint or from the backbone's weights.
 
     Args:
         options: all options.
         labels: classes of the data set.
-        train_labelled: whether train items have labels.
+        train_labelled: whether train items have labels; None: as the checkpoint says.
         checkpoint: a file, a folder or a run to restore all parameters from.
 
     Raises:
@@ -32,7 +32,8 @@ def build_module(
     loaded: CheckpointFile | None = None
     if checkpoint is not None:
         loaded = read_checkpoint(find_checkpoint(checkpoint, options.output_dir))
-        train_labelled = loaded.about.get("train_labelled", train_labelled)
+    if train_labelled is None:
+        train_labelled = loaded is None or loaded.about.get("train_labelled", True)
     with seeded(options.train.seed, "backbone"):
         backbone = FrozenViT(backbone_spec(options))
     source = (

@@ -12,7 +12,7 @@ from PIL import Image
 import eval as evaluation
 import run
 from utils.errors import UserError
-from utils.optionfile import REPOSITORY
+from utils.optionfile import REPOSITORY, load_options
 
 
 def metrics_of(folder):
@@ -32,6 +32,7 @@ def test_train_then_evaluate__same_numbers_exactly(tiny_file, tmp_path):
     for name in (
         "best.ckpt",
         "options.json",
+        "provenance.json",
         "metrics.csv",
         "confusion.npz",
         "confusion.png",
@@ -40,6 +41,13 @@ def test_train_then_evaluate__same_numbers_exactly(tiny_file, tmp_path):
         assert (tmp_path / "output" / "tiny" / name).stat().st_size > 0
     confusion = np.load(tmp_path / "output" / "tiny" / "confusion.npz")
     assert confusion["cluster"].sum() == 6 * 32 * 32
+
+
+def test_options__saved_beside_the_run_are_an_option_file(tiny_file, tmp_path):
+    run.main(["--opt", tiny_file(), "train.seed=7", "eval.is_crf=false"])
+    saved = load_options(tmp_path / "output/tiny/options.json")
+    assert saved.train.seed == 7
+    assert json.loads((tmp_path / "output/tiny/provenance.json").read_text())["versions"]["torch"]
 
 
 def test_training__changes_what_is_evaluated(tiny_file):

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from dataset import DATA_SETS
-from model import build_module
+from model import PPAPModule, build_module
+from model.backbone import FrozenViT
 from model.checkpoint import read_checkpoint, restore
 from model.pretrained import backbone_spec
 from model.segmenter import Segmenter
@@ -61,14 +62,8 @@ def test_published_format__keys_and_shapes_of_the_released_files(shared, name):
     """What our network calls its parameters is what checkpoint_keys.json lists, key by key."""
     listed = json.loads((shared / "reference/checkpoint_keys.json").read_text())[name]
     options = load_options(Path("json/server") / EXPERIMENTS[name])
-    with torch.device("meta"):
-        from model.backbone import FrozenViT
-        from model.module import PPAPModule
-
-        labels = DATA_SETS[options.dataset.data_type].labels(options.dataset)
-        segmenter = Segmenter(FrozenViT(backbone_spec(options)))
-        module = PPAPModule(options, labels, segmenter)
-        content = published(module)
+    labels = DATA_SETS[options.dataset.data_type].labels(options.dataset)
+    content = published(PPAPModule(options, labels, Segmenter(FrozenViT(backbone_spec(options)))))
     for part in ("net_model_state_dict", "linear_model_state_dict", "cluster_model_state_dict"):
         assert {key: list(value.shape) for key, value in content[part].items()} == listed[part]
 

@@ -51,12 +51,14 @@ def test_overrides__errors_show_how_to_quote_and_come_together():
 
 
 def test_jobs__flags(tiny_file, tmp_path):
-    (job,) = jobs("--opt", tiny_file(wandb__mode="online"), "--debug", "--frozen", "--checkpoint", "some",
+    (tmp_path / "some.ckpt").touch()
+    some = str(tmp_path / "some.ckpt")
+    (job,) = jobs("--opt", tiny_file(wandb__mode="online"), "--debug", "--frozen", "--checkpoint", some,
                   "--data_path", str(tmp_path), "train.seed=3")  # fmt: skip
     options = job.options
     assert options.wandb.mode == "disabled"
     assert options.train.frozen
-    assert options.checkpoint == "some"
+    assert options.checkpoint == some
     assert options.dataset.data_path == str(tmp_path)
     assert options.train.seed == 3
     assert not job.evaluate_only

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,11 @@ from utils.files import find_checkpoint
 from utils.options import Options
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from dataset.datamodule import SegmentationData
     from model import PPAPModule
-    from model.evaluator import Evaluation
+    from model.evaluator import Evaluation, Prediction
 
 # What needs torch is imported inside functions: a mistyped option is answered at once, and the CRF
 # processes, which import this file again, stay small.
@@ -47,46 +51,70 @@ def evaluate(options: Options, *, checkpoint: str, folder: Path) -> dict[str, An
     data = build_data(options, train=False)
     module = build_module(options, data.labels, checkpoint=checkpoint)
     make_folder(folder)
-    plain, refined, missing = predict(options, module, data)
+    predicted = predict(options, module, data=data)
+    stages = {"before_crf": predicted.plain, "after_crf": predicted.refined}
+    assigned = predicted.plain.cluster
     result = {
         "checkpoint": module.restored_from,
         "step": module.restored_step,
-        "images": plain.images,
-        "valid_loss": plain.valid_loss,
-        "before_crf": plain.metrics() or None,
-        "after_crf": (refined.metrics() or None) if refined else None,
-        "after_crf_missing": missing,
+        "images": predicted.plain.images,
+        "valid_loss": predicted.plain.valid_loss,
+        **{stage: evaluation and (evaluation.metrics() or None) for stage, evaluation in stages.items()},
+        "after_crf_missing": predicted.missing,
         "class_iou": {
-            stage: class_iou(evaluation, data.labels.names)
-            for stage, evaluation in (("before_crf", plain), ("after_crf", refined))
+            stage: evaluation and class_iou(evaluation, data.labels.names)
+            for stage, evaluation in stages.items()
         },
-        "assignment": list(plain.cluster.assignment) if plain.cluster else None,
+        "assignment": list(assigned.assignment) if assigned else None,
     }
     write_json(folder / "metrics.json", result)
-    write_pictures(folder, module, plain, refined)
+    write_pictures(folder, module, predicted=predicted)
     return result
 
 
-def predict(
-    options: Options, module: PPAPModule, data: Any
-) -> tuple[Evaluation, Evaluation | None, str | None]:
-    """Runs the network over the validation split while other processes refine what it has predicted.
+def run_folder(options: Options) -> Path:
+    """<output_dir>/<wandb.name>, in every wandb mode."""
+    return Path(options.output_dir) / options.wandb.name
 
-    Returns:
-        Scores before CRF; scores after CRF or None; and why there are none.
-    """
+
+def results_folder(options: Options) -> Path:
+    """The run's folder; a folder `evaluation` in it where that run was trained, whose results are kept."""
+    folder = run_folder(options)
+    return folder / "evaluation" if (folder / "options.json").exists() else folder
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Scores before CRF; scores after CRF, or None and why there are none."""
+
+    plain: Evaluation
+    refined: Evaluation | None
+    missing: str | None
+
+
+def why_no_crf(options: Options, data: SegmentationData) -> str | None:
+    """The reason why there is nothing to refine or nothing to refine it with, or None."""
+    from utils.crf import crf_missing
+
+    if not options.eval.is_crf:
+        return "eval.is_crf is false"
+    return crf_missing() if data.validation_labelled else "the validation split has no labels"
+
+
+def predict(options: Options, module: PPAPModule, *, data: SegmentationData) -> Predicted:
+    """Runs the network over the validation split while other processes refine what it has predicted."""
     from tqdm import tqdm
 
-    from utils.crf import CrfPool, crf_missing
-    from utils.training import build_trainer
+    from utils.crf import CrfPool
+    from utils.training import build_trainer, hardware_settings
 
-    missing = crf_missing() if options.eval.is_crf else "eval.is_crf is false"
+    missing = why_no_crf(options, data)
     evaluator = module.evaluator
     evaluator.pictures_wanted = options.eval.pictures
     with CrfPool(options.eval.crf_workers) if missing is None else nullcontext() as pool:
         evaluator.pool = pool
         if len(data.validation_set):
-            trainer = build_trainer(options)
+            trainer = build_trainer(options, hardware_settings(options))
             trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)
         if pool is not None:
             with tqdm(total=evaluator.images, desc="CRF", unit="image") as bar:
@@ -94,50 +122,51 @@ def predict(
                 while waiting := len(pool):
                     bar.update(waiting - evaluator.collect_refined(wait_for_one=True))
         evaluator.pool = None
-    return evaluator.compute(), evaluator.compute(refined=True) if missing is None else None, missing
+    refined = evaluator.compute(refined=True) if missing is None else None
+    return Predicted(evaluator.compute(), refined, missing)
 
 
-def class_iou(evaluation: Evaluation | None, names: Sequence[str]) -> dict[str, dict[str, float]] | None:
+def class_iou(evaluation: Evaluation, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Head -> class name -> IoU in percent, of the heads that have scores."""
-    if evaluation is None:
-        return None
-    heads = (("cluster", evaluation.cluster), ("linear", evaluation.linear))
-    return {head: dict(zip(names, scores.iou, strict=True)) for head, scores in heads if scores is not None}
+    return {head: dict(zip(names, scores.iou, strict=True)) for head, scores in evaluation.heads().items()}
 
 
-def write_pictures(folder: Path, module: PPAPModule, plain: Evaluation, refined: Evaluation | None) -> None:
+def write_pictures(folder: Path, module: PPAPModule, *, predicted: Predicted) -> None:
     """confusion.npz and confusion.png for all that was scored, predictions.png for the first images."""
     import numpy as np
 
-    from utils.pictures import UNMATCHED, colour, draw_confusion, draw_predictions
+    from utils.pictures import draw_confusion, draw_predictions
 
-    confusions = {
-        f"{head}{suffix}": scores.confusion
-        for suffix, evaluation in (("", plain), ("_crf", refined))
-        if evaluation is not None
-        for head, scores in (("cluster", evaluation.cluster), ("linear", evaluation.linear))
-        if scores is not None
-    }
-    if confusions:
-        np.savez(folder / "confusion.npz", class_names=np.array(module.labels.names), **confusions)
-        shown = {name: counts for name, counts in confusions.items() if not name.endswith("_crf")}
-        draw_confusion(folder / "confusion.png", shown, module.labels)
-    if not module.evaluator.pictures:
-        return
-    n_clusters = module.cluster_probe.clusters.shape[0]
-    assignment = np.array(plain.cluster.assignment if plain.cluster else range(n_clusters))
-    rows = []
-    for prediction in module.evaluator.pictures:
-        row = {"image": prediction.image.permute(1, 2, 0).numpy()}
-        if plain.cluster:
-            row["truth"] = colour(prediction.label.numpy(), module.labels)
-        clusters = assignment[prediction.cluster.numpy()] % module.labels.n_classes
-        clusters = np.where(assignment[prediction.cluster.numpy()] < 0, -1, clusters)
-        row["clusters"] = colour(clusters, module.labels, missing=UNMATCHED)
-        if prediction.linear is not None:
-            row["linear probe"] = colour(prediction.linear.numpy(), module.labels)
-        rows.append(row)
-    draw_predictions(folder / "predictions.png", rows, module.labels)
+    labels, plain = module.labels, predicted.plain
+    counts = {head: scores.confusion for head, scores in plain.heads().items()}
+    if counts:
+        draw_confusion(folder / "confusion.png", counts, labels=labels)
+        if predicted.refined is not None:
+            counts |= {f"{head}_crf": scores.confusion for head, scores in predicted.refined.heads().items()}
+        np.savez(folder / "confusion.npz", class_names=np.array(labels.names), **counts)
+    if module.evaluator.pictures:
+        rows = [picture_row(prediction, module, plain) for prediction in module.evaluator.pictures]
+        draw_predictions(folder / "predictions.png", rows, labels=labels)
+
+
+def picture_row(prediction: Prediction, module: PPAPModule, plain: Evaluation) -> dict[str, np.ndarray]:
+    """Title -> picture (H, W, 3) uint8 of one image: as it is, truth, clusters, linear probe."""
+    import numpy as np
+
+    from utils.pictures import UNMATCHED, colour
+
+    labels = module.labels
+    # without labels nothing is matched: clusters take the colours in turn, extra ones none
+    extra = module.options.model.extra_clusters
+    unscored = (*range(labels.n_classes), *[-1] * extra)
+    assignment = np.array(plain.cluster.assignment if plain.cluster else unscored)
+    row = {"image": prediction.image.permute(1, 2, 0).numpy()}
+    if plain.cluster:
+        row["truth"] = colour(prediction.label.numpy(), labels)
+    row["clusters"] = colour(assignment[prediction.cluster.numpy()], labels, missing=UNMATCHED)
+    if prediction.linear is not None:
+        row["linear probe"] = colour(prediction.linear.numpy(), labels)
+    return row
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -151,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     results = []
     for job in jobs:
         name = job.options.wandb.name
-        folder = Path(job.options.output_dir) / name
+        folder = results_folder(job.options)
         result = evaluate(job.options, checkpoint=job.options.checkpoint, folder=folder)
         print(f"\n{class_table({name: result})}\n\n{metrics_table({name: result})}\n\nresults: {folder}")
         results.append(result)

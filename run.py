@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import evaluate
+from eval import evaluate, results_folder, run_folder
 from utils.cli import Job, guarded, parse_arguments, plan_jobs
 from utils.optionfile import as_tree
 from utils.options import Options
@@ -37,8 +37,16 @@ def train(options: Options, folder: Path) -> Path:
     from model import build_module
     from utils.files import make_folder, move_aside, write_json
     from utils.provenance import provenance
-    from utils.training import ValidationSteps, best_checkpoint, build_loggers, build_trainer
+    from utils.training import (
+        ValidationSteps,
+        best_checkpoint,
+        build_loggers,
+        build_trainer,
+        close_loggers,
+        hardware_settings,
+    )
 
+    hardware = hardware_settings(options)
     data = build_data(options)
     module = build_module(
         options, data.labels, train_labelled=data.train_labelled, checkpoint=options.checkpoint or None
@@ -51,23 +59,24 @@ def train(options: Options, folder: Path) -> Path:
     write_json(folder / "options.json", as_tree(options))
     write_json(folder / "provenance.json", provenance())
     validated = len(data.validation_set) > 0
-    keeper = best_checkpoint(folder, scored=data.validation_labelled, validated=validated)
-    trainer = build_trainer(
-        options,
-        loggers=build_loggers(options, folder),
-        callbacks=[ValidationSteps(options.train.valid_freq), keeper],
-        validate=validated,
-    )
-    trainer.fit(module, datamodule=data, weights_only=True)
+    keeper = best_checkpoint(folder, validated=validated)
+    loggers = build_loggers(options, folder)
+    callbacks = [ValidationSteps(options.train.valid_freq), keeper]
+    trainer = build_trainer(options, hardware, loggers=loggers, callbacks=callbacks, validate=validated)
+    try:
+        trainer.fit(module, datamodule=data, weights_only=True)
+    finally:
+        close_loggers(loggers)
     return Path(keeper.best_model_path)
 
 
 def train_and_evaluate(options: Options) -> dict[str, Any]:
     """One run from data to metrics.json; returns what that file holds."""
     from utils.files import write_json
-    from utils.training import peak_memory_gib
+    from utils.training import peak_memory_gib, reset_peak_memory
 
     folder = run_folder(options)
+    reset_peak_memory()
     start = time.perf_counter()
     best = train(options, folder)
     hours = (time.perf_counter() - start) / 3600
@@ -75,11 +84,6 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
     result |= {"train_hours": hours, "peak_memory_gib": peak_memory_gib()}
     write_json(folder / "metrics.json", result)
     return result
-
-
-def run_folder(options: Options) -> Path:
-    """<output_dir>/<wandb.name>, in every wandb mode."""
-    return Path(options.output_dir) / options.wandb.name
 
 
 def as_baseline(options: Options) -> Options:
@@ -92,12 +96,10 @@ def as_baseline(options: Options) -> Options:
 
 def run_job(job: Job) -> dict[str, dict[str, Any]]:
     """One job of the command line: a run, with `train.compare_frozen` its baseline first."""
-    options = job.options
+    options = as_baseline(job.options) if job.options.train.frozen else job.options
     if job.evaluate_only:
         checkpoint = options.checkpoint or str(run_folder(options))
-        return {options.wandb.name: evaluate(options, checkpoint=checkpoint, folder=run_folder(options))}
-    if options.train.frozen:
-        options = as_baseline(options)
+        return {options.wandb.name: evaluate(options, checkpoint=checkpoint, folder=results_folder(options))}
     runs = [options]
     if options.train.compare_frozen and not options.train.frozen:
         runs.insert(0, as_baseline(options))

@@ -45,10 +45,15 @@ class Cityscapes(Source):
                 f"dataset.data_path is {root}: {places} is missing; the folder must hold leftImg8bit/ and "
                 "gtFine/ as unpacked from leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip"
             )
-        files = TorchvisionCityscapes(str(root), split=split, mode="fine", target_type="semantic")
-        pairs = sorted(zip(files.images, (target[0] for target in files.targets), strict=True))
-        self.images = [Path(image) for image, _ in pairs]
-        self.targets = [Path(target) for _, target in pairs]
+        self.images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+        if split == "train" and not self.images:
+            raise UserError(
+                f"dataset.data_path is {root}: no <city>/*_leftImg8bit.png in leftImg8bit/{split}"
+            )
+        self.targets = [
+            root / "gtFine" / split / path.parent.name / path.name.replace("_leftImg8bit", "_gtFine_labelIds")
+            for path in self.images
+        ]
         self.rule = class_rule({label_id: label_id - FIRST_ID for label_id in OFFICIAL})
 
     def __len__(self) -> int:

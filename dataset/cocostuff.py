@@ -78,6 +78,9 @@ class CocoStuff(Source):
             )
         self.ids = listing.read_text().split()
         self.images, self.annotations = root / "images" / folder, root / "annotations" / folder
+        first = self.images / f"{self.ids[0]}.jpg" if self.ids else listing
+        if not (self.ids and first.is_file()):
+            raise UserError(f"dataset.data_path is {root}: {first} is missing or empty")
         self.rule = class_rule(coarse_rule(options.data_type))
 
     def __len__(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dataset.source import RawItem, Source, class_rule, open_image, open_label
+from utils.errors import UserError
 from utils.randomness import derived_seed
 from utils.transforms import center_box
 
@@ -74,11 +75,20 @@ class PreparedCrops(Source):
         folder: as `prepared_folder` says.
         split: "train".
         n_classes: of the data set.
+
+    Raises:
+        UserError: the folder holds no crop.
     """
 
     def __init__(self, folder: Path, split: str, n_classes: int) -> None:
-        self.images = sorted((folder / "img" / split).glob("*.jpg"), key=lambda path: int(path.stem))
+        self.images = sorted(
+            (path for path in (folder / "img" / split).glob("*.jpg") if path.stem.isdecimal()),
+            key=lambda path: int(path.stem),
+        )
+        if not self.images:
+            raise UserError(f"{folder / 'img' / split}: holds no <number>.jpg; prepare it or remove {folder}")
         self.labels = folder / "label" / split
+        self.labelled = self.labels.is_dir()
         self.rule = class_rule({class_id + 1: class_id for class_id in range(n_classes)})
 
     def __len__(self) -> int:
@@ -87,6 +97,8 @@ class PreparedCrops(Source):
     def read(self, index: int) -> RawItem:
         """The stored crop and its label."""
         image = open_image(self.images[index])
+        if not self.labelled:
+            return RawItem(image, None)
         return RawItem(image, open_label(self.labels / f"{self.images[index].stem}.png", image.size))
 
     def name(self, index: int) -> str:

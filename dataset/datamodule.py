@@ -142,7 +142,8 @@ def train_source(options: DatasetOptions, kind: DataSetKind, n_classes: int) -> 
         Path(options.data_path), options.data_type, options.crop_type, options.crop_ratio
     )
     if options.data_type != "synthetic" and folder.is_dir():
-        print(f"train crops: {folder}")
-        return PreparedCrops(folder, "train", n_classes)
+        crops = PreparedCrops(folder, "train", n_classes)
+        print(f"train crops: {len(crops)} in {folder}")
+        return crops
     print(f"train crops: {options.crop_type}, ratio {options.crop_ratio}, cut on the fly")
     return CropSource(kind.source(options, "train"), options.crop_ratio, options.crop_type)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from dataset.source import INVALID, RawItem, Source, class_rule, open_image, open_label
 from utils.errors import UserError
@@ -16,19 +17,31 @@ from utils.options import DatasetOptions
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 DEFAULT_IGNORE = 255
+EXAMPLE = '{"n_classes": 2, "classes": ["sky", "road"], "ignore": 255}'
 
 
-def _about(options: DatasetOptions) -> dict:
+def _about(options: DatasetOptions) -> dict[str, Any]:
+    """classes.json, checked: `n_classes`, `classes` and `ignore`, each where the file has it."""
     path = Path(options.data_path) / "classes.json"
     if not path.is_file():
         return {}
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path}: not a readable JSON file: {error}") from None
-    if not isinstance(about, dict) or not isinstance(about.get("classes", []), list):
-        raise UserError(f'{path}: must hold {{"n_classes": 2, "classes": ["sky", "road"], "ignore": 255}}')
-    return about
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: must hold an object such as {EXAMPLE}")
+    count, names, ignore = (about.get(key) for key in ("n_classes", "classes", "ignore"))
+    mistakes = []
+    if count is not None and not (type(count) is int and 2 <= count <= 255):
+        mistakes.append(f"n_classes is {count!r}, must be a whole number from 2 to 255")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        mistakes.append(f"classes is {names!r}, must be a list of names")
+    if ignore is not None and not (type(ignore) is int and 0 <= ignore <= 255):
+        mistakes.append(f"ignore is {ignore!r}, must be a whole number from 0 to 255")
+    if mistakes:
+        raise UserError(mistakes, f"{path} (such as {EXAMPLE})")
+    return {key: value for key, value in about.items() if value is not None}
 
 
 def labels(options: DatasetOptions) -> LabelSpace:
@@ -49,9 +62,9 @@ def labels(options: DatasetOptions) -> LabelSpace:
     if len(names) != n_classes or len(set(names)) != len(names):
         raise UserError(
             f"dataset.n_classes is {n_classes}, but {len(names)} class names are given ({', '.join(names)}); "
-            "give one unique name a class in dataset.class_names"
+            "give one unique name a class in dataset.class_names or classes.json"
         )
-    return LabelSpace.with_spread_colours(tuple(map(str, names)))
+    return LabelSpace.with_spread_colours(tuple(names))
 
 
 class Directory(Source):
@@ -77,8 +90,12 @@ class Directory(Source):
         self.targets = [root / "labels" / split / f"{path.stem}.png" for path in self.images]
         self.has_target = [path.is_file() for path in self.targets]
         self.labelled = any(self.has_target)
-        ignore = int(_about(options).get("ignore", DEFAULT_IGNORE))
-        classes = {class_id: class_id for class_id in range(labels(options).n_classes)}
+        ignore, n_classes = _about(options).get("ignore", DEFAULT_IGNORE), labels(options).n_classes
+        if ignore < n_classes:
+            raise UserError(
+                f"{root / 'classes.json'}: ignore is {ignore}, must be none of the {n_classes} class ids"
+            )
+        classes = {class_id: class_id for class_id in range(n_classes)}
         self.rule = class_rule(classes | {ignore: IGNORE}, other=INVALID)
 
     def __len__(self) -> int:

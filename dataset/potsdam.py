@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.io import loadmat
 
 from dataset.source import RawItem, Source, class_rule
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.labels import LabelSpace
 from utils.options import DatasetOptions
 
@@ -60,8 +60,8 @@ class Potsdam(Source):
 
     def read(self, index: int) -> RawItem:
         """The patch and its fine labels."""
-        image = _read(self.images / f"{self.ids[index]}.mat", "img")[:, :, :3].astype(np.uint8)
-        target = _read(self.targets / f"{self.ids[index]}.mat", "gt")
+        image = _read(self.images / f"{self.ids[index]}.mat", "img", ndim=3)[:, :, :3].astype(np.uint8)
+        target = _read(self.targets / f"{self.ids[index]}.mat", "gt", ndim=2)
         if target.shape != image.shape[:2]:
             raise UserError(f"{self.name(index)}: image is {image.shape[:2]}, its label {target.shape}")
         target = np.where((target < 0) | (target > 255), 255, target).astype(np.uint8)
@@ -72,10 +72,13 @@ class Potsdam(Source):
         return str(self.images / f"{self.ids[index]}.mat")
 
 
-def _read(path: Path, key: str) -> np.ndarray:
+def _read(path: Path, key: str, *, ndim: int) -> np.ndarray:
     try:
-        return loadmat(path)[key]
-    except KeyError:
-        raise UserError(f"{path}: has no entry {key!r}") from None
-    except (OSError, ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"{path}: not a readable .mat file ({error})") from None
+        content = loadmat(path)
+    except Exception as error:  # a damaged file raises zlib's, struct's and scipy's own errors
+        raise UserError(f"{path}: not a readable .mat file ({first_line(error)})") from None
+    found = content.get(key)
+    if found is None or found.ndim != ndim:
+        shape = "missing" if found is None else f"of shape {found.shape}"
+        raise UserError(f"{path}: entry {key!r} is {shape}, must be an array of {ndim} axes")
+    return found

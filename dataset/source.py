@@ -18,6 +18,7 @@ from utils.labels import IGNORE
 from utils.randomness import generator
 from utils.transforms import Geometry
 
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 INVALID = -2  # a raw label value that the data set's rule does not know
 
 
@@ -68,9 +69,13 @@ def open_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+            mode = image.mode
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except UNREADABLE as error:
         raise UserError(f"{path}: not a readable image ({error}); mend or remove it") from None
+    if mode.startswith(("I", "F")):
+        raise UserError(f"{path}: image mode is {mode}, must have 8 bits a channel; convert it")
+    return upright
 
 
 def open_label(path: Path, size: tuple[int, int]) -> Image.Image:
@@ -86,7 +91,7 @@ def open_label(path: Path, size: tuple[int, int]) -> Image.Image:
     try:
         with Image.open(path) as label:
             label.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: not a readable label ({error}); mend or remove it") from None
     if label.mode not in ("L", "P"):
         raise UserError(

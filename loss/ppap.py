@@ -244,7 +244,7 @@ def _add_chunk(groups: Tensor, z: Tensor, bank: Tensor, criterion: PPAPLoss, gra
         grad_z.addmm_(slope.T, z[index])
         grad_z.index_add_(0, index, slope @ z)
     below = (reached.similarity < reached.psi).sum(dim=1)  # (A,), the anchor itself included
-    counts = torch.stack([sets.positives.sum(dim=1), below]) @ drawn.to(torch.int64)  # (2,)
+    counts = (torch.stack([sets.positives.sum(dim=1), below]) * drawn).sum(dim=1)  # (2,)
     return torch.stack([(term.loss * weight).sum(), size.sum().to(z.dtype), *counts.to(z.dtype)])
 
 

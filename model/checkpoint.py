@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import torch
 
 from model.module import CHECKPOINT_ENTRY, PPAPModule
-from model.pretrained import load_strictly
-from utils.errors import UserError, first_line
+from model.pretrained import is_state, load_strictly, read_tensors
+from utils.errors import UserError
 
 PUBLISHED_PARTS = {  # published dict entry -> our prefix
     "linear_model_state_dict": "linear_probe.classifier.",
@@ -45,13 +44,14 @@ def read_checkpoint(path: Path) -> CheckpointFile:
     Raises:
         UserError: damaged, or neither format.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({first_line(error)})") from None
-    if isinstance(content, dict) and CHECKPOINT_ENTRY in content and "state_dict" in content:
-        return CheckpointFile(path, content["state_dict"], content[CHECKPOINT_ENTRY])
-    if isinstance(content, dict) and {"net_model_state_dict", *PUBLISHED_PARTS} <= set(content):
+    content = read_tensors(path, "checkpoint")
+    if isinstance(content, dict) and isinstance(content.get(CHECKPOINT_ENTRY), dict):
+        loaded = CheckpointFile(path, content.get("state_dict"), content[CHECKPOINT_ENTRY])
+        if is_state(loaded.state):
+            return loaded
+    elif isinstance(content, dict) and all(
+        is_state(content.get(part)) for part in ("net_model_state_dict", *PUBLISHED_PARTS)
+    ):
         return CheckpointFile(path, published_state(content), {})
     keys = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
     raise UserError(f"{path}: neither one of our checkpoints nor a published one (it holds: {keys})")

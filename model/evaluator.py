@@ -44,12 +44,17 @@ class Evaluation:
     valid_loss: float
     images: int
 
+    def heads(self) -> dict[str, Scores]:
+        """The scores that exist, by head."""
+        both = {"cluster": self.cluster, "linear": self.linear}
+        return {head: scores for head, scores in both.items() if scores is not None}
+
     def metrics(self) -> dict[str, float]:
         """The four metrics under their published names, of those that exist."""
         found = {}
-        for name, scores in (("Cluster", self.cluster), ("Linear", self.linear)):
-            if scores is not None:
-                found |= {f"{name}_mIoU": scores.miou, f"{name}_Accuracy": scores.accuracy}
+        for head, scores in self.heads().items():
+            name = head.capitalize()
+            found |= {f"{name}_mIoU": scores.miou, f"{name}_Accuracy": scores.accuracy}
         return found
 
 

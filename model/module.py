@@ -72,6 +72,7 @@ class PPAPModule(LightningModule):
         self.last_evaluation: Evaluation | None = None
         self._grad_norm = torch.tensor(0.0)
         self._losses: StepLosses | None = None
+        self._finite = torch.tensor(True)
 
     def _check_channels(self, n_classes: int) -> None:
         wanted = self.options.model.dim if self.options.model.continuous else n_classes
@@ -99,10 +100,25 @@ class PPAPModule(LightningModule):
         self._batch_index = batch_idx
         losses = self.losses(batch, step=self.iters)
         self._losses = losses
-        if batch_idx % self.options.train.print_freq == 0 and not torch.isfinite(losses.total):
-            raise UserError(f"the loss is not finite at step {self.iters}: {losses}; lower optimizer.net.lr")
+        self._finite = self._finite.to(losses.total.device) & torch.isfinite(losses.total)
+        if losses.total.device.type == "cpu" or batch_idx % self.options.train.print_freq == 0:
+            self._stop_if_not_finite()  # on a GPU this waits for the step, so not each time
         self.log("loss", losses.total.detach(), prog_bar=True, logger=False)
         return losses.total
+
+    def _stop_if_not_finite(self) -> None:
+        if not self._finite:
+            losses = self._losses
+            parts = {
+                "PPAP": losses.ppap and losses.ppap.loss,
+                "linear": losses.linear,
+                "cluster": losses.cluster,
+            }
+            shown = ", ".join(f"{name} {part.item():g}" for name, part in parts.items() if part is not None)
+            raise UserError(
+                f"the loss is not finite at or before step {self.iters} ({shown} now); lower optimizer.*.lr, "
+                "or set train.precision=fp32"
+            )
 
     def losses(self, batch: Any, *, step: int) -> StepLosses:
         """PPAP plus linear plus cluster loss; the probes read the code detached."""
@@ -182,6 +198,8 @@ class PPAPModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Starts counting afresh."""
+        if self._losses is not None:
+            self._stop_if_not_finite()
         self.evaluator.reset()
 
     def on_validation_epoch_end(self) -> None:
@@ -190,8 +208,8 @@ class PPAPModule(LightningModule):
         metrics = self.last_evaluation.metrics()
         shown = {name: metrics[name] for name in ("Cluster_Accuracy", "Cluster_mIoU") if name in metrics}
         self.log_dict(shown, prog_bar=True, logger=False)
-        if metrics:
-            self.log("score", sum(metrics.values()), logger=False)
+        # without a metric the newest wins
+        self.log("score", sum(metrics.values()) if metrics else float(self.global_step), logger=False)
         if self.trainer.state.fn == "fit":
             self._write({**metrics, "iters": self.iters, "valid_loss": self.last_evaluation.valid_loss})
 

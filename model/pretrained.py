@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +45,15 @@ SHA256 = {
 WIDTH_AND_HEADS = {"vit_small": (384, 6), "vit_base": (768, 12)}
 NATIVE_RES = {"dino": 224, "dinov2": 518}
 FULL_DEPTH = {"dino": 12, "dinov2": 12, "vit": 4}
+_numpy_scalar = np.float64(0).__reduce__()[0]
+NUMPY_SCALARS = [  # under the names that NumPy 1 and NumPy 2 write
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.int64)),
+]
 DROPPED = ("head.", "mask_token", "dino_head.", "ibot_head.")
 
 
@@ -92,9 +104,12 @@ def official_file(address: str) -> Path:
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / address.rsplit("/", 1)[-1]
     if path.is_file():
+        wanted = SHA256.get(path.name)
+        if wanted and hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
+            raise UserError(f"{path}: its SHA-256 is not {wanted}; delete it, and it is fetched again")
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(address, str(path), hash_prefix=SHA256.get(path.name))
     except (URLError, OSError) as error:
         raise UserError(
@@ -108,20 +123,52 @@ def official_file(address: str) -> Path:
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The state dict in a .pth or .safetensors file: bare, or under `teacher`."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
 
+        try:
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a readable weights file ({first_line(error)})") from None
+        except Exception as error:  # the format's own errors have no common base
+            raise unreadable(path, "weights file", error) from None
+    state = read_tensors(path, "weights file")
     state = state.get("teacher", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not is_state(state):
         raise UserError(
             f"{path}: must hold a state dict, bare or under 'teacher', holds {type(state).__name__}"
         )
     return state
+
+
+def read_tensors(path: Path, kind: str) -> Any:
+    """torch.load of tensors, plain containers and NumPy scalars alone; no code in a file is run.
+
+    Args:
+        path: the file.
+        kind: what to call it in an error.
+
+    Raises:
+        UserError: damaged, or more than that is in it.
+    """
+    try:
+        with torch.serialization.safe_globals(NUMPY_SCALARS):  # published files may hold a metric as one
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises almost anything
+        raise unreadable(path, kind, error) from None
+
+
+def unreadable(path: Path, kind: str, error: Exception) -> UserError:
+    """The error for a file that cannot be read, in our words where torch advises unsafe loading."""
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, pickle.UnpicklingError):
+        reason = "damaged, or it holds more than tensors and plain containers"
+    return UserError(f"{path}: not a readable {kind} ({reason}); fetch or write it again")
+
+
+def is_state(state: Any) -> bool:
+    """Whether something is a dict from names to tensors."""
+    return isinstance(state, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    )
 
 
 def clean_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:

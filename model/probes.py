@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-IGNORE = -1
+from utils.labels import IGNORE
 
 
 class LinearProbe(nn.Module):

@@ -54,7 +54,7 @@ def parse_arguments(argv: Sequence[str] | None, *, description: str, training: b
     if training:
         parser.add_argument("--frozen", action="store_true", help="baseline: never update the head")
     parser.add_argument("overrides", nargs="*", help="key=value, or key=a,b,c for a sweep")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
@@ -79,7 +79,8 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
         options = load_options(path, values, check_files=True)
         words = [f"{key.rsplit('.', 1)[-1]}={values[key]}" for key in swept]
         if words:
-            options.wandb.name = re.sub(r"[^\w.=+-]", "_", "-".join([options.wandb.name, *words]))
+            name = re.sub(r"[^\w.=+-]", "_", "-".join([options.wandb.name, *words]))
+            options = load_options(path, values | {"wandb.name": name}, check_files=True)
         setting = [f"{key}={values[key]}" for key in swept if key != "train.seed"]
         jobs.append(Job(options, " ".join(setting), arguments.test))
     return jobs
@@ -100,23 +101,28 @@ def parse_overrides(words: Sequence[str]) -> dict[str, list[Any]]:
     for word in words:
         try:
             override = parser.parse_override(word)
-        except HydraException as error:
+            reason = _beyond_plain(override)
+            values = [] if reason else _values(override)
+        except (HydraException, ValueError) as error:
             mistakes.append(f"{word}: not an override ({first_line(error)}); {QUOTING}")
             continue
-        if (reason := _beyond_plain(override)) is not None:
+        if reason is not None:
             mistakes.append(f"{word}: {reason}; {QUOTING}")
         elif override.key_or_group in choices:
             mistakes.append(f"{word}: {override.key_or_group} is given twice; keep one")
-        elif override.is_sweep_override():
-            values = list(override.sweep_iterator(transformer=Transformer.identity))
-            choices[override.key_or_group] = [_plain(value) for value in values]
-        else:
-            choices[override.key_or_group] = [override.value()]
-        if choices.get(override.key_or_group) == []:
+        elif not values:
             mistakes.append(f"{word}: the range is empty; give it at least one value")
+        else:
+            choices[override.key_or_group] = values
     if mistakes:
         raise UserError(mistakes, "the overrides")
     return choices
+
+
+def _values(override: Override) -> list[Any]:
+    if not override.is_sweep_override():
+        return [override.value()]
+    return [_plain(value) for value in override.sweep_iterator(transformer=Transformer.identity)]
 
 
 def _beyond_plain(override: Override) -> str | None:

@@ -48,12 +48,15 @@ def make_folder(path: Path) -> Path:
 
 def move_aside(path: Path) -> Path | None:
     """Renames an existing folder to the first free <name>.1, <name>.2, ...; returns where it went."""
-    if not path.exists() or not any(path.iterdir()):
-        return None
-    number = 1
-    while (there := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    path.rename(there)
+    try:
+        if not path.exists() or not any(path.iterdir()):
+            return None
+        number = 1
+        while (there := path.with_name(f"{path.name}.{number}")).exists():
+            number += 1
+        path.rename(there)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be moved aside ({error.strerror}); move or rename it") from None
     return there
 
 

@@ -18,6 +18,7 @@ from utils.files import find_checkpoint
 from utils.options import LEGACY_KEYS, Options
 
 OPTION_FOLDERS = (Path("json"), Path("json/server"))
+LONGEST_NAME = 200
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -54,9 +55,9 @@ class Key:
         if meta["choices"]:
             return value in meta["choices"]
         if self.type in (int, float):
-            number = float(value)
+            number = float(value) if isinstance(value, (float, str)) else value  # a huge int is no float
             return (
-                not math.isnan(number)
+                number == number  # not NaN
                 and (meta["least"] is None or number >= meta["least"])
                 and (meta["above"] is None or number > meta["above"])
                 and (meta["most"] is None or number <= meta["most"])
@@ -115,12 +116,13 @@ def find_option_file(name: str, *, beside: Path | None = None) -> Path:
     folders = [root / folder for root in (Path(), REPOSITORY) for folder in OPTION_FOLDERS]
     places = ([beside / name] if beside else []) + [Path(name), *(folder / name for folder in folders)]
     for place in places:
-        for candidate in (place, place.with_name(place.name + ".json")):
+        for candidate in (place, Path(f"{place}.json")):
             if candidate.is_file():
                 return candidate
     known = {path.name for folder in folders for path in folder.glob("*.json")}
+    asked = f"base of an option file in {beside}: {name}" if beside else f"--opt {name}"
     raise UserError(
-        f"--opt {name}: no such file, and not a name in json/ or json/server/.{closest(name, known)} "
+        f"{asked}: no such file, and not a name in json/ or json/server/.{closest(name, known)} "
         f"There are: {', '.join(sorted(known))}"
     )
 
@@ -160,6 +162,8 @@ def build_options(flat: dict[str, Any], *, source: str, check_files: bool = Fals
     mistakes = []
     config = OmegaConf.structured(Options)
     for key, value in flat.items():
+        if key in SECTIONS and value == {}:
+            continue
         if key in LEGACY_KEYS:
             if value != LEGACY_KEYS[key]:
                 only = json.dumps(LEGACY_KEYS[key])
@@ -170,7 +174,10 @@ def build_options(flat: dict[str, Any], *, source: str, check_files: bool = Fals
         elif not SCHEMA[key].admits(value):
             mistakes.append(f"{key} is {json.dumps(value)}, must be {SCHEMA[key].allowed}")
         else:
-            OmegaConf.update(config, key, value)
+            try:
+                OmegaConf.update(config, key, value)
+            except OmegaConfBaseException as error:  # a ${...} that is not one
+                mistakes.append(f"{key} is {json.dumps(value)}: {first_line(error)}")
     try:
         options = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # a ${...} that leads nowhere
@@ -202,16 +209,16 @@ def contradictions(options: Options) -> list[str]:
             low, high = value // patch * patch, (value // patch + 1) * patch
             nearest = f"{low} or {high}" if low else str(high)
             found.append(f"dataset.{key} is {value}, must be a multiple of the patch ({patch}): {nearest}")
-    if len(options.gpu_ids) != 1 or options.gpu_ids[0] < 0:
-        found.append(f"gpu_ids is {options.gpu_ids}, must be a list of one device number, such as [0]")
     if options.eval.extra_clusters != options.model.extra_clusters:
         found.append(
             f"eval.extra_clusters is {options.eval.extra_clusters}, must equal model.extra_clusters "
             f"({options.model.extra_clusters})"
         )
     name = options.wandb.name
-    if not name or name in (".", "..") or "/" in name or "\\" in name:
-        found.append(f"wandb.name is {json.dumps(name)}, must be usable as the name of one folder")
+    if not name or name in (".", "..") or set(name) & set("/\\\0") or len(name) > LONGEST_NAME:
+        found.append(
+            f"wandb.name is {json.dumps(name)}, must be usable as the name of one folder, of {LONGEST_NAME} letters at most"
+        )
     return found + _backbone_contradictions(options)
 
 

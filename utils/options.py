@@ -97,8 +97,10 @@ class DatasetOptions:
         "how images are resized (labels: always nearest)",
         choices=("nearest", "bilinear", "bicubic"),
     )
-    n_classes: int | None = option(None, "directory: number of classes, unless classes.json says", least=2)
-    class_names: list[str] | None = option(None, "directory: class names, unless classes.json says")
+    n_classes: int | None = option(
+        None, "directory: number of classes; null: as classes.json says", least=2, most=255
+    )
+    class_names: list[str] | None = option(None, "directory: class names; null: as classes.json says")
     train_images: int = option(512, "synthetic: number of train scenes", least=1)
     val_images: int = option(64, "synthetic: number of validation scenes", least=1)
 
@@ -169,7 +171,7 @@ class NetOptimizerOptions:
 class LinearOptimizerOptions:
     """Optimizer of the linear probe."""
 
-    name: str = option("adam", "", choices=("adam", "adamw"))
+    name: str = option("adam", "adam ignores the decay", choices=("adam", "adamw"))
     lr: float = option(1e-3, "learning rate of the linear probe", least=0, most=1e6)
     weight_decay: float = option(0.0, "its decay, with adamw", least=0, most=1e6)
 
@@ -178,7 +180,7 @@ class LinearOptimizerOptions:
 class ClusterOptimizerOptions:
     """Optimizer of the cluster probe."""
 
-    name: str = option("adam", "", choices=("adam", "adamw"))
+    name: str = option("adam", "adam ignores the decay", choices=("adam", "adamw"))
     lr: float = option(5e-3, "learning rate of the cluster probe", least=0, most=1e6)
     weight_decay: float = option(0.0, "its decay, with adamw", least=0, most=1e6)
 
@@ -217,7 +219,7 @@ class EvalOptions:
     extra_clusters: int = option(0, "must equal model.extra_clusters", least=0)
     batch_size: int = option(16, "images per batch", least=1)
     crf_workers: int | None = option(None, "CRF processes; null is one per core", least=1)
-    pictures: int = option(8, "validation images in the picture of predictions; 0 draws none", least=0)
+    pictures: int = option(8, "validation images in predictions.png; 0 draws none", least=0, most=64)
 
 
 @dataclass

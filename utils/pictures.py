@@ -26,7 +26,7 @@ def colour(classes: np.ndarray, labels: LabelSpace, *, missing: tuple[int, int, 
     return table[np.where(classes < 0, labels.n_classes, classes)]
 
 
-def draw_predictions(path: Path, rows: Sequence[dict[str, np.ndarray]], labels: LabelSpace) -> None:
+def draw_predictions(path: Path, rows: Sequence[dict[str, np.ndarray]], *, labels: LabelSpace) -> None:
     """One row an image, one column for each picture (H, W, 3) uint8 under its title, and a legend.
 
     Args:
@@ -57,7 +57,7 @@ def draw_predictions(path: Path, rows: Sequence[dict[str, np.ndarray]], labels: 
     plt.close(figure)
 
 
-def draw_confusion(path: Path, confusions: dict[str, np.ndarray], labels: LabelSpace) -> None:
+def draw_confusion(path: Path, confusions: dict[str, np.ndarray], *, labels: LabelSpace) -> None:
     """Heat maps of (C, C + 1) confusions side by side, rows normalised by truth, in percent.
 
     Args:

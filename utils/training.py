@@ -14,16 +14,17 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
+import wandb
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.options import Options
 
 LOSS_SCALE, GROWTH_INTERVAL = 2048.0, 1000  # the published scaler
-REACH_SECONDS = 3
+REACH_SECONDS, WANDB_SECONDS = 3, 20
 
 
 class ValidationSteps(Callback):
@@ -43,16 +44,28 @@ class ValidationSteps(Callback):
         trainer.val_check_batch = batch_idx + 1 if due else math.inf
 
 
+def hardware_settings(options: Options) -> dict[str, Any]:
+    """What the Trainer needs to know of device and precision; asked for before anything is written.
+
+    Raises:
+        UserError: `gpu_ids` or `train.precision` do not fit this machine.
+    """
+    device = device_settings(options)
+    return device | precision_settings(options, device["accelerator"])
+
+
 def device_settings(options: Options) -> dict[str, Any]:
     """Accelerator and devices: CUDA, else Apple MPS, else the CPU.
 
     Raises:
-        UserError: `gpu_ids` names a device that is not there.
+        UserError: `gpu_ids` is not one device that is there.
     """
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
-        if options.gpu_ids[0] >= count:
-            raise UserError(f"gpu_ids is {options.gpu_ids}, must be from 0 to {count - 1} on this machine")
+        if len(options.gpu_ids) != 1 or not 0 <= options.gpu_ids[0] < count:
+            raise UserError(
+                f"gpu_ids is {options.gpu_ids}, must be one device from 0 to {count - 1} on this machine"
+            )
         return {"accelerator": "cuda", "devices": list(options.gpu_ids)}
     accelerator = "mps" if torch.backends.mps.is_available() else "cpu"
     print(f"device: {accelerator} (no CUDA device; gpu_ids {options.gpu_ids} ignored)")
@@ -78,6 +91,7 @@ def precision_settings(options: Options, accelerator: str) -> dict[str, Any]:
 
 def build_trainer(
     options: Options,
+    hardware: dict[str, Any],
     *,
     loggers: list[Logger] | None = None,
     callbacks: list[Callback] | None = None,
@@ -87,6 +101,7 @@ def build_trainer(
 
     Args:
         options: all options.
+        hardware: from `hardware_settings`.
         loggers: where scalars go.
         callbacks: beside the progress bar.
         validate: whether there are validation images.
@@ -94,10 +109,8 @@ def build_trainer(
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for library in ("pytorch_lightning", "lightning_fabric", "torchmetrics"):
         warnings.filterwarnings("ignore", module=library)
-    device = device_settings(options)
     return Trainer(
-        **device,
-        **precision_settings(options, device["accelerator"]),
+        **hardware,
         max_epochs=options.train.epoch,
         logger=loggers or False,
         callbacks=[*(callbacks or []), TQDMProgressBar()],
@@ -109,18 +122,17 @@ def build_trainer(
     )
 
 
-def best_checkpoint(folder: Path, *, scored: bool, validated: bool) -> ModelCheckpoint:
-    """Keeps best.ckpt: the largest `score`, or the newest where no metric exists.
+def best_checkpoint(folder: Path, *, validated: bool) -> ModelCheckpoint:
+    """Keeps best.ckpt: the largest `score`, or the newest where nothing is validated.
 
     Args:
         folder: of the run.
-        scored: whether validation gives metrics.
         validated: whether validation runs at all; otherwise an epoch's end saves.
     """
     return ModelCheckpoint(
         dirpath=folder,
         filename="best",
-        monitor="score" if scored else None,
+        monitor="score" if validated else None,
         mode="max",
         save_top_k=1,
         enable_version_counter=False,
@@ -131,45 +143,72 @@ def best_checkpoint(folder: Path, *, scored: bool, validated: bool) -> ModelChec
 def build_loggers(options: Options, folder: Path) -> list[Logger]:
     """A CSV file beside the run, and wandb where the options ask for it.
 
-    wandb never waits for a login or a network: where one is missing the run is recorded offline.
+    wandb never waits for a login or a network: where one is missing, or wandb refuses the entity or the
+    key, the run is recorded offline.
     """
     loggers: list[Logger] = [CSVLogger(folder.parent, name=folder.name, version="")]
-    chosen = options.wandb
-    if chosen.mode == "disabled":
+    mode = options.wandb.mode
+    if mode == "disabled":
         return loggers
-    obstacle = wandb_obstacle() if chosen.mode == "online" else None
+    obstacle = wandb_obstacle() if mode == "online" else None
+    if mode == "online" and obstacle is None:
+        try:
+            return [*loggers, _wandb_logger(options, folder, mode)]
+        except wandb.errors.Error as error:
+            obstacle = first_line(error)
     if obstacle:
         print(f"wandb: {obstacle}; recording offline in {folder} (wandb sync uploads it later)")
-    loggers.append(
-        WandbLogger(
-            project=chosen.project,
-            entity=chosen.entity,
-            name=chosen.name,
-            save_dir=folder,
-            offline=bool(obstacle) or chosen.mode == "offline",
-        )
+    return [*loggers, _wandb_logger(options, folder, "offline")]
+
+
+def _wandb_logger(options: Options, folder: Path, mode: str) -> WandbLogger:
+    chosen = options.wandb
+    opened = wandb.init(
+        project=chosen.project,
+        entity=chosen.entity,
+        name=chosen.name,
+        mode=mode,
+        dir=str(folder),
+        reinit="finish_previous",
+        settings=wandb.Settings(init_timeout=WANDB_SECONDS, silent=True),
     )
-    return loggers
+    return WandbLogger(experiment=opened)
+
+
+def close_loggers(loggers: list[Logger]) -> None:
+    """Ends a wandb run, so that the next run of a sweep gets one of its own."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 def wandb_obstacle() -> str | None:
     """Why wandb cannot be reached at once, or None."""
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    address = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     try:
-        known = netrc.netrc().authenticators(host) is not None
+        known = netrc.netrc().authenticators(address.hostname) is not None
     except (OSError, netrc.NetrcParseError):
         known = False
     if not known and not os.environ.get("WANDB_API_KEY"):
         return "not logged in (wandb login)"
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy")):
+        return None  # only the proxy can tell, within wandb's own limit of time
+    port = address.port or (80 if address.scheme == "http" else 443)
     try:
-        socket.create_connection((host, 443), timeout=REACH_SECONDS).close()
+        socket.create_connection((address.hostname, port), timeout=REACH_SECONDS).close()
     except OSError:
-        return f"{host} cannot be reached"
+        return f"{address.hostname} cannot be reached"
     return None
 
 
+def reset_peak_memory() -> None:
+    """Starts the GPU's peak afresh."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_gib() -> float:
-    """Peak memory in GiB: of the GPU where there is one, else resident memory of this process."""
+    """Peak memory in GiB: of the GPU since `reset_peak_memory`, else of this process since its start."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     try:

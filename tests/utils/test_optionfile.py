@@ -117,7 +117,6 @@ def test_mistakes__are_reported_together_with_the_closest_key():
     [
         ({"dataset.val_res": 100}, "dataset.val_res is 100, must be a multiple of the patch (8): 96 or 104"),
         ({"model.dim": 400}, "model.dim is 400, must be 384"),
-        ({"gpu_ids": [0, 1]}, "gpu_ids is [0, 1]"),
         ({"eval.extra_clusters": 2}, "must equal model.extra_clusters"),
         ({"wandb.name": "../up"}, "usable as the name of one folder"),
         (

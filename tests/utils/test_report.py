@@ -46,7 +46,7 @@ def test_pictures__are_written_in_the_palette(tmp_path):
     labels = LabelSpace(("a", "b"), ((255, 0, 0), (0, 0, 255)))
     painted = colour(np.array([[0, 1], [-1, 1]]), labels)
     assert painted.tolist() == [[[255, 0, 0], [0, 0, 255]], [[0, 0, 0], [0, 0, 255]]]
-    draw_predictions(tmp_path / "p.png", [{"image": painted, "truth": painted}] * 2, labels)
-    draw_confusion(tmp_path / "c.png", {"cluster": np.array([[1, 2, 3], [4, 5, 0]])}, labels)
+    draw_predictions(tmp_path / "p.png", [{"image": painted, "truth": painted}] * 2, labels=labels)
+    draw_confusion(tmp_path / "c.png", {"cluster": np.array([[1, 2, 3], [4, 5, 0]])}, labels=labels)
     assert (tmp_path / "p.png").stat().st_size > 1000
     assert (tmp_path / "c.png").stat().st_size > 1000

@@ -11,7 +11,7 @@ def test_device__is_chosen_and_gpu_ids_are_checked(tiny_options, monkeypatch, ca
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert training.device_settings(tiny_options(gpu_ids=[1])) == {"accelerator": "cuda", "devices": [1]}
-    with pytest.raises(UserError, match=r"gpu_ids is \[2\], must be from 0 to 1"):
+    with pytest.raises(UserError, match=r"gpu_ids is \[2\], must be one device from 0 to 1"):
         training.device_settings(tiny_options(gpu_ids=[2]))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)

@@ -1,6 +1,8 @@
 """Imports run one way: run, eval -> dataset, model; model -> loss, utils; dataset -> utils."""
 
 import ast
+import json
+from pathlib import Path
 
 import pytest
 
@@ -40,11 +42,5 @@ def test_imports__run_one_way(path):
 
 
 def test_json__hides_nothing():
+    assert REPOSITORY not in Path(json.__file__).parents
     assert not (REPOSITORY / "json/__init__.py").exists()
-    assert json_of_the_standard_library()
-
-
-def json_of_the_standard_library():
-    import json
-
-    return hasattr(json, "loads")

@@ -67,6 +67,10 @@ def test_quick_start__is_what_ci_runs():
         assert sum(line.startswith("pip install") and words in line for line in README.splitlines()) == 1
 
 
+def test_results__are_filled_in():
+    assert not re.search(r"@[A-Z]+@", README)
+
+
 def test_pictures__are_there():
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
         assert (REPOSITORY / path).is_file()

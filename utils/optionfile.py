@@ -216,9 +216,8 @@ def contradictions(options: Options) -> list[str]:
         )
     name = options.wandb.name
     if not name or name in (".", "..") or set(name) & set("/\\\0") or len(name) > LONGEST_NAME:
-        found.append(
-            f"wandb.name is {json.dumps(name)}, must be usable as the name of one folder, of {LONGEST_NAME} letters at most"
-        )
+        allowed = f"usable as the name of one folder, of at most {LONGEST_NAME} letters"
+        found.append(f"wandb.name is {json.dumps(name)}, must be {allowed}")
     return found + _backbone_contradictions(options)
 
 

@@ -192,6 +192,46 @@ def test_directory__class_count_from_the_options(data_of, directory):
         data_of("directory", directory, dataset__n_classes=3, dataset__class_names=["x", "y"])
 
 
+@pytest.mark.parametrize(
+    ("about", "word"),
+    [
+        ({"n_classes": "3"}, "n_classes is '3'"),
+        ({"n_classes": 300}, "n_classes is 300"),
+        ({"n_classes": True}, "n_classes is True"),
+        ({"classes": [1, 1]}, "classes is"),
+        ({"n_classes": 3, "ignore": -1}, "ignore is -1"),
+        ({"n_classes": 3, "ignore": 0}, "ignore is 0"),
+        ({"n_classes": 3, "ignore": "x"}, "ignore is 'x'"),
+        ([], "must hold an object"),
+    ],
+)
+def test_directory__classes_json_is_checked(data_of, directory, about, word):
+    (directory / "classes.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"classes\.json") as error:
+        data_of("directory", directory)
+    assert word in str(error.value)
+
+
+def test_directory__sixteen_bit_photograph_is_refused(data_of, directory):
+    (directory / "imgs/val/0.jpg").unlink()
+    Image.fromarray(np.full((8, 8), 900, dtype=np.uint16)).save(directory / "imgs/val/0.png")
+    with pytest.raises(UserError, match=r"0\.png: image mode is I"):
+        data_of("directory", directory).validation_set[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"MATLAB 5.0 nonsense" * 20])
+def test_potsdam__damaged_mat_is_named(data_of, potsdam, content):
+    (potsdam / "imgs/2_10_0_0.mat").write_bytes(content)
+    with pytest.raises(UserError, match=r"2_10_0_0\.mat: not a readable"):
+        data_of("potsdam", potsdam).validation_set[0]
+
+
+def test_crops__empty_prepared_folder_is_named(data_of, directory):
+    (directory / "cropped/directory_five_crop_0.5").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds no <number>\.jpg"):
+        data_of("directory", directory, dataset__crop_type="five")
+
+
 def test_directory__label_value_outside_the_rule_is_named(data_of, directory):
     save(directory / "labels/val/0.png", np.full((SIZE[1], SIZE[0]), 9))
     with pytest.raises(UserError, match=r"0\.jpg: its label holds 9, must be one of \[0, 1, 2, 255\]"):

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -48,7 +48,7 @@ def test_loss__golden(golden, name, chunk_size):
     assert output.num_negatives.item() == pytest.approx(stored.num_below_psi.item(), rel=1e-6)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=60, deadline=None)  # 60 that pass the margin, or hypothesis complains
 @given(
     images=st.integers(1, 3),
     height=st.integers(1, 4),
@@ -108,24 +108,25 @@ def test_loss__oracle(
         sigma_amb=sigma_amb,
         tau=tau,
     )
-    assume(expected.margin > 2e-4)  # float32 and float64 agree on every set
+    assume(expected.margin > 1e-5)  # float32 and float64 agree on every set
     output = criterion(z, features, anchors)
     output.loss.backward()
     expected.loss.backward()
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=2e-4, abs=2e-4)
-    torch.testing.assert_close(z.grad.double(), exact_z.grad, rtol=1e-3, atol=1e-3)
+    assert (z.grad.double() - exact_z.grad).norm() <= 1e-4 * exact_z.grad.norm() + 1e-6
     assert output.num_positives.item() == pytest.approx(expected.num_positives)
     assert output.num_negatives.item() == pytest.approx(expected.num_negatives)
 
 
+@pytest.mark.parametrize("around", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_loss__dtypes_and_autocast(dtype):
+def test_loss__dtypes_and_autocast(dtype, around):
     z, features = clustered_batch()
     criterion = PPAPLoss(**COEFFICIENTS)
     anchors = criterion.sample_anchors(len(z), torch.Generator().manual_seed(1))
     low_z, low_features = z.detach().to(dtype).requires_grad_(), features.to(dtype)
     reference = criterion(low_z.float(), low_features.float(), anchors)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=around):
         output = criterion(low_z, low_features, anchors)
     output.loss.backward()
     assert output.loss.dtype == torch.float32
@@ -205,12 +206,31 @@ def test_loss__overlapping_sets_count_each_patch_once():
     torch.testing.assert_close(alone.loss, doubled.loss)
 
 
-def test_loss__float16_operands_change_little():
-    z, features = clustered_batch(images=8)
-    anchors = PPAPLoss(**COEFFICIENTS).sample_anchors(len(z), torch.Generator().manual_seed(1))
-    full = PPAPLoss(**COEFFICIENTS)(z, features, anchors)
-    half = PPAPLoss(**COEFFICIENTS, similarity_dtype=torch.float16)(z, features, anchors)
-    assert half.loss.item() == pytest.approx(full.loss.item(), rel=0.05)
+def test_loss__float16_operands_round_before_the_boundary():
+    """cos = 0.60012 lies above 0.60011; the nearest float16, 0.60009765625, lies below."""
+    cosine = 0.6001201
+    columns = [[1.0, cosine], [0.0, math.sqrt(1 - cosine**2)]]
+    features = torch.tensor(columns)[None, :, None]  # (1, 2, 1, 2)
+    z = torch.eye(2)
+    chosen = COEFFICIENTS | {"initialcrit_pos": 0.60011, "prop_iter": 0, "trainpatchsplit": 1}
+    anchors = torch.tensor([[0]])
+    assert PPAPLoss(**chosen)(z, features, anchors).num_positives == 1
+    assert PPAPLoss(**chosen, similarity_dtype=torch.float16)(z, features, anchors).num_positives == 0
+
+
+def test_loss__no_integer_matrix_product():
+    """CUDA has none."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            if any(word in str(function) for word in ("aten.mm", "aten.mv", "addmm", "addmv", "aten.bmm")):
+                assert all(a.is_floating_point() for a in arguments if isinstance(a, torch.Tensor)), function
+            return function(*arguments, **(keywords or {}))
+
+    z, features = clustered_batch()
+    with Watch():
+        PPAPLoss(**COEFFICIENTS)(z, features).loss.backward()
 
 
 def test_sampling__range_no_repeats_and_per_group():

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ EXPERIMENTS = {
     "cityscapes_vitb8": "cityscapes_base.json",
     "potsdam_vitb8": "potsdam.json",
 }
+NONE_PARTS = dict.fromkeys(("net_model_state_dict", "linear_model_state_dict", "cluster_model_state_dict"))
 LABELS = LabelSpace.with_spread_colours(("a", "b", "c"))
 
 
@@ -33,7 +35,7 @@ def published(module):
     }
     return {
         "epoch": 1,
-        "best": 12.5,
+        "best": np.float64(12.5),
         "net_model_state_dict": net,
         "net_optimizer_state_dict": None,
         "linear_model_state_dict": module.linear_probe.classifier.state_dict(),
@@ -82,7 +84,17 @@ def test_find__order_of_names_and_places(tmp_path):
         find_checkpoint("", str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [{"weights": 1}, [1, 2], {}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"weights": 1},
+        [1, 2],
+        {},
+        {"ppap": 5, "state_dict": {}},
+        {"ppap": {}, "state_dict": {"a": 1}},
+        NONE_PARTS,
+    ],
+)
 def test_read__neither_format(tmp_path, content):
     torch.save(content, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match=r"x\.ckpt: neither"):

@@ -99,10 +99,23 @@ def test_load__file_that_does_not_fit_names_keys_and_shapes(spec, tmp_path):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04damaged"])
+@pytest.mark.parametrize("content", [b"", b"hello world", b"a sentence", b"\x80\x02K", b"PK\x03\x04damaged"])
 def test_load__damaged_file_is_named(spec, tmp_path, content):
     (tmp_path / "w.pth").write_bytes(content)
     with pytest.raises(UserError, match=r"w\.pth: not a readable weights file"):
+        load_backbone(FrozenViT(spec), str(tmp_path / "w.pth"))
+
+
+def test_load__damaged_safetensors(spec, tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"\xff" * 30)
+    with pytest.raises(UserError, match=r"w\.safetensors: not a readable weights file"):
+        load_backbone(FrozenViT(spec), str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("content", [{1: torch.ones(1)}, [torch.ones(1)], {"a": 3}])
+def test_load__no_state_dict(spec, tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="must hold a state dict"):
         load_backbone(FrozenViT(spec), str(tmp_path / "w.pth"))
 
 
@@ -126,6 +139,14 @@ def test_official__downloads_once_and_checks_the_digest(server, hub, monkeypatch
     assert path == hub / "dino.pth"
     (folder / "dino.pth").unlink()
     assert official_file(f"{address}/dino.pth") == path  # from the cache
+
+
+def test_official__cached_file_is_checked_too(hub, monkeypatch):
+    hub.mkdir(parents=True)
+    (hub / "dino.pth").write_bytes(b"truncated")
+    monkeypatch.setitem(pretrained.SHA256, "dino.pth", "0" * 64)
+    with pytest.raises(UserError, match="delete it"):
+        official_file("http://127.0.0.1:9/dino.pth")
 
 
 def test_official__wrong_digest_leaves_nothing_behind(server, hub, monkeypatch):

@@ -32,7 +32,7 @@ def test_overrides__choice_and_range_sweeps():
     "word",
     [
         "+a=1", "++a=1", "~a", "a@b=1", "a=glob(*)", "a=interval(0,1)", "a=shuffle(1,2)", "a=(1", "a",
-        "a=range(3,1)", "a=tag(t,choice(1,2))",
+        "a=range(3,1)", "a=range(1,4,0)", "a=range(0.0,1.0,0)", "a=tag(t,choice(1,2))",
     ],
 )  # fmt: skip
 def test_overrides__what_else_the_grammar_has_is_our_error(word):
@@ -63,6 +63,11 @@ def test_jobs__flags(tiny_file, tmp_path):
     assert options.train.seed == 3
     assert not job.evaluate_only
     assert jobs("--opt", tiny_file(), "--test")[0].evaluate_only
+
+
+def test_jobs__flags_and_overrides_in_any_order(tiny_file):
+    (job,) = jobs("train.seed=1", "--opt", tiny_file(), "train.epoch=2", "--debug", "train.valid_freq=9")
+    assert (job.options.train.seed, job.options.train.epoch, job.options.train.valid_freq) == (1, 2, 9)
 
 
 def test_jobs__sweep_names_runs_and_groups_seeds(tiny_file):

@@ -98,8 +98,9 @@ def run_job(job: Job) -> dict[str, dict[str, Any]]:
     """One job of the command line: a run, with `train.compare_frozen` its baseline first."""
     options = as_baseline(job.options) if job.options.train.frozen else job.options
     if job.evaluate_only:
-        checkpoint = options.checkpoint or str(run_folder(options))
-        return {options.wandb.name: evaluate(options, checkpoint=checkpoint, folder=results_folder(options))}
+        checkpoint, folder = options.checkpoint or str(run_folder(options)), results_folder(options)
+        print(f"{options.wandb.name}: evaluation of {checkpoint}, results in {folder}")
+        return {options.wandb.name: evaluate(options, checkpoint=checkpoint, folder=folder)}
     runs = [options]
     if options.train.compare_frozen and not options.train.frozen:
         runs.insert(0, as_baseline(options))
@@ -121,10 +122,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         results = run_job(job)
         print(f"\n{class_table(results)}\n\n{metrics_table(results)}")
         for name, result in results.items():
-            spent = ""
             if "train_hours" in result:
-                spent = f", {result['train_hours']:.2f} h, {result['peak_memory_gib']:.1f} GiB at most"
-            print(f"{name}: step {result['step']}{spent}, results in {Path(job.options.output_dir) / name}")
+                spent = f"{result['train_hours']:.2f} h, {result['peak_memory_gib']:.1f} GiB at most"
+                folder = Path(job.options.output_dir) / name
+                print(f"{name}: best at step {result['step']}, {spent}, results in {folder}")
         finished.append((job.setting, list(results.values())[-1]))
     if len(jobs) > 1:
         print("\n" + sweep_table(finished))

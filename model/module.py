@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,15 @@ class StepLosses:
     cluster: Tensor
     linear: Tensor | None
     ppap: PPAPLossOutput | None
+
+    def detach(self) -> StepLosses:
+        """The same numbers without the graph, which holds a gradient of the batch's size."""
+        return StepLosses(
+            self.total.detach(),
+            self.cluster.detach(),
+            None if self.linear is None else self.linear.detach(),
+            None if self.ppap is None else replace(self.ppap, loss=self.ppap.loss.detach()),
+        )
 
 
 class PPAPModule(LightningModule):
@@ -99,7 +108,7 @@ class PPAPModule(LightningModule):
         """One batch of images (B, 3, H, W) uint8 and labels (B, H, W); returns the total loss."""
         self._batch_index = batch_idx
         losses = self.losses(batch, step=self.iters)
-        self._losses = losses
+        self._losses = losses.detach()
         self._finite = self._finite.to(losses.total.device) & torch.isfinite(losses.total)
         if losses.total.device.type == "cpu" or batch_idx % self.options.train.print_freq == 0:
             self._stop_if_not_finite()  # on a GPU this waits for the step, so not each time
@@ -110,7 +119,7 @@ class PPAPModule(LightningModule):
         if not self._finite:
             losses = self._losses
             parts = {
-                "PPAP": losses.ppap and losses.ppap.loss,
+                "PPAP": None if losses.ppap is None else losses.ppap.loss,
                 "linear": losses.linear,
                 "cluster": losses.cluster,
             }
@@ -137,7 +146,8 @@ class PPAPModule(LightningModule):
             ppap = self.criterion(output.z, crit, generator=generator(seed, "anchors", step))
         cluster = self.cluster_probe.loss(code.detach())
         linear = self.linear_probe.loss(code.detach(), batch.label) if self.train_labelled else None
-        total = sum(part for part in (ppap and ppap.loss, linear, cluster) if part is not None)
+        parts = (None if ppap is None else ppap.loss, linear, cluster)
+        total = sum(part for part in parts if part is not None)
         return StepLosses(total, cluster, linear, ppap)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -71,29 +72,52 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
         "train.frozen": True if getattr(arguments, "frozen", False) else None,
     }
     fixed = {key: value for key, value in flags.items() if value is not None}
-    choices = parse_overrides(arguments.overrides)
-    swept = [key for key, values in choices.items() if len(values) > 1]
+    overrides = parse_overrides(arguments.overrides)
+    choices, mistakes = overrides.choices, list(overrides.mistakes)
     jobs = []
     for combination in itertools.product(*choices.values()):
-        values = fixed | dict(zip(choices, combination, strict=True))
-        options = load_options(path, values, check_files=True)
-        words = [f"{key.rsplit('.', 1)[-1]}={values[key]}" for key in swept]
-        if words:
-            name = re.sub(r"[^\w.=+-]", "_", "-".join([options.wandb.name, *words]))
-            options = load_options(path, values | {"wandb.name": name}, check_files=True)
-        setting = [f"{key}={values[key]}" for key in swept if key != "train.seed"]
+        chosen = dict(zip(choices, combination, strict=True))
+        swept = {key: value for key, value in chosen.items() if len(choices[key]) > 1}
+        try:
+            options = _sweep_options(path, fixed | chosen, swept=swept)
+        except UserError as error:
+            mistakes += error.mistakes
+            continue
+        setting = [f"{key}={value}" for key, value in swept.items() if key != "train.seed"]
         jobs.append(Job(options, " ".join(setting), arguments.test))
+    if mistakes:
+        raise UserError(dict.fromkeys(mistakes), f"{path} and the command line")
     return jobs
 
 
-def parse_overrides(words: Sequence[str]) -> dict[str, list[Any]]:
-    """Dotted keys and the values each is to take, by Hydra's own parser.
+def _sweep_options(path: Path, values: dict[str, Any], *, swept: dict[str, Any]) -> Options:
+    """Options whose run is named after what the sweep changes."""
+    options = load_options(path, values, check_files=True)
+    if not swept:
+        return options
+    words = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in swept.items()]
+    name = re.sub(r"[^\w.=+-]", "_", "-".join([options.wandb.name, *words]))
+    return load_options(path, values | {"wandb.name": name}, check_files=True)
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What the further words ask for.
+
+    Attributes:
+        choices: dotted key -> the values it is to take, one unless it is swept.
+        mistakes: one line for each word that is no plain change.
+    """
+
+    choices: dict[str, list[Any]]
+    mistakes: list[str]
+
+
+def parse_overrides(words: Sequence[str]) -> Overrides:
+    """Reads overrides with Hydra's own parser.
 
     Plain changes (`key=value`) and choice or range sweeps (`key=1,2`, `key=range(1,4)`) are taken; what
-    else the grammar has (adding, deleting, packages, globs, intervals, shuffles) means nothing here.
-
-    Raises:
-        UserError: all words that are not such a change.
+    else the grammar has (adding, deleting, packages, globs, intervals, shuffles) is a mistake here.
     """
     choices: dict[str, list[Any]] = {}
     mistakes = []
@@ -114,9 +138,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, list[Any]]:
             mistakes.append(f"{word}: the range is empty; give it at least one value")
         else:
             choices[override.key_or_group] = values
-    if mistakes:
-        raise UserError(mistakes, "the overrides")
-    return choices
+    return Overrides(choices, mistakes)
 
 
 def _values(override: Override) -> list[Any]:

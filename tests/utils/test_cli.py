@@ -9,7 +9,7 @@ def jobs(*argv, training=True):
 
 
 def test_overrides__values_by_hydras_grammar():
-    assert parse_overrides(["a.b=3", "c='x, y'", "d=[1,2]", "e=null", "f=inf", "g=true"]) == {
+    assert parse_overrides(["a.b=3", "c='x, y'", "d=[1,2]", "e=null", "f=inf", "g=true"]).choices == {
         "a.b": [3],
         "c": ["x, y"],
         "d": [[1, 2]],
@@ -20,7 +20,7 @@ def test_overrides__values_by_hydras_grammar():
 
 
 def test_overrides__choice_and_range_sweeps():
-    assert parse_overrides(["a=0,1,2", "b=range(1,4)", "c=choice('x',2)", "d=[1,2],[3]"]) == {
+    assert parse_overrides(["a=0,1,2", "b=range(1,4)", "c=choice('x',2)", "d=[1,2],[3]"]).choices == {
         "a": [0, 1, 2],
         "b": [1, 2, 3],
         "c": ["x", 2],
@@ -36,18 +36,27 @@ def test_overrides__choice_and_range_sweeps():
     ],
 )  # fmt: skip
 def test_overrides__what_else_the_grammar_has_is_our_error(word):
-    with pytest.raises(UserError) as error:
-        parse_overrides([word])
-    assert word in str(error.value)
+    overrides = parse_overrides([word])
+    (mistake,) = overrides.mistakes
+    assert mistake.startswith(f"{word}: ")
+    assert overrides.choices == {}
 
 
 def test_overrides__errors_show_how_to_quote_and_come_together():
+    mistakes = parse_overrides(["+a=1", "b=(", "c=1", "c=2"]).mistakes
+    assert len(mistakes) == 3
+    assert """'key="a, b"'""" in mistakes[0]
+    assert "c is given twice" in mistakes[2]
+
+
+def test_jobs__mistakes_of_overrides_file_and_all_runs_come_together(tiny_file):
+    words = ["+a=1", "training_coeff.tau=-1,-2", "eval.is_crff=true"]
     with pytest.raises(UserError) as error:
-        parse_overrides(["+a=1", "b=(", "c=1", "c=2"])
+        jobs("--opt", tiny_file(train__epoch=0), *words)
     text = str(error.value)
-    assert "3 mistakes" in text
-    assert """'key="a, b"'""" in text
-    assert "c is given twice" in text
+    for part in ("+a=1", "tau is -1", "tau is -2", "eval.is_crff", "train.epoch is 0"):
+        assert text.count(part) == 1, text
+    assert "5 mistakes in " in text
 
 
 def test_jobs__flags(tiny_file, tmp_path):

@@ -136,6 +136,14 @@ def test_wandb__every_run_of_a_sweep_is_a_run_of_its_own(tiny_file, tmp_path, mo
         assert len(list((tmp_path / f"output/tiny-seed={seed}").rglob("run-*.wandb"))) == 1
 
 
+def test_crf__without_pydensecrf_all_else_runs(tiny_file, monkeypatch, capsys):
+    monkeypatch.setattr("utils.crf.crf_missing", lambda: "pydensecrf does not import")
+    (result,) = run.main(["--opt", tiny_file()])
+    assert result["before_crf"]
+    assert result["after_crf"] is None
+    assert "tiny, after CRF: pydensecrf does not import" in capsys.readouterr().out
+
+
 def test_non_finite_loss__stops_and_says_where(tiny_file):
     with pytest.raises(UserError, match=r"not finite at or before step 2 .*PPAP nan"):
         run.main(["--opt", tiny_file(), "optimizer.net.lr=1e6", "train.grad_norm=inf", "eval.is_crf=false"])

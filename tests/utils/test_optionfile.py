@@ -74,6 +74,56 @@ def test_published_file__every_value_arrives(shared):
     }
 
 
+def test_published_format__a_file_with_every_key_of_its_time():
+    """The keys of the published cocostuff16.json, legacy ones included, and what they must come to."""
+    read = {
+        "gpu_ids": [0],
+        "output_dir": "./output/",
+        "checkpoint": "",
+        "wandb.project": "PPAP",
+        "wandb.name": "ppap_cocostuff16",
+        "dataset.data_type": "cocostuff27",
+        "dataset.loader_crop_type": "center",
+        "dataset.crop_type": "five",
+        "dataset.crop_ratio": 0.5,
+        "dataset.res": 224,
+        "dataloader.batch_size": 64,
+        "dataloader.num_workers": 8,
+        "training_coeff.initialcrit_amb": 0.15,
+        "training_coeff.initialcrit_pos": 0.55,
+        "training_coeff.trainpatchsplit": 4,
+        "training_coeff.tau": 0.8,
+        "training_coeff.prop_iter": 2,
+        "training_coeff.sigma_pos": 3,
+        "training_coeff.sigma_amb": 4,
+        "model.arch": "dino",
+        "model.continuous": True,
+        "model.dim": 384,
+        "model.extra_clusters": 0,
+        "model.pretrained.model_type": "vit_small",
+        "model.pretrained.dino_patch_size": 16,
+        "model.pretrained.pretrained_weights": None,
+        "optimizer.net.name": "adamw",
+        "optimizer.net.lr": 1e-3,
+        "optimizer.net.weight_decay": 0.01,
+        "optimizer.linear.name": "adam",
+        "optimizer.linear.lr": 1e-3,
+        "optimizer.cluster.name": "adam",
+        "optimizer.cluster.lr": 1e-3,
+        "train.print_freq": 25,
+        "train.valid_freq": 100,
+        "train.epoch": 5,
+        "train.grad_norm": 10.0,
+        "eval.extra_clusters": 0,
+        "eval.is_crf": True,
+        "eval.is_direct": False,
+    }
+    resolved = flatten(as_tree(build_options(read | LEGACY_KEYS, source="x")))
+    assert {key: resolved[key] for key in read} == read
+    ours = flatten(as_tree(load_options(REPOSITORY / "json/server/cocostuff16.json")))
+    assert {key: ours[key] for key in read} == read
+
+
 @pytest.mark.parametrize("key", LEGACY_KEYS)
 def test_legacy__published_value_runs_and_another_says_it_has_no_effect(key):
     build_options({key: LEGACY_KEYS[key]}, source="x")

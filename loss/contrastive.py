@@ -20,12 +20,10 @@ class ContrastiveTerm:
 
     Attributes:
         loss: L_i, (A,) float32; 0 for an anchor without positives.
-        valid: whether the anchor has a positive, (A,) bool.
         slope: dL_i / dlogits, (A, N) float32, or None where it was not asked for.
     """
 
     loss: Tensor
-    valid: Tensor
     slope: Tensor | None
 
 
@@ -56,4 +54,4 @@ def masked_contrastive(
     if with_slope:
         probability = (kept_logits - log_total[:, None]).exp_()  # (A, N)
         slope = (probability.sub_(share).mul_(scale)) * valid[:, None]  # (A, N)
-    return ContrastiveTerm(loss, valid, slope)
+    return ContrastiveTerm(loss, slope)

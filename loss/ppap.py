@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from loss.contrastive import masked_contrastive
-from loss.propagation import Boundaries, propagate, select_sets
+from loss.propagation import Boundaries, Sets, propagate, select_sets
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}  # entries of one (anchors, N) float32 tensor
 
@@ -68,7 +68,8 @@ class PPAPLoss(nn.Module):
             and 224 pixels).
         similarity_dtype: operands of the products that are compared with a boundary, float32 or float16
             (rounded to it, accumulated in float32).
-        chunk_size: anchors held at a time, rounded up to whole groups; None chooses by device and N.
+        chunk_size: anchors held against the N patches at a time; None chooses by device and N. A group
+            that does not fit is propagated twice, once to learn how many of its anchors count.
 
     Raises:
         ValueError: a coefficient is out of range.
@@ -168,11 +169,10 @@ class PPAPLoss(nn.Module):
             loss, num_positives, num_negatives = _StreamedLoss.apply(z.float(), bank, anchors, self)
         return PPAPLossOutput(loss, num_positives, num_negatives)
 
-    def groups_per_chunk(self, anchors: Tensor, patches: int) -> int:
-        """How many groups' anchors are held against the N patches at a time."""
-        budget = CHUNK_ELEMENTS.get(anchors.device.type, CHUNK_ELEMENTS["cpu"])
-        chunk = self.chunk_size or budget // patches
-        return max(1, chunk // anchors.shape[1])
+    def rows_per_chunk(self, z: Tensor) -> int:
+        """How many anchors are held against the N patches at a time."""
+        budget = CHUNK_ELEMENTS.get(z.device.type, CHUNK_ELEMENTS["cpu"])
+        return self.chunk_size or max(1, budget // len(z))
 
     def _check(self, z: Tensor, features: Tensor, anchors: Tensor | None) -> None:
         if features.ndim != 4:
@@ -200,14 +200,15 @@ class PPAPLoss(nn.Module):
 
 
 class _StreamedLoss(torch.autograd.Function):
-    """Loss and gradient in one pass over chunks of whole groups; keeps grad_z and nothing of size A x N."""
+    """Loss and gradient in one pass over chunks of anchors; keeps grad_z and nothing of size A x N."""
 
     @staticmethod
     def forward(ctx, z: Tensor, bank: Tensor, anchors: Tensor, criterion: PPAPLoss):
         grad_z = torch.zeros_like(z) if ctx.needs_input_grad[0] else None  # (N, D)
         sums = z.new_zeros(4)  # loss, anchors in groups that have a positive, |P|, |{below Psi}|
-        for groups in anchors.split(criterion.groups_per_chunk(anchors, len(z))):  # (g, A_max)
-            sums += _add_chunk(groups, z, bank, criterion, grad_z)
+        rows = criterion.rows_per_chunk(z)
+        for groups in anchors.split(max(1, rows // anchors.shape[1])):  # (g, A_max)
+            sums += _add_groups(groups, z, bank, criterion=criterion, grad_z=grad_z, rows=rows)
         loss, weight, positives, negatives = sums.unbind()
         weight = weight.clamp_min(1)  # no positive anywhere: 0 / 1
         ctx.grad_z = None if grad_z is None else grad_z.div_(weight)
@@ -222,30 +223,56 @@ class _StreamedLoss(torch.autograd.Function):
         return grad_loss * ctx.grad_z, None, None, None
 
 
-def _add_chunk(groups: Tensor, z: Tensor, bank: Tensor, criterion: PPAPLoss, grad_z: Tensor | None) -> Tensor:
-    """Sums over the anchors of some groups, (4,); adds their unweighted gradient to `grad_z` (N, D)."""
-    drawn = (groups >= 0).flatten()  # (A,)
-    index = groups.flatten().clamp_min(0)  # (A,)
+def _add_groups(
+    groups: Tensor, z: Tensor, bank: Tensor, *, criterion: PPAPLoss, grad_z: Tensor | None, rows: int
+) -> Tensor:
+    """Sums over the anchors of some groups, (4,); adds their unweighted gradient to `grad_z` (N, D).
+
+    An anchor's weight hangs on how many anchors of its group have a positive, so that must be known first.
+    """
+    drawn = groups >= 0  # (g, A_max)
+    parts = groups.flatten().clamp_min(0).split(rows)  # (a,) each
+    found = _find(parts[0], bank, criterion) if len(parts) == 1 else None
+    if found is not None:
+        valid = found.positives.any(dim=1)  # (A,)
+    else:
+        valid = torch.cat([_find(part, bank, criterion).positives.any(dim=1) for part in parts])  # (A,)
+    counted = valid.view_as(groups) & drawn  # (g, A_max)
+    per_group = counted.sum(dim=1, keepdim=True)  # (g, 1), anchors that have a positive
+    size = drawn.sum(dim=1, keepdim=True) * (per_group > 0)  # (g, 1), the group's weight
+    weights = (counted * size / per_group.clamp_min(1)).flatten().split(rows)  # (a,) each
+    sums = z.new_zeros(4)
+    for part, weight, used in zip(parts, weights, drawn.flatten().split(rows), strict=True):
+        sets = _find(part, bank, criterion) if found is None else found
+        loss = _add_rows(part, z, sets, weight=weight, tau=criterion.tau, grad_z=grad_z)
+        counts = torch.stack([sets.positives.sum(dim=1), sets.below]) * used  # (2, a)
+        sums += torch.stack([loss, torch.zeros_like(loss), *counts.sum(dim=1).to(z.dtype)])
+    sums[1] += size.sum()
+    return sums
+
+
+def _find(index: Tensor, bank: Tensor, criterion: PPAPLoss) -> Sets:
+    """P and Q of the anchors at `index` (A,) in the bank (N, D)."""
     reached = propagate(bank[index], bank, criterion.boundaries, operand=criterion.similarity_dtype)
-    sets = select_sets(reached, index)
+    return select_sets(reached, index)
+
+
+def _add_rows(
+    index: Tensor, z: Tensor, sets: Sets, *, weight: Tensor, tau: float, grad_z: Tensor | None
+) -> Tensor:
+    """Weighted sum of L_i over the anchors at `index` (A,), (); adds its gradient to `grad_z` (N, D)."""
     term = masked_contrastive(
-        z[index] @ z.T / criterion.tau,  # (A, N)
+        z[index] @ z.T / tau,  # (A, N)
         sets.positives,
         kept=sets.positives | sets.negatives,
-        tau=criterion.tau,
+        tau=tau,
         with_slope=grad_z is not None,
     )
-    counted = (term.valid & drawn).view_as(groups)  # (g, A_max)
-    per_group = counted.sum(dim=1, keepdim=True)  # (g, 1), anchors that have a positive
-    size = drawn.view_as(groups).sum(dim=1, keepdim=True) * (per_group > 0)  # (g, 1), the group's weight
-    weight = (counted * size / per_group.clamp_min(1)).flatten()  # (A,)
     if grad_z is not None:
-        slope = term.slope * (weight / criterion.tau)[:, None]  # (A, N)
+        slope = term.slope * (weight / tau)[:, None]  # (A, N)
         grad_z.addmm_(slope.T, z[index])
         grad_z.index_add_(0, index, slope @ z)
-    below = (reached.similarity < reached.psi).sum(dim=1)  # (A,), the anchor itself included
-    counts = (torch.stack([sets.positives.sum(dim=1), below]) * drawn).sum(dim=1)  # (2,)
-    return torch.stack([(term.loss * weight).sum(), size.sum().to(z.dtype), *counts.to(z.dtype)])
+    return (term.loss * weight).sum()
 
 
 @contextmanager

@@ -82,19 +82,27 @@ def propagate(
 
 @dataclass(frozen=True)
 class Sets:
-    """P and Q of A anchors as masks, (A, N) bool; they overlap where Psi_T lies above Phi_T."""
+    """P and Q of A anchors; they overlap where Psi_T lies above Phi_T.
+
+    Attributes:
+        positives: P, (A, N) bool, without the anchor itself.
+        negatives: Q, (A, N) bool, without the anchor itself.
+        below: count of {v_T . f_j < Psi_T}, (A,) int64, the anchor itself included.
+    """
 
     positives: Tensor
     negatives: Tensor
+    below: Tensor
 
 
 def select_sets(reached: Propagation, index: Tensor) -> Sets:
-    """P = {v_T . f_j > Phi_T} and Q = {v_T . f_j < Psi_T}, the anchor itself in neither.
+    """P = {v_T . f_j > Phi_T} and Q = {v_T . f_j < Psi_T}.
 
     Args:
         reached: where the proxies have come to.
         index: each anchor's own place in the bank, (A,) int64.
     """
     positives = (reached.similarity > reached.phi).scatter_(1, index[:, None], False)  # (A, N)
-    negatives = (reached.similarity < reached.psi).scatter_(1, index[:, None], False)  # (A, N)
-    return Sets(positives, negatives)
+    negatives = reached.similarity < reached.psi  # (A, N)
+    below = negatives.sum(dim=1)  # (A,)
+    return Sets(positives, negatives.scatter_(1, index[:, None], False), below)

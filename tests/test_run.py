@@ -46,6 +46,28 @@ def test_train_then_evaluate__same_numbers_exactly(tiny_file, tmp_path):
     assert confusion["cluster"].sum() == 6 * 32 * 32
 
 
+def test_published_checkpoint__is_evaluated_to_the_same_numbers(tiny_file, tmp_path):
+    """<output_dir>/<checkpoint>/ckpt.pth, as the published README has it."""
+    path = tiny_file()
+    (trained,) = run.main(["--opt", path])
+    state = torch.load(trained["checkpoint"], weights_only=True)["state_dict"]
+
+    def part(theirs, ours):
+        return {theirs + k.removeprefix(ours): v for k, v in state.items() if k.startswith(ours)}
+
+    net = part("model.", "segmenter.backbone.") | part("decoder.", "segmenter.head.")
+    published = {
+        "net_model_state_dict": net | part("project_head.", "segmenter.projection."),
+        "linear_model_state_dict": part("", "linear_probe.classifier."),
+        "cluster_model_state_dict": part("", "cluster_probe."),
+    }
+    (tmp_path / "output/released").mkdir()
+    torch.save(published, tmp_path / "output/released/ckpt.pth")
+    (evaluated,) = evaluation.main(["--opt", path, "--checkpoint", "released", "wandb.name=tiny_eval"])
+    for stage in ("before_crf", "after_crf"):
+        assert evaluated[stage] == trained[stage]
+
+
 def test_options__saved_beside_the_run_are_an_option_file(tiny_file, tmp_path):
     run.main(["--opt", tiny_file(), "train.seed=7", "eval.is_crf=false"])
     saved = load_options(tmp_path / "output/tiny/options.json")

@@ -148,6 +148,26 @@ def test_loss__chunked_equals_unchunked_with_a_leftover(chunk_size):
     torch.testing.assert_close(grad, expected)
 
 
+def test_loss__memory_is_bounded_by_the_chunk():
+    """No tensor of more than chunk x N entries, even where one group is all there is."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            if isinstance(result, torch.Tensor):
+                largest.append(result.numel())
+            return result
+
+    z, features = clustered_batch(images=6, side=8)  # 384 patches of 8 channels, all of them anchors
+    with Watch():
+        criterion = PPAPLoss(**COEFFICIENTS | {"group_size": 384, "trainpatchsplit": 1}, chunk_size=10)
+        criterion(z, features).loss.backward()
+    assert max(largest) == 10 * 384
+
+
 def test_loss__gradient_scales_and_needs_z_only():
     z, features = clustered_batch()
     features.requires_grad_()

@@ -163,13 +163,14 @@ def build_loggers(options: Options, folder: Path) -> list[Logger]:
 
 def _wandb_logger(options: Options, folder: Path, mode: str) -> WandbLogger:
     chosen = options.wandb
+    if wandb.run is not None:  # wandb would go on writing into it
+        wandb.run.finish()
     opened = wandb.init(
         project=chosen.project,
         entity=chosen.entity,
         name=chosen.name,
         mode=mode,
         dir=str(folder),
-        reinit="finish_previous",
         settings=wandb.Settings(init_timeout=WANDB_SECONDS, silent=True),
     )
     return WandbLogger(experiment=opened)

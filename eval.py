@@ -110,10 +110,12 @@ def predict(options: Options, module: PPAPModule, *, data: SegmentationData) -> 
 
     missing = why_no_crf(options, data)
     evaluator = module.evaluator
-    evaluator.pictures_wanted = options.eval.pictures
+    images = len(data.validation_set)
+    shown = min(options.eval.pictures, images)
+    evaluator.pictured = frozenset(place * images // shown for place in range(shown))  # spread over the set
     with CrfPool(options.eval.crf_workers) if missing is None else nullcontext() as pool:
         evaluator.pool = pool
-        if len(data.validation_set):
+        if images:
             trainer = build_trainer(options, hardware_settings(options))
             trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)
         if pool is not None:
@@ -132,7 +134,7 @@ def class_iou(evaluation: Evaluation, names: Sequence[str]) -> dict[str, dict[st
 
 
 def write_pictures(folder: Path, module: PPAPModule, *, predicted: Predicted) -> None:
-    """confusion.npz and confusion.png for all that was scored, predictions.png for the first images."""
+    """confusion.npz and confusion.png for all that was scored, predictions.png for some images."""
     import numpy as np
 
     from utils.pictures import draw_confusion, draw_predictions

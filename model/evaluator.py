@@ -15,6 +15,7 @@ from utils.metrics import ConfusionMatrix, Scores, score
 from utils.transforms import normalise, to_eight_bit
 from utils.upsampling import bilinear_taps
 
+HEADS = ("cluster", "linear")
 CLUSTER_ALPHA = 2.0  # scale of the cosines whose softmax is the CRF's unary term
 
 
@@ -75,7 +76,7 @@ class Evaluator(nn.Module):
         self.plain = nn.ModuleDict({name: ConfusionMatrix(n_classes, k) for name, k in shapes.items()})
         self.refined = nn.ModuleDict({name: ConfusionMatrix(n_classes, k) for name, k in shapes.items()})
         self.pool: CrfPool | None = None
-        self.pictures_wanted = 0
+        self.pictured: frozenset[int] = frozenset()  # places in the set of the images to keep
         self.reset()
 
     def reset(self) -> None:
@@ -116,12 +117,11 @@ class Evaluator(nn.Module):
         for name, prediction in predicted.items():
             self.plain[name].update(prediction, label)
         self.losses.append(-(best.values if norm is None else best.values / norm).mean())
+        for place in range(len(image)):
+            if self.images + place in self.pictured:
+                maps = [predicted[name][place].cpu() if name in predicted else None for name in HEADS]
+                self.pictures.append(Prediction(image[place].cpu(), label[place].cpu(), *maps))
         self.images += len(image)
-        for place in range(min(len(image), self.pictures_wanted - len(self.pictures))):
-            maps = [
-                predicted[name][place].cpu() if name in predicted else None for name in ("cluster", "linear")
-            ]
-            self.pictures.append(Prediction(image[place].cpu(), label[place].cpu(), *maps))
         if self.pool is not None:
             self._refine(inner, norm, logits, image, label)
 
@@ -141,7 +141,7 @@ class Evaluator(nn.Module):
     def collect_refined(self, *, wait_for_one: bool = False) -> int:
         """Counts what the CRF processes have finished; returns how many images are still with them."""
         for label, predictions in self.pool.finished(wait_for_one=wait_for_one):
-            for name, prediction in zip(("cluster", "linear"), predictions, strict=False):
+            for name, prediction in zip(HEADS, predictions, strict=False):
                 metric = self.refined[name]
                 metric.update(*(t.to(metric.counts.device) for t in (torch.from_numpy(prediction), label)))
         return len(self.pool)

@@ -65,6 +65,16 @@ def test_update__batched_equals_single(batch):
     assert together.compute().images == apart.compute().images == 2
 
 
+def test_pictures__are_kept_of_the_places_asked_for(batch):
+    evaluator = Evaluator(3, 4, is_direct=False, with_linear=True)
+    evaluator.pictured = frozenset({1, 4})
+    for _ in range(3):
+        add(evaluator, batch)
+    assert len(evaluator.pictures) == 2
+    assert torch.equal(evaluator.pictures[0].image, batch["image"][1])
+    assert torch.equal(evaluator.pictures[1].image, batch["image"][0])
+
+
 def test_reset__forgets(batch):
     evaluator = Evaluator(3, 4, is_direct=False, with_linear=True)
     add(evaluator, batch)

@@ -6,12 +6,12 @@ classes.json, optional: {"n_classes": 2, "classes": ["sky", "road"], "ignore": 2
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dataset.source import INVALID, RawItem, Source, class_rule, open_image, open_label
 from utils.errors import UserError
+from utils.files import read_json_object
 from utils.labels import IGNORE, LabelSpace
 from utils.options import DatasetOptions
 
@@ -25,12 +25,7 @@ def _about(options: DatasetOptions) -> dict[str, Any]:
     path = Path(options.data_path) / "classes.json"
     if not path.is_file():
         return {}
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not a readable JSON file: {error}") from None
-    if not isinstance(about, dict):
-        raise UserError(f"{path}: must hold an object such as {EXAMPLE}")
+    about = read_json_object(path)
     count, names, ignore = (about.get(key) for key in ("n_classes", "classes", "ignore"))
     mistakes = []
     if count is not None and not (type(count) is int and 2 <= count <= 255):

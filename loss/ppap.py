@@ -226,9 +226,10 @@ class _StreamedLoss(torch.autograd.Function):
 def _add_groups(
     groups: Tensor, z: Tensor, bank: Tensor, *, criterion: PPAPLoss, grad_z: Tensor | None, rows: int
 ) -> Tensor:
-    """Sums over the anchors of some groups, (4,); adds their unweighted gradient to `grad_z` (N, D).
+    """Sums over the anchors of some groups, (4,); adds their gradient to `grad_z` (N, D).
 
-    An anchor's weight hangs on how many anchors of its group have a positive, so that must be known first.
+    Both are still to be divided by the weight of all groups. An anchor's weight hangs on how many anchors
+    of its group have a positive, so that must be known first.
     """
     drawn = groups >= 0  # (g, A_max)
     parts = groups.flatten().clamp_min(0).split(rows)  # (a,) each
@@ -241,14 +242,12 @@ def _add_groups(
     per_group = counted.sum(dim=1, keepdim=True)  # (g, 1), anchors that have a positive
     size = drawn.sum(dim=1, keepdim=True) * (per_group > 0)  # (g, 1), the group's weight
     weights = (counted * size / per_group.clamp_min(1)).flatten().split(rows)  # (a,) each
-    sums = z.new_zeros(4)
+    loss, counts = z.new_zeros(()), z.new_zeros(2)
     for part, weight, used in zip(parts, weights, drawn.flatten().split(rows), strict=True):
         sets = _find(part, bank, criterion) if found is None else found
-        loss = _add_rows(part, z, sets, weight=weight, tau=criterion.tau, grad_z=grad_z)
-        counts = torch.stack([sets.positives.sum(dim=1), sets.below]) * used  # (2, a)
-        sums += torch.stack([loss, torch.zeros_like(loss), *counts.sum(dim=1).to(z.dtype)])
-    sums[1] += size.sum()
-    return sums
+        loss += _add_rows(part, z, sets, weight=weight, tau=criterion.tau, grad_z=grad_z)
+        counts += (torch.stack([sets.positives.sum(dim=1), sets.below]) * used).sum(dim=1)  # (2,)
+    return torch.stack([loss, size.sum().to(z.dtype), *counts])
 
 
 def _find(index: Tensor, bank: Tensor, criterion: PPAPLoss) -> Sets:

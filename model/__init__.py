@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from model.backbone import FrozenViT
 from model.checkpoint import CheckpointFile, read_checkpoint, restore
-from model.module import PPAPModule
+from model.module import PPAPModule, check_channels
 from model.pretrained import backbone_spec, load_backbone
 from model.segmenter import Segmenter
 from utils.files import find_checkpoint
@@ -29,13 +29,15 @@ def build_module(
     Raises:
         UserError: weights or checkpoint are missing, damaged or do not fit.
     """
+    spec = backbone_spec(options)
+    check_channels(options, n_classes=labels.n_classes, dim=spec.dim)
     loaded: CheckpointFile | None = None
     if checkpoint is not None:
         loaded = read_checkpoint(find_checkpoint(checkpoint, options.output_dir))
     if train_labelled is None:
         train_labelled = loaded is None or loaded.about.get("train_labelled", True)
     with seeded(options.train.seed, "backbone"):
-        backbone = FrozenViT(backbone_spec(options))
+        backbone = FrozenViT(spec)
     source = (
         str(loaded.path) if loaded else load_backbone(backbone, options.model.pretrained.pretrained_weights)
     )

@@ -100,16 +100,12 @@ class Evaluator(nn.Module):
             linear: the linear probe.
             cluster: the cluster probe.
         """
-        with torch.autocast(code.device.type, enabled=False):
-            self._update(code.float(), image, label, linear, cluster)
-
-    def _update(
-        self, code: Tensor, image: Tensor, label: Tensor, linear: LinearProbe, cluster: ClusterProbe
-    ) -> None:
         size = label.shape[-2:]
-        inner = code if self.is_direct else cluster.inner(code)  # (B, K, h, w)
+        with torch.autocast(code.device.type, enabled=False):
+            code = code.float()
+            inner = code if self.is_direct else cluster.inner(code)  # (B, K, h, w)
+            logits = linear(code) if self.with_linear else None  # (B, C, h, w)
         norm = None if self.is_direct else upsampled_norm(code, size)  # (B, H, W)
-        logits = linear(code) if self.with_linear else None  # (B, C, h, w)
         best = F.interpolate(inner, size=size, mode="bilinear").max(dim=1)  # (B, H, W)
         predicted = {"cluster": best.indices}
         if logits is not None:
@@ -117,16 +113,19 @@ class Evaluator(nn.Module):
         for name, prediction in predicted.items():
             self.plain[name].update(prediction, label)
         self.losses.append(-(best.values if norm is None else best.values / norm).mean())
+        self._keep_pictures(predicted, image=image, label=label)
+        self.images += len(image)
+        if self.pool is not None:
+            self._refine(inner, norm, logits=logits, image=image, label=label)
+
+    def _keep_pictures(self, predicted: dict[str, Tensor], *, image: Tensor, label: Tensor) -> None:
         for place in range(len(image)):
             if self.images + place in self.pictured:
                 maps = [predicted[name][place].cpu() if name in predicted else None for name in HEADS]
                 self.pictures.append(Prediction(image[place].cpu(), label[place].cpu(), *maps))
-        self.images += len(image)
-        if self.pool is not None:
-            self._refine(inner, norm, logits, image, label)
 
     def _refine(
-        self, inner: Tensor, norm: Tensor | None, logits: Tensor | None, image: Tensor, label: Tensor
+        self, inner: Tensor, norm: Tensor | None, *, logits: Tensor | None, image: Tensor, label: Tensor
     ) -> None:
         shown = to_eight_bit(normalise(image)).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
         scale = 1.0 if norm is None else CLUSTER_ALPHA

@@ -63,7 +63,6 @@ class PPAPModule(LightningModule):
         self.segmenter = segmenter
         self.frozen = options.train.frozen
         self.dim = segmenter.backbone.spec.dim
-        self._check_channels(labels.n_classes)
         n_clusters = labels.n_classes + options.model.extra_clusters
         with seeded(options.train.seed, "linear probe"):
             self.linear_probe = LinearProbe(self.dim, labels.n_classes)
@@ -82,22 +81,7 @@ class PPAPModule(LightningModule):
         self._grad_norm = torch.tensor(0.0)
         self._losses: StepLosses | None = None
         self._finite = torch.tensor(True)
-
-    def _check_channels(self, n_classes: int) -> None:
-        wanted = self.options.model.dim if self.options.model.continuous else n_classes
-        if wanted != self.dim:
-            key = (
-                "model.dim"
-                if self.options.model.continuous
-                else "model.continuous: false asks for D = n_classes,"
-            )
-            raise UserError(f"{key} is {wanted}, must be {self.dim}, the backbone's width")
-        n_clusters = n_classes + self.options.model.extra_clusters
-        if self.options.eval.is_direct and self.dim != n_clusters:
-            raise UserError(
-                f"eval.is_direct takes the code's {self.dim} channels as cluster logits, so there must be "
-                f"{self.dim} clusters, not {n_clusters}; set eval.is_direct false"
-            )
+        self._batch_index = 0
 
     @property
     def iters(self) -> int:
@@ -245,6 +229,30 @@ class PPAPModule(LightningModule):
             "options": as_tree(self.options),
             **provenance(),
         }
+
+
+def check_channels(options: Options, *, n_classes: int, dim: int) -> None:
+    """Holds the options' idea of the code's channels against the backbone's width.
+
+    Args:
+        options: all options.
+        n_classes: of the data set.
+        dim: D, the backbone's width.
+
+    Raises:
+        UserError: they differ, or `eval.is_direct` asks for other than one channel a cluster.
+    """
+    wanted, key = options.model.dim, "model.dim"
+    if not options.model.continuous:
+        wanted, key = n_classes, "model.continuous: false asks for D = n_classes, which"
+    if wanted != dim:
+        raise UserError(f"{key} is {wanted}, must be {dim}, the backbone's width")
+    n_clusters = n_classes + options.model.extra_clusters
+    if options.eval.is_direct and dim != n_clusters:
+        raise UserError(
+            f"eval.is_direct takes the code's {dim} channels as cluster logits, so there must be {dim} "
+            f"clusters, not {n_clusters}; set eval.is_direct false"
+        )
 
 
 def build_criterion(options: Options) -> PPAPLoss:

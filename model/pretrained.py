@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.backbone import BackboneSpec, FrozenViT
 from utils.errors import UserError, first_line
-from utils.options import Options
+from utils.options import FULL_DEPTH, WIDTH_AND_HEADS, Options
 
 DINO = "https://dl.fbaipublicfiles.com/dino"
 DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
@@ -42,9 +42,7 @@ SHA256 = {
     "dinov2_vitb14_pretrain.pth": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
     "dinov2_vitb14_reg4_pretrain.pth": "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
 }
-WIDTH_AND_HEADS = {"vit_small": (384, 6), "vit_base": (768, 12)}
 NATIVE_RES = {"dino": 224, "dinov2": 518}
-FULL_DEPTH = {"dino": 12, "dinov2": 12, "vit": 4}
 _numpy_scalar = np.float64(0).__reduce__()[0]
 NUMPY_SCALARS = [  # under the names that NumPy 1 and NumPy 2 write
     (_numpy_scalar, "numpy.core.multiarray.scalar"),

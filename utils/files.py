@@ -13,6 +13,21 @@ from utils.errors import UserError
 CHECKPOINTS = ("best.ckpt", "best.pth", "ckpt.pth")  # in the order they are looked for
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        UserError: not readable, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not a readable JSON file: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold an object {{...}}, holds {type(content).__name__}")
+    return content
+
+
 def write_json(path: Path, content: Any) -> None:
     """Standard JSON (NaN as null), written to a temporary name and renamed."""
     temporary = path.with_name(path.name + ".part")

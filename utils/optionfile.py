@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import UserError, closest, first_line
-from utils.files import find_checkpoint
-from utils.options import LEGACY_KEYS, Options
+from utils.files import find_checkpoint, read_json_object
+from utils.options import FULL_DEPTH, LEGACY_KEYS, PATCHES, WIDTH_AND_HEADS, Options
 
 OPTION_FOLDERS = (Path("json"), Path("json/server"))
 LONGEST_NAME = 200
@@ -55,7 +55,10 @@ class Key:
         if meta["choices"]:
             return value in meta["choices"]
         if self.type in (int, float):
-            number = float(value) if isinstance(value, (float, str)) else value  # a huge int is no float
+            try:
+                number = self.type(value)
+            except OverflowError:  # a whole number beyond what a float holds
+                return False
             return (
                 number == number  # not NaN
                 and (meta["least"] is None or number >= meta["least"])
@@ -135,12 +138,7 @@ def read_option_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """
     if path.resolve() in seen:
         raise UserError(f"{path}: base: the files name each other in a circle; remove one base")
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not a readable JSON file: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: must hold an object {{...}}, holds {type(tree).__name__}")
+    tree = read_json_object(path)
     base = tree.pop("base", None)
     if base is None:
         return flatten(tree)
@@ -223,7 +221,7 @@ def contradictions(options: Options) -> list[str]:
 
 def _backbone_contradictions(options: Options) -> list[str]:
     model, backbone = options.model, options.model.pretrained
-    patches = {"dino": (8, 16), "dinov2": (14,)}.get(model.arch)
+    patches, full = PATCHES.get(model.arch), FULL_DEPTH[model.arch]
     found = []
     if patches and backbone.dino_patch_size not in patches:
         allowed = " or ".join(map(str, patches))
@@ -231,11 +229,11 @@ def _backbone_contradictions(options: Options) -> list[str]:
             f"model.pretrained.dino_patch_size is {backbone.dino_patch_size}, "
             f"must be {allowed} with model.arch {model.arch}"
         )
-    if patches and (backbone.depth or 2) > 12:
-        found.append(f"model.pretrained.depth is {backbone.depth}, must be at most 12 with {model.arch}")
+    if patches and (backbone.depth or full) > full:
+        found.append(f"model.pretrained.depth is {backbone.depth}, must be at most {full} with {model.arch}")
     if backbone.registers and model.arch != "dinov2":
         found.append(f"model.pretrained.registers is true, must be false with model.arch {model.arch}")
-    width = {"vit_small": 384, "vit_base": 768}[backbone.model_type]
+    width, _ = WIDTH_AND_HEADS[backbone.model_type]
     if patches and model.continuous and model.dim != width:
         found.append(
             f"model.dim is {model.dim}, must be {width}, the width of {backbone.model_type} "

@@ -9,6 +9,11 @@ from typing import Any
 
 INFINITY = float("inf")
 
+# The official backbones, which the checks of the options and the builder of the network both need.
+WIDTH_AND_HEADS = {"vit_small": (384, 6), "vit_base": (768, 12)}
+PATCHES = {"dino": (8, 16), "dinov2": (14,)}
+FULL_DEPTH = {"dino": 12, "dinov2": 12, "vit": 4}
+
 # Keys of the published option files that nothing reads, at the one value they may have.
 LEGACY_KEYS = {
     "dataset.num_neighbors": 7,

@@ -1,6 +1,7 @@
 """Each data set on a miniature in its published layout, real files made here."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,22 +9,11 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from dataset import DATA_SETS, build_data
+from dataset import DATA_SETS
 from dataset.cityscapes import OFFICIAL
 from dataset.cocostuff import COARSE_OF_FINE, NAMES
-from dataset.crops import crop_boxes
+from tests.dataset.files import SIZE, picture, save
 from utils.errors import UserError
-
-SIZE = (60, 44)  # width, height
-
-
-def save(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array.astype(np.uint8)).save(path)
-
-
-def picture(seed):
-    return np.random.default_rng(seed).integers(0, 256, (SIZE[1], SIZE[0], 3))
 
 
 @pytest.fixture
@@ -73,31 +63,6 @@ def potsdam(tmp_path):
     for listing in ("labelled_train.txt", "labelled_test.txt"):
         (tmp_path / listing).write_text("2_10_0_0\n2_10_0_1\n")
     return tmp_path
-
-
-@pytest.fixture
-def directory(tmp_path):
-    for split, count in (("train", 4), ("val", 2)):
-        for number in range(count):
-            save(tmp_path / "imgs" / split / f"{number}.jpg", picture(number))
-            label = np.resize([0, 1, 2, 255], (SIZE[1], SIZE[0]))
-            save(tmp_path / "labels" / split / f"{number}.png", label)
-    about = {"n_classes": 3, "classes": ["a", "b", "c"], "ignore": 255}
-    (tmp_path / "classes.json").write_text(json.dumps(about))
-    return tmp_path
-
-
-@pytest.fixture
-def data_of(tiny_options):
-    def build(data_type, folder, **overrides):
-        chosen = {
-            "dataloader__batch_size": 1,
-            "dataset__data_type": data_type,
-            "dataset__data_path": str(folder),
-        }
-        return build_data(tiny_options(**chosen | overrides))
-
-    return build
 
 
 def expected_classes(source, rule):
@@ -168,8 +133,6 @@ def test_directory__items(data_of, directory):
 
 
 def test_directory__labels_and_validation_are_optional(data_of, directory):
-    import shutil
-
     shutil.rmtree(directory / "labels")
     shutil.rmtree(directory / "imgs/val")
     data = data_of("directory", directory)
@@ -226,12 +189,6 @@ def test_potsdam__damaged_mat_is_named(data_of, potsdam, content):
         data_of("potsdam", potsdam).validation_set[0]
 
 
-def test_crops__empty_prepared_folder_is_named(data_of, directory):
-    (directory / "cropped/directory_five_crop_0.5").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"holds no <number>\.jpg"):
-        data_of("directory", directory, dataset__crop_type="five")
-
-
 def test_directory__label_value_outside_the_rule_is_named(data_of, directory):
     save(directory / "labels/val/0.png", np.full((SIZE[1], SIZE[0]), 9))
     with pytest.raises(UserError, match=r"0\.jpg: its label holds 9, must be one of \[0, 1, 2, 255\]"):
@@ -261,52 +218,3 @@ def test_missing__names_the_folder_and_what_it_should_hold(data_of, tmp_path, da
     with pytest.raises(UserError) as error:
         data_of(data_type, tmp_path, dataset__n_classes=2)
     assert str(tmp_path) in str(error.value)
-
-
-def test_batch__larger_than_the_train_split(data_of, directory):
-    with pytest.raises(UserError, match=r"batch_size is 5, but there are only 4 train items"):
-        data_of("directory", directory, dataloader__batch_size=5)
-
-
-def test_crops__boxes():
-    assert crop_boxes((9, 7), 0.5, "five", 0) == [
-        (0, 0, 4, 3), (5, 0, 9, 3), (0, 4, 4, 7), (5, 4, 9, 7), (2, 2, 6, 5),
-    ]  # fmt: skip
-    boxes = crop_boxes((90, 70), 0.5, "random", 3)
-    assert boxes == crop_boxes((90, 70), 0.5, "random", 3) != crop_boxes((90, 70), 0.5, "random", 4)
-    assert len(set(boxes)) == 5
-    assert all(
-        x >= 0 and y >= 0 and r <= 90 and b <= 70 and (r - x, b - y) == (45, 35) for x, y, r, b in boxes
-    )
-
-
-def test_crops__on_the_fly_equal_prepared_ones(data_of, directory):
-    """The published folder, written here from the boxes, against crops cut on the fly."""
-    live = data_of("directory", directory, dataset__crop_type="five")
-    assert len(live.train_set) == 20
-    for index in range(4):
-        image = Image.open(directory / f"imgs/train/{index}.jpg")
-        label = np.asarray(Image.open(directory / f"labels/train/{index}.png"))
-        for k, (left, top, right, bottom) in enumerate(crop_boxes(image.size, 0.5, "five", index)):
-            cut = np.asarray(image)[top:bottom, left:right]
-            save(directory / f"cropped/directory_five_crop_0.5/img/train/{5 * index + k}.jpg", cut)
-            stored = np.where(label == 255, 0, label.astype(int) + 1)[top:bottom, left:right]
-            save(directory / f"cropped/directory_five_crop_0.5/label/train/{5 * index + k}.png", stored)
-    prepared = data_of("directory", directory, dataset__crop_type="five")
-    assert len(prepared.train_set) == 20
-    for index in range(20):
-        a, b = live.train_set[index], prepared.train_set[index]
-        assert torch.equal(a.label, b.label)
-        assert (a.image.int() - b.image.int()).abs().float().mean() < 25  # a second JPEG pass over noise
-
-
-def test_order__is_a_function_of_seed_and_epoch(data_of, directory):
-    data = data_of("directory", directory)
-    sampler = data.train_dataloader().sampler
-    orders = []
-    for epoch in (0, 1, 0):
-        sampler.set_epoch(epoch)
-        orders.append([index for _, index in sampler])
-    assert orders[0] == orders[2]
-    assert sorted(orders[0]) == [0, 1, 2, 3]
-    assert data_of("directory", directory, train__seed=4).train_dataloader().sampler.seed == 4

@@ -84,30 +84,19 @@ def test_loss__oracle(
     drawn = torch.Generator().manual_seed(seed)
     features = torch.randn(images, dim, height, width, generator=drawn)
     z = F.normalize(torch.randn(images * height * width, 3, generator=drawn), dim=1).requires_grad_()
+    shared = {"sigma_pos": sigma_pos, "sigma_amb": sigma_amb, "tau": tau}
     criterion = PPAPLoss(
         initialcrit_pos=phi,
         initialcrit_amb=psi,
         prop_iter=steps,
-        sigma_pos=sigma_pos,
-        sigma_amb=sigma_amb,
         trainpatchsplit=split,
-        tau=tau,
         group_size=group_size,
         chunk_size=chunk_size,
+        **shared,
     )
     anchors = criterion.sample_anchors(len(z), drawn)
     exact_z = z.detach().double().requires_grad_()
-    expected = oracle_loss(
-        exact_z,
-        features,
-        anchors,
-        phi0=phi,
-        psi0=psi,
-        steps=steps,
-        sigma_pos=sigma_pos,
-        sigma_amb=sigma_amb,
-        tau=tau,
-    )
+    expected = oracle_loss(exact_z, features, anchors, phi0=phi, psi0=psi, steps=steps, **shared)
     assume(expected.margin > 1e-5)  # float32 and float64 agree on every set
     output = criterion(z, features, anchors)
     output.loss.backward()
@@ -251,34 +240,6 @@ def test_loss__no_integer_matrix_product():
     z, features = clustered_batch()
     with Watch():
         PPAPLoss(**COEFFICIENTS)(z, features).loss.backward()
-
-
-def test_sampling__range_no_repeats_and_per_group():
-    criterion = PPAPLoss(**COEFFICIENTS)
-    anchors = criterion.sample_anchors(16 * 3 + 7, torch.Generator().manual_seed(0))
-    assert anchors.shape == (4, 4)
-    assert anchors.dtype == torch.int64
-    for group, row in enumerate(anchors.tolist()):
-        drawn = [index for index in row if index >= 0]
-        assert len(drawn) == (4 if group < 3 else 1)  # 16 // 4, and 7 // 4
-        assert len(set(drawn)) == len(drawn)
-        assert all(16 * group <= index < min(16 * group + 16, 55) for index in drawn)
-
-
-def test_sampling__covers_a_group_and_depends_on_the_generator_alone():
-    criterion = PPAPLoss(**COEFFICIENTS)
-    seen = {
-        int(i) for s in range(80) for i in criterion.sample_anchors(16, torch.Generator().manual_seed(s))[0]
-    }
-    assert seen == set(range(16))
-    draw = [criterion.sample_anchors(160, torch.Generator().manual_seed(5)) for _ in range(2)]
-    assert torch.equal(*draw)
-    shorter = criterion.sample_anchors(80, torch.Generator().manual_seed(5))
-    assert torch.equal(shorter, draw[0][:5])  # what follows a group does not change it
-
-
-def test_sampling__fewer_patches_than_the_split_gives_one_anchor():
-    assert PPAPLoss(**COEFFICIENTS).sample_anchors(3).shape == (1, 1)
 
 
 @pytest.mark.parametrize(

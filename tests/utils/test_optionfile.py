@@ -179,6 +179,7 @@ def test_mistakes__are_reported_together_with_the_closest_key():
         ({"wandb.name": "${bad"}, "wandb.name is"),
         ({"wandb.name": "x" * 300}, "at most 200 letters"),
         ({"train.seed": 10**400}, "train.seed is 1000"),
+        ({"training_coeff.initialcrit_pos": 10**400}, "initialcrit_pos is 1000"),
         ({"dataset": 3}, "dataset is 3, must be a section"),
     ],
 )

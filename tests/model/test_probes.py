@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+from model.probes import ClusterProbe, LinearProbe
+
+
+def test_probes__golden(golden):
+    stored = golden("model_tiny8")
+    linear, cluster = LinearProbe(48, 6), ClusterProbe(48, 7)
+    with torch.no_grad():
+        linear.classifier.weight.copy_(stored.lin_w)
+        linear.classifier.bias.copy_(stored.lin_b)
+        cluster.clusters.copy_(stored.clusters)
+    code, label = stored.code0, stored.label.long()
+    assert cluster.loss(code).item() == pytest.approx(stored.cluster_loss_hard.item(), abs=1e-6)
+    assert cluster.loss(code, alpha=2).item() == pytest.approx(stored.cluster_loss_soft.item(), abs=1e-6)
+    torch.testing.assert_close((2 * cluster(code)).log_softmax(1), stored.cluster_logprob, atol=1e-5, rtol=0)
+    assert linear.loss(code, label).item() == pytest.approx(stored.linear_loss.item(), abs=1e-5)
+    assert torch.equal(cluster(code).argmax(1), stored.cluster_pred.long())
+    for probe, expected in ((cluster.inner, stored.cluster_pred_up), (linear, stored.linear_pred_up)):
+        upsampled = torch.nn.functional.interpolate(probe(code), size=(64, 64), mode="bilinear")
+        assert (upsampled.argmax(1) == expected).float().mean() > 0.9999  # but for ties
+
+
+def test_linear_probe__no_valid_pixel_is_zero_with_a_graph():
+    probe = LinearProbe(4, 3)
+    loss = probe.loss(torch.randn(1, 4, 2, 2), torch.full((1, 8, 8), -1))
+    loss.backward()
+    assert loss.item() == 0
+    assert not probe.classifier.weight.grad.any()
+
+
+def test_linear_probe__labels_outside_the_classes_are_ignored():
+    probe, code = LinearProbe(4, 3), torch.randn(1, 4, 2, 2)
+    label = torch.tensor([[[0, 1], [2, -1]]])
+    assert torch.equal(probe.loss(code, label), probe.loss(code, label.masked_fill(label < 0, 7)))

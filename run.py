@@ -6,6 +6,7 @@ option file -> typed options -> data -> backbone -> head -> loss and probes -> m
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -63,6 +64,11 @@ def train(options: Options, folder: Path) -> Path:
     loggers = build_loggers(options, folder)
     callbacks = [ValidationSteps(options.train.valid_freq), keeper]
     trainer = build_trainer(options, hardware, loggers=loggers, callbacks=callbacks, validate=validated)
+    if options.dataset.cache_features:
+        encode = functools.partial(module.encode, trainer=trainer)
+        data.keep_tokens(
+            encode, backbone=module.segmenter.backbone, precision=trainer.precision_plugin.precision
+        )
     try:
         trainer.fit(module, datamodule=data, weights_only=True)
     finally:

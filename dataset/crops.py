@@ -62,6 +62,10 @@ class CropSource(Source):
         """The image's name and the crop's number."""
         return f"{self.whole.name(index // CROPS)} (crop {index % CROPS})"
 
+    def stamp(self, index: int) -> str:
+        """The image's stamp and which crop of it."""
+        return f"{self.whole.stamp(index // CROPS)} {self.kind} {self.ratio} {index % CROPS}"
+
 
 def prepared_folder(data_path: Path, data_type: str, kind: str, ratio: float) -> Path:
     """Where the published layout keeps prepared crops."""

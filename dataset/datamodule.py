@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from dataset.cache import TokenDataset, cached
 from dataset.crops import CropSource, PreparedCrops, prepared_folder
 from dataset.source import SegmentationDataset, Source
 from utils.errors import UserError
@@ -70,15 +72,43 @@ class SegmentationData(LightningDataModule):
         self.options = options
         chosen = options.dataset
         self.labels: LabelSpace = kind.labels(chosen)
-        self.validation_set = SegmentationDataset(
+        self.validation_set: SegmentationDataset | TokenDataset = SegmentationDataset(
             kind.source(chosen, "val"), Geometry(chosen.val_res, "center", chosen.interpolation)
         )
-        self.train_set: SegmentationDataset | None = None
+        self.train_set: SegmentationDataset | TokenDataset | None = None
         if train:
             source = train_source(chosen, kind, self.labels.n_classes)
             geometry = Geometry(chosen.res, chosen.loader_crop_type, chosen.interpolation)
             self.train_set = SegmentationDataset(source, geometry, seed=options.train.seed)
             self._check_batch()
+
+    def keep_tokens(self, encode: Callable[[Tensor], Tensor], *, backbone: Any, precision: str) -> None:
+        """Replaces the images of both splits by their tokens, as `dataset.cache_features` says.
+
+        Args:
+            encode: images (B, 3, H, W) uint8 to tokens (B, T, D).
+            backbone: has `token_shape(res)` and `digest()`.
+            precision: that `encode` computes in.
+        """
+        chosen = self.options.dataset
+        folder = Path(self.options.output_dir) / "tokens" if chosen.cache_features == "disk" else None
+        about = {"weights": backbone.digest(), "precision": precision}
+
+        def tokens_of(items: SegmentationDataset, split: str) -> TokenDataset:
+            return cached(
+                items,
+                encode,
+                shape=backbone.token_shape(items.geometry.res),
+                folder=folder,
+                about=about,
+                batch_size=self.options.dataloader.val_batch_size,
+                workers=self.options.dataloader.num_workers,
+                split=split,
+            )
+
+        self.train_set = tokens_of(self.train_set, "train")
+        if len(self.validation_set):
+            self.validation_set = tokens_of(self.validation_set, "val")
 
     def _check_batch(self) -> None:
         items, batch = len(self.train_set), self.options.dataloader.batch_size
@@ -113,8 +143,11 @@ class SegmentationData(LightningDataModule):
         """All validation images, in order, for the final evaluation."""
         return self._loader(self.validation_set, self.options.eval.batch_size)
 
-    def _loader(self, dataset: SegmentationDataset, batch_size: int, **further: Any) -> DataLoader:
-        workers = self.options.dataloader.num_workers
+    def _loader(
+        self, dataset: SegmentationDataset | TokenDataset, batch_size: int, **further: Any
+    ) -> DataLoader:
+        in_memory = isinstance(dataset, TokenDataset) and self.options.dataset.cache_features == "ram"
+        workers = 0 if in_memory else self.options.dataloader.num_workers  # nothing is left to decode
         return DataLoader(
             dataset,
             batch_size,

@@ -52,6 +52,15 @@ class Source(ABC):
     def name(self, index: int) -> str:
         """What to call the item in an error."""
 
+    def stamp(self, index: int) -> str:
+        """The item's name, and size and time of change where that is a file: what a cache is held against."""
+        name = self.name(index)
+        try:
+            status = Path(name).stat()
+        except OSError:
+            return name
+        return f"{name} {status.st_size} {status.st_mtime_ns}"
+
 
 def class_rule(mapping: dict[int, int], *, other: int = IGNORE) -> np.ndarray:
     """A rule (256,) int64 from raw value to class; `other` for all values that are not named."""

@@ -6,6 +6,7 @@ resample a stored embedding while loading; so the tokens are put together here, 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,6 +79,10 @@ class FrozenViT(nn.Module):
 
     @torch.no_grad()
     def tokens(self, image: Tensor) -> Tensor:
+        """Tokens that come out of the second-last block, without a graph; see `encode`."""
+        return self.encode(image)
+
+    def encode(self, image: Tensor) -> Tensor:
         """Tokens that come out of the second-last block.
 
         Args:
@@ -114,6 +119,17 @@ class FrozenViT(nn.Module):
         """Final LayerNorm of the patch tokens, (B, 1 + R + h*w, D) -> (B, D, h, w)."""
         patches = self.norm(tokens[:, -grid[0] * grid[1] :])  # (B, h*w, D)
         return patches.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
+
+    def token_shape(self, res: int) -> tuple[int, int]:
+        """(T, D) of the tokens of a square image of `res` pixels."""
+        return 1 + self.spec.registers + (res // self.spec.patch) ** 2, self.spec.dim
+
+    def digest(self) -> str:
+        """SHA-256 of the weights, whatever file they came from."""
+        found = hashlib.sha256(repr(self.spec).encode())
+        for name, value in self.state_dict().items():
+            found.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def position_embedding(self, grid: tuple[int, int]) -> Tensor:
         """The stored embedding at its native grid, resampled by the DINO rule at another, (1, 1 + h*w, D).

@@ -89,13 +89,13 @@ class Evaluator(nn.Module):
 
     @torch.no_grad()
     def update(
-        self, code: Tensor, image: Tensor, label: Tensor, *, linear: LinearProbe, cluster: ClusterProbe
+        self, code: Tensor, image: Tensor | None, label: Tensor, *, linear: LinearProbe, cluster: ClusterProbe
     ) -> None:
         """Adds a batch.
 
         Args:
             code: (B, D, h, w).
-            image: (B, 3, H, W) uint8, as loaded.
+            image: (B, 3, H, W) uint8, as loaded; None where neither pictures nor CRF are wanted.
             label: (B, H, W) int64, -1 = ignore.
             linear: the linear probe.
             cluster: the cluster probe.
@@ -113,8 +113,9 @@ class Evaluator(nn.Module):
         for name, prediction in predicted.items():
             self.plain[name].update(prediction, label)
         self.losses.append(-(best.values if norm is None else best.values / norm).mean())
-        self._keep_pictures(predicted, image=image, label=label)
-        self.images += len(image)
+        if self.pictured:
+            self._keep_pictures(predicted, image=image, label=label)
+        self.images += len(label)
         if self.pool is not None:
             self._refine(inner, norm, logits=logits, image=image, label=label)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from loss import PPAPLoss, PPAPLossOutput
@@ -89,7 +89,7 @@ class PPAPModule(LightningModule):
         return self.current_epoch * self.trainer.num_training_batches + self._batch_index + 1
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One batch of images (B, 3, H, W) uint8 and labels (B, H, W); returns the total loss."""
+        """One batch: images (B, 3, H, W) uint8 or tokens, labels (B, H, W); returns the total loss."""
         self._batch_index = batch_idx
         losses = self.losses(batch, step=self.iters)
         self._losses = losses.detach()
@@ -115,12 +115,13 @@ class PPAPModule(LightningModule):
 
     def losses(self, batch: Any, *, step: int) -> StepLosses:
         """PPAP plus linear plus cluster loss; the probes read the code detached."""
-        image, seed = normalise(batch.image), self.options.train.seed
+        seed = self.options.train.seed
+        tokens, grid = self._tokens(batch)
         if self.frozen:
             with torch.no_grad():
-                code, ppap = self.segmenter.segment(image), None  # (B, D, h, w)
+                code, ppap = self.segmenter.code(tokens, grid), None  # (B, D, h, w)
         else:
-            output = self.segmenter(image)
+            output = self.segmenter.from_tokens(tokens, grid)
             code = output.code
             crit = criterion_dropout(
                 output.crit,
@@ -133,6 +134,19 @@ class PPAPModule(LightningModule):
         parts = (None if ppap is None else ppap.loss, linear, cluster)
         total = sum(part for part in parts if part is not None)
         return StepLosses(total, cluster, linear, ppap)
+
+    def _tokens(self, batch: Any) -> tuple[Tensor, tuple[int, int]]:
+        """What the second-last block gives, (B, T, D), and the patch grid; the batch may have it already."""
+        if not hasattr(batch, "tokens"):
+            image = normalise(batch.image)
+            return self.segmenter.backbone.tokens(image), self.segmenter.grid(image)
+        return batch.tokens.float(), self.segmenter.grid(batch.label)
+
+    def encode(self, image: Tensor, trainer: Trainer) -> Tensor:
+        """Tokens (B, T, D) of images (B, 3, H, W) uint8, on the device and in the precision of a trainer."""
+        device = trainer.strategy.root_device
+        with trainer.precision_plugin.forward_context():
+            return self.segmenter.backbone.to(device).tokens(normalise(image.to(device)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One AdamW of three groups; Adam is AdamW without decay."""
@@ -185,10 +199,9 @@ class PPAPModule(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Adds a batch to the evaluator."""
-        code = self.segmenter.segment(normalise(batch.image))
-        self.evaluator.update(
-            code, batch.image, batch.label, linear=self.linear_probe, cluster=self.cluster_probe
-        )
+        image = getattr(batch, "image", None)
+        code = self.segmenter.code(*self._tokens(batch))
+        self.evaluator.update(code, image, batch.label, linear=self.linear_probe, cluster=self.cluster_probe)
 
     def on_validation_epoch_start(self) -> None:
         """Starts counting afresh."""

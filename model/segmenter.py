@@ -52,14 +52,16 @@ class Segmenter(nn.Module):
 
     def forward(self, image: Tensor) -> SegmenterOutput:
         """All that training needs, from (B, 3, H, W) normalised images."""
-        grid = self.grid(image)
-        tokens = self.backbone.tokens(image)  # (B, 1 + R + h*w, D)
-        code = self.backbone.to_map(self.head(tokens), grid)  # (B, D, h, w)
+        return self.from_tokens(self.backbone.tokens(image), self.grid(image))
+
+    def from_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> SegmenterOutput:
+        """The same from what the second-last block gives, (B, 1 + R + h*w, D)."""
+        code = self.code(tokens, grid)  # (B, D, h, w)
         return SegmenterOutput(code, self.backbone.last_features(tokens, grid), self.project(code))
 
-    def segment(self, image: Tensor) -> Tensor:
+    def code(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """The code alone, (B, D, h, w): what evaluation and the frozen baseline need."""
-        return self.backbone.to_map(self.head(self.backbone.tokens(image)), self.grid(image))
+        return self.backbone.to_map(self.head(tokens), grid)
 
     def project(self, code: Tensor) -> Tensor:
         """(B, D, h, w) -> z, (B*h*w, D), unit length."""

@@ -212,6 +212,11 @@ def contradictions(options: Options) -> list[str]:
             f"eval.extra_clusters is {options.eval.extra_clusters}, must equal model.extra_clusters "
             f"({options.model.extra_clusters})"
         )
+    if options.dataset.cache_features and options.dataset.loader_crop_type == "random":
+        found.append(
+            f"dataset.cache_features is {options.dataset.cache_features}, must be null with "
+            "dataset.loader_crop_type random, whose images differ each epoch"
+        )
     name = options.wandb.name
     if not name or name in (".", "..") or set(name) & set("/\\\0") or len(name) > LONGEST_NAME:
         allowed = f"usable as the name of one folder, of at most {LONGEST_NAME} letters"

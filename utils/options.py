@@ -106,6 +106,11 @@ class DatasetOptions:
         None, "directory: number of classes; null: as classes.json says", least=2, most=255
     )
     class_names: list[str] | None = option(None, "directory: class names; null: as classes.json says")
+    cache_features: str | None = option(
+        None,
+        "compute the backbone's tokens once: in memory, or in files below `<output_dir>/tokens`",
+        choices=("ram", "disk", None),
+    )
     train_images: int = option(512, "synthetic: number of train scenes", least=1)
     val_images: int = option(64, "synthetic: number of validation scenes", least=1)
 

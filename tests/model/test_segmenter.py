@@ -41,7 +41,10 @@ def test_segmenter__batched_equals_single(segmenter, stored):
 
 
 def test_segmenter__segment_is_the_code(segmenter, stored):
-    assert torch.equal(segmenter.segment(stored.img0), segmenter(stored.img0).code)
+    assert torch.equal(
+        segmenter.code(segmenter.backbone.tokens(stored.img0), segmenter.grid(stored.img0)),
+        segmenter(stored.img0).code,
+    )
 
 
 def test_segmenter__starts_as_the_frozen_features():

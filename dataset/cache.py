@@ -1,0 +1,203 @@
+"""Tokens instead of images: what the frozen backbone says of an item, computed once and read ever after.
+
+Nothing random touches an image before the head, so the tokens of an item are the same in every epoch. They
+are held as float16, in memory or in memory-mapped files that later runs on the same data, geometry and
+weights find again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from dataset.source import Batch, SegmentationDataset
+from utils.errors import UserError
+from utils.files import make_folder, read_json_object, write_json
+
+HEADROOM = 2**28  # bytes that a cache leaves free
+IGNORED = 255  # as labels are stored; every data set here has fewer classes
+
+
+class TokenBatch(NamedTuple):
+    """One item, or a batch of them with a leading axis.
+
+    Attributes:
+        tokens: (T, D) float16, as they come out of the second-last block, CLS and registers included.
+        label: (H, W) int64, -1 = ignore.
+        index: () int64, place in the split.
+    """
+
+    tokens: Tensor
+    label: Tensor
+    index: Tensor
+
+
+class TokenDataset(Dataset):
+    """Items of a `SegmentationDataset` as tokens.
+
+    Args:
+        items: where labels, names and order come from.
+        tokens: (n, T, D) float16, or a file of it, which each worker opens for itself.
+        labels: (n, H, W) uint8, 255 = ignore, or a file of it.
+    """
+
+    def __init__(
+        self, items: SegmentationDataset, tokens: np.ndarray | Path, labels: np.ndarray | Path
+    ) -> None:
+        self.source, self.geometry = items.source, items.geometry
+        self.stored = (tokens, labels)
+        self.opened: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> TokenBatch:
+        _, index = key if isinstance(key, tuple) else (0, key)
+        if self.opened is None:
+            self.opened = tuple(np.load(s, mmap_mode="r") if isinstance(s, Path) else s for s in self.stored)
+        tokens, labels = (torch.from_numpy(np.array(array[index])) for array in self.opened)
+        return TokenBatch(tokens, stored_classes(labels), torch.tensor(index))
+
+    def __getstate__(self) -> dict:
+        """Without the open files, which would be sent to a worker as a whole."""
+        return self.__dict__ | {"opened": None}
+
+
+def stored_classes(labels: Tensor) -> Tensor:
+    """uint8 with 255 = ignore to int64 with -1 = ignore."""
+    classes = labels.long()
+    return classes.masked_fill(classes == IGNORED, -1)
+
+
+def cached(
+    items: SegmentationDataset,
+    encode: Callable[[Tensor], Tensor],
+    *,
+    shape: tuple[int, int],
+    folder: Path | None,
+    about: dict[str, str],
+    batch_size: int,
+    workers: int,
+    split: str,
+) -> TokenDataset:
+    """The items as tokens; computes what no earlier run has left behind.
+
+    Args:
+        items: what to encode.
+        encode: images (B, 3, H, W) uint8 on the CPU to tokens (B, T, D).
+        shape: (T, D).
+        folder: that holds the caches of all runs; None keeps the tokens in memory.
+        about: what else the tokens depend on; part of the key.
+        batch_size: images at a time.
+        workers: processes that decode.
+        split: for the progress bar and the log.
+
+    Raises:
+        UserError: too little space.
+    """
+    res = items.geometry.res
+    shapes = {"tokens": (len(items), *shape), "labels": (len(items), res, res)}
+    needed = 2 * int(np.prod(shapes["tokens"])) + int(np.prod(shapes["labels"]))
+    loader = DataLoader(items, batch_size, num_workers=workers)
+    if folder is None:
+        _check_space(_free_memory(), needed, f"{split} tokens in memory", 'dataset.cache_features="disk"')
+        arrays = {
+            "tokens": np.empty(shapes["tokens"], np.float16),
+            "labels": np.empty(shapes["labels"], np.uint8),
+        }
+        _fill(arrays, loader, encode, split)
+        return TokenDataset(items, **arrays)
+    there = folder / f"{split}-{_key(items, about)}"
+    files = {name: there / f"{name}.npy" for name in shapes}
+    if _complete(there, shapes):
+        print(f"{split} tokens: read from {there}")
+        return TokenDataset(items, **files)
+    make_folder(folder)
+    part = there.with_name(f"{there.name}.part{os.getpid()}")
+    shutil.rmtree(there, ignore_errors=True)
+    _check_space(
+        shutil.disk_usage(folder).free, needed, f"{split} tokens in {folder}", "null or another disk"
+    )
+    print(f"{split} tokens: {needed / 2**30:.2f} GiB, written to {there}")
+    try:
+        part.mkdir()
+        arrays = {
+            name: np.lib.format.open_memmap(
+                part / f"{name}.npy", "w+", np.float16 if name == "tokens" else np.uint8, shapes[name]
+            )
+            for name in shapes
+        }
+        _fill(arrays, loader, encode, split)
+        for array in arrays.values():
+            array.flush()
+        write_json(part / "about.json", about | {name: list(shape) for name, shape in shapes.items()})
+        os.replace(part, there)
+    except OSError as error:
+        raise UserError(
+            f"{part}: cannot be written ({error.strerror}); mend that or set dataset.cache_features=null"
+        ) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return TokenDataset(items, **files)
+
+
+def _fill(
+    arrays: dict[str, np.ndarray], loader: DataLoader, encode: Callable[[Tensor], Tensor], split: str
+) -> None:
+    batch: Batch
+    with tqdm(total=len(loader.dataset), desc=f"{split} tokens", unit="image") as bar:
+        for batch in loader:
+            place = slice(bar.n, bar.n + len(batch.index))
+            arrays["tokens"][place] = encode(batch.image).half().cpu().numpy()
+            arrays["labels"][place] = (
+                batch.label.masked_fill(batch.label < 0, IGNORED).to(torch.uint8).numpy()
+            )
+            bar.update(len(batch.index))
+
+
+def _key(items: SegmentationDataset, about: dict[str, str]) -> str:
+    """16 hex digits from the items' files, how they are cut and resized, and `about`."""
+    digest = hashlib.sha256(json.dumps([repr(items.geometry), about], sort_keys=True).encode())
+    for index in range(len(items)):
+        digest.update(items.source.stamp(index).encode())
+    return digest.hexdigest()[:16]
+
+
+def _complete(folder: Path, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether an earlier run's cache is there and whole; a damaged one is made again."""
+    try:
+        about = read_json_object(folder / "about.json")
+        for name, shape in shapes.items():
+            if tuple(about[name]) != shape or np.load(folder / f"{name}.npy", mmap_mode="r").shape != shape:
+                return False
+    except (UserError, OSError, ValueError, KeyError):
+        return False
+    return True
+
+
+def _free_memory() -> int:
+    """Bytes of memory that Linux calls available; elsewhere more than any cache takes."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 2**62
+    return next(2**10 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def _check_space(free: int, needed: int, what: str, mend: str) -> None:
+    if needed + HEADROOM > free:
+        raise UserError(
+            f"dataset.cache_features: {what} take {needed / 2**30:.2f} GiB, but only {free / 2**30:.2f} GiB "
+            f"are free; make room, or set dataset.cache_features to {mend}"
+        )

@@ -171,10 +171,75 @@ def picture_row(prediction: Prediction, module: PPAPModule, plain: Evaluation) -
     return row
 
 
-def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
+    """Holds the sets that propagation chooses on frozen features against the validation labels.
+
+    Nothing is trained and no checkpoint is read; batches, anchors and boundaries are as in training, but
+    for the criterion features' dropout. Writes sets.json and sets.png.
+
+    Args:
+        options: all options.
+        folder: where results go.
+
+    Returns:
+        For t = 0..T what `SetQuality.means` gives, in percent.
+
+    Raises:
+        UserError: the validation split has no labels, or data or weights are missing or do not fit.
+    """
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    from dataset import build_data
+    from model import build_module
+    from model.sets import patch_classes, set_quality
+    from utils.errors import UserError
+    from utils.files import make_folder, write_json
+    from utils.pictures import draw_sets
+    from utils.randomness import generator
+    from utils.training import build_trainer, hardware_settings
+
+    trainer = build_trainer(options, hardware_settings(options))
+    data = build_data(options, train=False)
+    if not data.validation_labelled:
+        raise UserError(
+            f"dataset.data_path is {options.dataset.data_path}: its validation split has no labels, "
+            "so there is nothing to hold the sets against; add labels"
+        )
+    module = build_module(options, data.labels)
+    backbone, criterion = module.segmenter.backbone, module.criterion
+    total = None
+    batches = DataLoader(data.validation_set, options.dataloader.batch_size)
+    for step, batch in enumerate(tqdm(batches, desc="sets", unit="batch"), start=1):
+        tokens = module.encode(batch.image, trainer)
+        features = backbone.last_features(tokens, module.segmenter.grid(batch.image))
+        classes = patch_classes(batch.label, backbone.spec.patch).to(features.device)
+        drawn = criterion.sample_anchors(len(classes), generator(options.train.seed, "anchors", step))
+        anchors = drawn[drawn >= 0].to(features.device)
+        found = set_quality(features, classes, anchors, criterion.boundaries)
+        total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+    rows = [quality.means() for quality in total]
+    make_folder(folder)
+    write_json(folder / "sets.json", rows)
+    draw_sets(
+        folder / "sets.png", rows, title=f"{options.dataset.data_type}, {data.labels.n_classes} classes"
+    )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> list[Any]:
     """Evaluates what the command line asks for, one job after another."""
     arguments = parse_arguments(argv, description="Evaluate a PPAP checkpoint.", training=False)
     jobs = plan_jobs(arguments)
+    if arguments.measure_sets:
+        from utils.report import sets_table
+
+        measured = []
+        for job in jobs:
+            folder = results_folder(job.options)
+            measured.append(measure_sets(job.options, folder=folder))
+            print(f"\n{sets_table(measured[-1])}\n\nresults: {folder}")
+        return measured
     for job in jobs:
         find_checkpoint(job.options.checkpoint, job.options.output_dir)  # named at all?
     from utils.report import class_table, metrics_table, sweep_table

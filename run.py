@@ -10,6 +10,7 @@ import functools
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,25 @@ from utils.cli import Job, guarded, parse_arguments, plan_jobs
 from utils.optionfile import as_tree
 from utils.options import Options
 
+FROZEN = "-frozen"  # ends the name of a baseline
+
 # What needs torch is imported inside functions; see eval.py.
 
 
-def train(options: Options, folder: Path) -> Path:
-    """Trains one run and writes its options, scalars and best checkpoint.
+@dataclass(frozen=True)
+class Trained:
+    """Checkpoints of a run: the best (the largest sum of the metrics that exist, else the last), the last."""
+
+    best: Path
+    last: Path
+
+
+def train(options: Options, folder: Path) -> Trained:
+    """Trains one run and writes its options, scalars and checkpoints.
 
     Args:
         options: all options.
         folder: of the run; an earlier run in it is moved aside.
-
-    Returns:
-        The best checkpoint: the largest sum of the metrics that exist, else the last.
 
     Raises:
         UserError: data or weights are missing or do not fit.
@@ -40,9 +48,9 @@ def train(options: Options, folder: Path) -> Path:
     from utils.provenance import provenance
     from utils.training import (
         ValidationSteps,
-        best_checkpoint,
         build_loggers,
         build_trainer,
+        checkpoint_keepers,
         close_loggers,
         hardware_settings,
     )
@@ -60,9 +68,9 @@ def train(options: Options, folder: Path) -> Path:
     write_json(folder / "options.json", as_tree(options))
     write_json(folder / "provenance.json", provenance())
     validated = len(data.validation_set) > 0
-    keeper = best_checkpoint(folder, validated=validated)
+    keepers = checkpoint_keepers(folder, validated=validated)
     loggers = build_loggers(options, folder)
-    callbacks = [ValidationSteps(options.train.valid_freq), keeper]
+    callbacks = [ValidationSteps(options.train.valid_freq), *dict.fromkeys((keepers.best, keepers.last))]
     trainer = build_trainer(options, hardware, loggers=loggers, callbacks=callbacks, validate=validated)
     if options.dataset.cache_features:
         encode = functools.partial(module.encode, trainer=trainer)
@@ -73,7 +81,7 @@ def train(options: Options, folder: Path) -> Path:
         trainer.fit(module, datamodule=data, weights_only=True)
     finally:
         close_loggers(loggers)
-    return Path(keeper.best_model_path)
+    return Trained(Path(keepers.best.best_model_path), Path(keepers.last.best_model_path))
 
 
 def train_and_evaluate(options: Options) -> dict[str, Any]:
@@ -84,10 +92,12 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
     folder = run_folder(options)
     reset_peak_memory()
     start = time.perf_counter()
-    best = train(options, folder)
+    trained = train(options, folder)
     hours = (time.perf_counter() - start) / 3600
-    result = evaluate(options, checkpoint=str(best), folder=folder)
+    result = evaluate(options, checkpoint=str(trained.best), folder=folder)
     result |= {"train_hours": hours, "peak_memory_gib": peak_memory_gib()}
+    if options.eval.last_step:
+        result["last_step"] = evaluate(options, checkpoint=str(trained.last), folder=folder / "last")
     write_json(folder / "metrics.json", result)
     return result
 
@@ -96,7 +106,7 @@ def as_baseline(options: Options) -> Options:
     """The same run with the head never updated, under a name of its own."""
     baseline = copy.deepcopy(options)
     baseline.train.frozen = True
-    baseline.wandb.name += "-frozen"
+    baseline.wandb.name += FROZEN
     return baseline
 
 
@@ -117,13 +127,25 @@ def run_job(job: Job) -> dict[str, dict[str, Any]]:
     return results
 
 
+def sweep_rows(job: Job, results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """(setting, result) of what one job has given: its run, its baseline, the last step of each."""
+    rows = []
+    for name, result in results.items():
+        compared = len(results) > 1 and ("frozen" if name.endswith(FROZEN) else "PPAP")
+        setting = " ".join(filter(None, (job.setting, compared)))
+        rows.append((setting, result))
+        if "last_step" in result:
+            rows.append((f"{setting}, last step".removeprefix(", "), result["last_step"]))
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Runs what the command line asks for, one job after another; returns the metrics of each."""
     arguments = parse_arguments(argv, description="Train PPAP and evaluate it.", training=True)
     jobs = plan_jobs(arguments)
-    from utils.report import class_table, metrics_table, sweep_table
+    from utils.report import class_table, metrics_table, sweep_table, write_sweep
 
-    finished = []
+    finished, rows = [], []
     for job in jobs:
         results = run_job(job)
         print(f"\n{class_table(results)}\n\n{metrics_table(results)}")
@@ -132,10 +154,13 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 spent = f"{result['train_hours']:.2f} h, {result['peak_memory_gib']:.1f} GiB at most"
                 folder = Path(job.options.output_dir) / name
                 print(f"{name}: best at step {result['step']}, {spent}, results in {folder}")
-        finished.append((job.setting, list(results.values())[-1]))
+        finished.append(list(results.values())[-1])
+        rows += sweep_rows(job, results)
     if len(jobs) > 1:
-        print("\n" + sweep_table(finished))
-    return [result for _, result in finished]
+        folder = Path(jobs[0].options.output_dir) / f"{jobs[0].base}-sweep"
+        write_sweep(folder, rows)
+        print(f"\n{sweep_table(rows)}\n\nresults of all runs: {folder}")
+    return finished
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from utils.randomness import derived_seed
 
 NAMES = ("plain", "rows", "columns", "diagonals", "checks", "dots", "grain")
 REGIONS = 5
-PERIOD = (5.0, 9.0)  # pixels
+PERIOD = (5.0, 7.0)  # pixels
 
 
 def labels(options: DatasetOptions) -> LabelSpace:
@@ -76,11 +76,8 @@ def _regions(side: int, rng: np.random.Generator) -> np.ndarray:
 def _paint(texture: str, y: np.ndarray, x: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
     """A texture at pixels (y, x), (P,) each, in two random colours of distinct lightness; (P, 3)."""
     pattern = _pattern(texture, y, x, rng)[:, None]  # (P, 1) in [0, 1]
-    dark, light = sorted(rng.uniform(0.15, 0.95, 2))
-    light = min(1.0, max(light, dark + 0.35))
-    colours = [
-        np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, 0.8), value)) for value in (dark, light)
-    ]
+    values = rng.uniform(0.1, 0.3), rng.uniform(0.75, 0.95)  # dark, light
+    colours = [np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, 0.6), value)) for value in values]
     shade = 1 + rng.uniform(-0.2, 0.2) * (x / side - 0.5) + rng.uniform(-0.2, 0.2) * (y / side - 0.5)
     return (colours[0] + pattern * (colours[1] - colours[0])) * shade[:, None]
 

@@ -254,3 +254,48 @@ def test_evaluate__without_validation_images_or_labels_has_no_metrics(tiny_file,
         evaluation.main(
             ["--opt", path, "--data_path", str(unlabelled), "--checkpoint", "tiny", "dataset.n_classes=4"]
         )
+
+
+def test_last_step__is_evaluated_beside_the_best(tiny_file, tmp_path, capsys):
+    path = tiny_file(train__epoch=2, eval__last_step=True, eval__is_crf=False)
+    (result,) = run.main(["--opt", path])
+    assert result["last_step"]["step"] == 8
+    (last,) = evaluation.main(["--opt", path, "--checkpoint", str(tmp_path / "output/tiny/last.ckpt")])
+    assert last["before_crf"] == result["last_step"]["before_crf"]
+    assert metrics_of(tmp_path / "output/tiny")["last_step"]["before_crf"] == last["before_crf"]
+    assert "| tiny, last step, before CRF |" in capsys.readouterr().out
+
+
+def test_sweep__rows_of_baseline_and_last_step_are_told_apart(tiny_file, tmp_path):
+    path = tiny_file(train__compare_frozen=True, eval__last_step=True, eval__is_crf=False)
+    run.main(["--opt", path, "train.seed=0,1"])
+    rows = json.loads((tmp_path / "output/tiny-sweep/sweep.json").read_text())
+    settings = [row["setting"] for row in rows]
+    assert settings == ["frozen", "frozen, last step", "PPAP", "PPAP, last step"] * 2
+    assert (tmp_path / "output/tiny-sweep/sweep.png").stat().st_size > 1000
+
+
+def test_variants__one_row_each_over_seeds(tiny_file, tmp_path, capsys):
+    variants = tmp_path / "two.json"
+    variants.write_text(json.dumps({"whole": {}, "no steps": {"training_coeff": {"prop_iter": 0}}}))
+    words = ["--variants", str(variants), "train.seed=0,1", "eval.is_crf=false"]
+    results = run.main(["--opt", tiny_file(), *words])
+    assert len(results) == 4
+    printed = capsys.readouterr().out
+    assert "| whole, before CRF    |    2 |" in printed
+    assert "| no steps, before CRF |    2 |" in printed
+
+
+def test_measure_sets__needs_labels_and_no_checkpoint(tiny_file, tmp_path, unlabelled):
+    path = tiny_file(dataloader__batch_size=4)
+    (rows,) = evaluation.main(["--opt", path, "--measure-sets", "training_coeff.prop_iter=3"])
+    assert len(rows) == 4
+    for row in rows:
+        assert row["positives"] + row["ambiguous"] + row["negatives"] == pytest.approx(100)
+        assert 0 <= row["precision"] <= 100
+    folder = tmp_path / "output/tiny"
+    assert json.loads((folder / "sets.json").read_text()) == rows
+    assert (folder / "sets.png").stat().st_size > 1000
+    path = tiny_file(dataset__data_type="directory", dataset__n_classes=3)
+    with pytest.raises(UserError, match="no labels, so there is nothing to hold the sets against"):
+        evaluation.main(["--opt", path, "--data_path", str(unlabelled), "--measure-sets"])

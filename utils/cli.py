@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -23,7 +23,8 @@ from hydra.core.override_parser.types import (
 from hydra.errors import HydraException
 
 from utils.errors import UserError, first_line
-from utils.optionfile import find_option_file, load_options
+from utils.files import read_json_object
+from utils.optionfile import find_option_file, flatten, load_options, name_mistake
 from utils.options import Options
 
 QUOTING = """write key=value; quote a value with spaces, commas or brackets twice: 'key="a, b"'"""
@@ -35,13 +36,16 @@ class Job:
 
     Attributes:
         options: checked and resolved.
-        setting: what the sweep changes for this run, '' where there is no sweep; without the seed.
+        setting: the variant and what the sweep changes for this run, '' where there is neither; without
+            the seed.
         evaluate_only: whether `--test` was given.
+        base: `wandb.name` without what a sweep adds to it.
     """
 
     options: Options
     setting: str
     evaluate_only: bool
+    base: str
 
 
 def parse_arguments(argv: Sequence[str] | None, *, description: str, training: bool) -> argparse.Namespace:
@@ -54,6 +58,14 @@ def parse_arguments(argv: Sequence[str] | None, *, description: str, training: b
     parser.add_argument("--data_path", help="folder of the data set")
     if training:
         parser.add_argument("--frozen", action="store_true", help="baseline: never update the head")
+        parser.add_argument("--variants", help="JSON file of named overrides, each a run: ablation.json")
+        parser.add_argument(
+            "--make-demo-weights", action="store_true", help="train the backbone that the demo starts from"
+        )
+    else:
+        parser.add_argument(
+            "--measure-sets", action="store_true", help="hold positives and negatives against labels"
+        )
     parser.add_argument("overrides", nargs="*", help="key=value, or key=a,b,c for a sweep")
     return parser.parse_intermixed_args(argv)
 
@@ -74,30 +86,62 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     fixed = {key: value for key, value in flags.items() if value is not None}
     overrides = parse_overrides(arguments.overrides)
     choices, mistakes = overrides.choices, list(overrides.mistakes)
+    file = getattr(arguments, "variants", None)
+    variants = read_variants(file, given={*fixed, *choices}) if file else {"": {}}
     jobs = []
-    for combination in itertools.product(*choices.values()):
+    for (variant, changed), *combination in itertools.product(variants.items(), *choices.values()):
         chosen = dict(zip(choices, combination, strict=True))
         swept = {key: value for key, value in chosen.items() if len(choices[key]) > 1}
+        words = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in swept.items()]
         try:
-            options = _sweep_options(path, fixed | chosen, swept=swept)
+            plain = load_options(path, fixed | chosen | changed, check_files=True)
+            options = _named(plain, words=[variant, *words])
         except UserError as error:
             mistakes += error.mistakes
             continue
-        setting = [f"{key}={value}" for key, value in swept.items() if key != "train.seed"]
-        jobs.append(Job(options, " ".join(setting), arguments.test))
+        setting = [variant, *(f"{key}={value}" for key, value in swept.items() if key != "train.seed")]
+        jobs.append(Job(options, " ".join(filter(None, setting)), arguments.test, plain.wandb.name))
     if mistakes:
         raise UserError(dict.fromkeys(mistakes), f"{path} and the command line")
     return jobs
 
 
-def _sweep_options(path: Path, values: dict[str, Any], *, swept: dict[str, Any]) -> Options:
-    """Options whose run is named after what the sweep changes."""
-    options = load_options(path, values, check_files=True)
-    if not swept:
+def read_variants(name: str, *, given: set[str]) -> dict[str, dict[str, Any]]:
+    """The named overrides of a file, {"no propagation": {"training_coeff": {"prop_iter": 0}}, ...}.
+
+    Args:
+        name: a path, or a name in json/.
+        given: keys that the command line sets.
+
+    Raises:
+        UserError: not such a file, or it changes a key that the command line sets as well.
+    """
+    path = find_option_file(name)
+    variants = read_json_object(path)
+    mistakes = [
+        f"{variant}: is {json.dumps(changed)}, must be an object of options"
+        for variant, changed in variants.items()
+        if not isinstance(changed, dict)
+    ]
+    if mistakes or not variants:
+        raise UserError(mistakes or "holds no variant", str(path))
+    flat = {variant: flatten(changed) for variant, changed in variants.items()}
+    for variant, changed in flat.items():
+        mistakes += [f"{variant}: {key} is set by the command line too" for key in changed if key in given]
+    if mistakes:
+        raise UserError(mistakes, str(path))
+    return flat
+
+
+def _named(options: Options, *, words: Sequence[str]) -> Options:
+    """The same options for a run that is named after its variant and what the sweep changes."""
+    words = [word for word in words if word]
+    if not words:
         return options
-    words = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in swept.items()]
-    name = re.sub(r"[^\w.=+-]", "_", "-".join([options.wandb.name, *words]))
-    return load_options(path, values | {"wandb.name": name}, check_files=True)
+    name = re.sub(r"[^\w.=+-]+", "_", "-".join([options.wandb.name, *words]))
+    if mistake := name_mistake(name):
+        raise UserError(mistake)
+    return replace(options, wandb=replace(options.wandb, name=name))
 
 
 @dataclass(frozen=True)

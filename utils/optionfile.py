@@ -217,11 +217,17 @@ def contradictions(options: Options) -> list[str]:
             f"dataset.cache_features is {options.dataset.cache_features}, must be null with "
             "dataset.loader_crop_type random, whose images differ each epoch"
         )
-    name = options.wandb.name
-    if not name or name in (".", "..") or set(name) & set("/\\\0") or len(name) > LONGEST_NAME:
-        allowed = f"usable as the name of one folder, of at most {LONGEST_NAME} letters"
-        found.append(f"wandb.name is {json.dumps(name)}, must be {allowed}")
+    if mistake := name_mistake(options.wandb.name):
+        found.append(mistake)
     return found + _backbone_contradictions(options)
+
+
+def name_mistake(name: str) -> str | None:
+    """Why a run cannot have this name, or None."""
+    if name and name not in (".", "..") and not set(name) & set("/\\\0") and len(name) <= LONGEST_NAME:
+        return None
+    allowed = f"usable as the name of one folder, of at most {LONGEST_NAME} letters"
+    return f"wandb.name is {json.dumps(name)}, must be {allowed}"
 
 
 def _backbone_contradictions(options: Options) -> list[str]:

@@ -227,6 +227,7 @@ class EvalOptions:
     is_crf: bool = option(True, "also evaluate after CRF refinement")
     is_direct: bool = option(False, "take the code itself as cluster logits")
     extra_clusters: int = option(0, "must equal model.extra_clusters", least=0)
+    last_step: bool = option(False, "after training, also evaluate the last step's weights, in `last`")
     batch_size: int = option(16, "images per batch", least=1)
     crf_workers: int | None = option(None, "CRF processes; null is one per core", least=1)
     pictures: int = option(8, "validation images in predictions.png; 0 draws none", least=0, most=64)

@@ -57,6 +57,78 @@ def draw_predictions(path: Path, rows: Sequence[dict[str, np.ndarray]], *, label
     plt.close(figure)
 
 
+def draw_sweep(path: Path, rows: Sequence[tuple[str, dict[str, float]]]) -> None:
+    """The metrics of every setting: a dot a run, a bar of one standard deviation about the mean.
+
+    Args:
+        path: PNG to write.
+        rows: (setting, metric name -> percent) for each run.
+    """
+    names = list(dict.fromkeys(name for _, metrics in rows for name in metrics))
+    settings = list(dict.fromkeys(setting for setting, _ in rows))
+    figure, axes = plt.subplots(
+        1,
+        len(names),
+        figsize=(1.5 + 2.2 * len(names), 1.2 + 0.3 * len(settings)),
+        sharey=True,
+        squeeze=False,
+    )
+    for axis, name in zip(axes[0], names, strict=True):
+        values = [metrics[name] for _, metrics in rows]
+        labels = [setting for setting, _ in rows]
+        seaborn.stripplot(x=values, y=labels, ax=axis, color="0.6", size=4, jitter=False)
+        seaborn.pointplot(
+            x=values,
+            y=labels,
+            ax=axis,
+            errorbar="sd",
+            linestyle="none",
+            marker="|",
+            markersize=9,
+            err_kws={"linewidth": 1.5},
+        )
+        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.set_xlabel("%", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", linewidth=0.4)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_sets(path: Path, rows: Sequence[dict[str, float]], *, title: str) -> None:
+    """What each step of propagation does to the sets, against labels.
+
+    Args:
+        path: PNG to write.
+        rows: for t = 0..T, `precision`, `recall`, `purity`, `chance`, `positives`, `negatives`, `ambiguous`.
+        title: above the figure.
+    """
+    steps = list(range(len(rows)))
+    figure, (quality, size) = plt.subplots(1, 2, figsize=(8.4, 3.2))
+    for key, name in (
+        ("purity", "purity of negatives"),
+        ("precision", "precision of positives"),
+        ("recall", "recall of positives"),
+    ):
+        seaborn.lineplot(x=steps, y=[row[key] for row in rows], ax=quality, marker="o", label=name)
+    quality.set(xlabel="relocations t", ylabel="%", ylim=(0, 101), xticks=steps)
+    shares = [[row[key] for row in rows] for key in ("positives", "ambiguous", "negatives")]
+    size.stackplot(
+        steps,
+        shares,
+        labels=("positives", "ambiguous zone", "negatives"),
+        colors=("#4c9f70", "0.8", "#c0504d"),
+    )
+    size.set(xlabel="relocations t", ylabel="% of the patches", ylim=(0, 100), xticks=steps)
+    for axis in (quality, size):
+        axis.legend(fontsize=8, loc="center right")
+        axis.set_title(title if axis is quality else "", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def draw_confusion(path: Path, confusions: dict[str, np.ndarray], *, labels: LabelSpace) -> None:
     """Heat maps of (C, C + 1) confusions side by side, rows normalised by truth, in percent.
 

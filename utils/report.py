@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from utils.files import make_folder, write_json
 
 METRICS = ("Cluster_Accuracy", "Cluster_mIoU", "Linear_Accuracy", "Linear_mIoU")
 STAGES = {"before_crf": "before CRF", "after_crf": "after CRF"}
@@ -29,9 +32,11 @@ def metrics_table(results: dict[str, dict[str, Any]]) -> str:
     """The four metrics of each run before and after CRF, in percent; a reason where CRF is missing."""
     rows, notes = [], []
     for run, result in results.items():
-        for stage, title in STAGES.items():
-            metrics = result[stage]
-            rows.append([f"{run}, {title}", *(_percent(metrics and metrics.get(name)) for name in METRICS)])
+        found = {run: result} | ({f"{run}, last step": result["last_step"]} if "last_step" in result else {})
+        for name, each in found.items():
+            for stage, title in STAGES.items():
+                cells = [_percent((each[stage] or {}).get(metric)) for metric in METRICS]
+                rows.append([f"{name}, {title}", *cells])
         if result["after_crf_missing"]:
             notes.append(f"{run}, after CRF: {result['after_crf_missing']}")
     return "\n".join([markdown(["", *(name.replace("_", " ") for name in METRICS)], rows), *notes])
@@ -65,6 +70,38 @@ def sweep_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
             cells = [_spread([(r[stage] or {}).get(name) for r in group]) for name in METRICS]
             rows.append([f"{setting or 'all'}, {title}", str(len(group)), *cells])
     return markdown(["setting", "runs", *(name.replace("_", " ") for name in METRICS)], rows)
+
+
+def sets_table(rows: Sequence[dict[str, float]]) -> str:
+    """Quality and size of the sets after t = 0..T relocations, in percent, means over anchors."""
+    columns = {
+        "precision of positives": "precision",
+        "recall of positives": "recall",
+        "purity of negatives": "purity",
+        "positives": "positives",
+        "ambiguous": "ambiguous",
+        "negatives": "negatives",
+    }
+    cells = [[str(t), *(_percent(row[key]) for key in columns.values())] for t, row in enumerate(rows)]
+    return markdown(["t", *columns], cells)
+
+
+def write_sweep(folder: Path, results: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """sweep.json, the metrics of every run, and sweep.png, those before CRF as a figure.
+
+    Args:
+        folder: where they go.
+        results: (setting, result) for each run, in order.
+    """
+    from utils.pictures import draw_sweep
+
+    make_folder(folder)
+    kept = ("step", *STAGES, "train_hours", "checkpoint")
+    rows = [{"setting": s, **{key: result.get(key) for key in kept}} for s, result in results]
+    write_json(folder / "sweep.json", rows)
+    scored = [(setting, result["before_crf"]) for setting, result in results if result["before_crf"]]
+    if scored:
+        draw_sweep(folder / "sweep.png", scored)
 
 
 def _percent(value: float | None) -> str:

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -122,22 +123,35 @@ def build_trainer(
     )
 
 
-def best_checkpoint(folder: Path, *, validated: bool) -> ModelCheckpoint:
-    """Keeps best.ckpt: the largest `score`, or the newest where nothing is validated.
+@dataclass(frozen=True)
+class Keepers:
+    """Who writes best.ckpt, the largest `score`, and last.ckpt; the same where nothing is validated."""
+
+    best: ModelCheckpoint
+    last: ModelCheckpoint
+
+
+def checkpoint_keepers(folder: Path, *, validated: bool) -> Keepers:
+    """Both callbacks; without a validation an epoch's end saves, and best.ckpt is the newest.
 
     Args:
         folder: of the run.
-        validated: whether validation runs at all; otherwise an epoch's end saves.
+        validated: whether validation runs at all.
     """
-    return ModelCheckpoint(
-        dirpath=folder,
-        filename="best",
-        monitor="score" if validated else None,
-        mode="max",
-        save_top_k=1,
-        enable_version_counter=False,
-        save_on_train_epoch_end=not validated,
-    )
+
+    def keeper(filename: str, monitor: str | None) -> ModelCheckpoint:
+        return ModelCheckpoint(
+            dirpath=folder,
+            filename=filename,
+            monitor=monitor,
+            mode="max",
+            save_top_k=1,
+            enable_version_counter=False,
+            save_on_train_epoch_end=not validated,
+        )
+
+    best = keeper("best", "score" if validated else None)
+    return Keepers(best, keeper("last", None) if validated else best)
 
 
 def build_loggers(options: Options, folder: Path) -> list[Logger]:

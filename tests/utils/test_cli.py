@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from utils.cli import guarded, parse_arguments, parse_overrides, plan_jobs
@@ -98,3 +100,42 @@ def test_guarded__message_and_status_two(capsys):
 
     assert guarded(main) == 2
     assert capsys.readouterr().err == "error: 2 mistakes in a file:\n  - first\n  - second\n"
+
+
+def variants_file(tmp_path, content):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_variants__each_is_a_run_of_every_seed(tiny_file, tmp_path):
+    two = {"as it is": {}, "no steps": {"training_coeff": {"prop_iter": 0}}}
+    path = variants_file(tmp_path, two)
+    found = jobs("--opt", tiny_file(), "--variants", path, "train.seed=0,1")
+    assert [(job.setting, job.options.training_coeff.prop_iter, job.options.train.seed) for job in found] == [
+        ("as it is", 2, 0), ("as it is", 2, 1), ("no steps", 0, 0), ("no steps", 0, 1),
+    ]  # fmt: skip
+    assert found[3].options.wandb.name == "tiny-no_steps-seed=1"
+    assert {job.base for job in found} == {"tiny"}
+
+
+def test_variants__mistakes_are_named(tiny_file, tmp_path):
+    for content, words in (
+        ([], "must hold an object"),
+        ({}, "holds no variant"),
+        ({"a": 3}, "a: is 3, must be an object of options"),
+        ({"a": {"train": {"seed": 3}}}, "a: train.seed is set by the command line too"),
+        ({"a": {"train": {"sed": 3}}}, "train.sed"),
+        ({"a" * 300: {}}, "wandb.name is"),
+    ):
+        with pytest.raises(UserError, match=words):
+            jobs("--opt", tiny_file(), "--variants", variants_file(tmp_path, content), "train.seed=0,1")
+
+
+def test_variants__that_are_shipped_fit_every_option_file_of_its_kind(monkeypatch):
+    monkeypatch.setattr("utils.optionfile.missing_files", lambda options: [])
+    for base in ("demo.json", "camvid.json", "cocostuff.json"):
+        found = jobs("--opt", base, "--variants", "ablation.json")
+        assert len({job.options.wandb.name for job in found}) == len(found) > 8
+        unzoned = next(job.options for job in found if job.setting == "no ambiguous zone")
+        assert unzoned.training_coeff.initialcrit_amb >= unzoned.training_coeff.initialcrit_pos

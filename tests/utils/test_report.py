@@ -1,8 +1,10 @@
+import json
+
 import numpy as np
 
 from utils.labels import LabelSpace
 from utils.pictures import colour, draw_confusion, draw_predictions
-from utils.report import class_table, metrics_table, sweep_table
+from utils.report import class_table, metrics_table, sets_table, sweep_table, write_sweep
 
 FOUR = {"Cluster_Accuracy": 50.0, "Cluster_mIoU": 20.0, "Linear_Accuracy": 80.0, "Linear_mIoU": 40.0}
 
@@ -50,3 +52,23 @@ def test_pictures__are_written_in_the_palette(tmp_path):
     draw_confusion(tmp_path / "c.png", {"cluster": np.array([[1, 2, 3], [4, 5, 0]])}, labels=labels)
     assert (tmp_path / "p.png").stat().st_size > 1000
     assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_metrics_table__shows_the_last_step_beside_the_best():
+    table = metrics_table({"run": result(last_step=result(-3.0))})
+    assert "| run, last step, before CRF |" in table
+    assert "47.0" in table
+
+
+def test_sets_table__one_row_a_step():
+    row = dict.fromkeys(("precision", "recall", "purity", "positives", "negatives", "ambiguous"), 12.34)
+    assert sets_table([row, row]).splitlines()[3].startswith("| 1 |")
+    assert "12.3" in sets_table([row])
+
+
+def test_write_sweep__numbers_and_a_figure(tmp_path):
+    write_sweep(tmp_path / "sweep", [("a", result()), ("a", result(1.0)), ("b", result(before_crf=None))])
+    rows = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert [row["setting"] for row in rows] == ["a", "a", "b"]
+    assert rows[1]["before_crf"]["Cluster_mIoU"] == 21.0
+    assert (tmp_path / "sweep/sweep.png").stat().st_size > 1000

@@ -20,6 +20,7 @@ from utils.optionfile import as_tree
 from utils.options import Options
 
 FROZEN = "-frozen"  # ends the name of a baseline
+DEMO_SCENES = 2048  # that the demo's backbone is trained on
 
 # What needs torch is imported inside functions; see eval.py.
 
@@ -139,10 +140,69 @@ def sweep_rows(job: Job, results: dict[str, dict[str, Any]]) -> list[tuple[str, 
     return rows
 
 
+def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
+    """Trains the demo's backbone on scenes without labels and writes it where demo.json looks for it.
+
+    Args:
+        options: of the demo; `model.pretrained.pretrained_weights` is the file to write.
+
+    Returns:
+        Accuracy in percent of a linear probe and of k-means on the frozen patch features of validation
+        scenes, untrained and distilled.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from dataset import build_data
+    from model.backbone import FrozenViT
+    from model.distillation import Recipe, centre_features, distil, spread_init
+    from model.pretrained import backbone_spec
+    from model.quality import kmeans_accuracy, linear_accuracy, patch_features
+    from utils.files import make_folder, weights_file
+    from utils.randomness import seeded
+    from utils.report import markdown
+
+    options.dataset.train_images, labelled = DEMO_SCENES, options.dataset.train_images
+    data, seed = build_data(options), options.train.seed
+    splits = {}
+    for name, items in (("train", data.train_set), ("val", data.validation_set)):
+        read = [items[index] for index in range(len(items))]
+        splits[name] = [torch.stack(part) for part in list(zip(*read, strict=True))[:2]]  # images, labels
+    with seeded(seed, "backbone"):
+        untrained = FrozenViT(backbone_spec(options))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    start = copy.deepcopy(untrained)
+    with seeded(seed, "distillation start"):
+        spread_init(start)
+    scenes = splits["train"][0]
+    distilled = distil(start.to(device), scenes.to(device), Recipe(), seed=seed).cpu().requires_grad_(False)
+    centre_features(distilled, scenes[:labelled])
+    path = weights_file(options.model.pretrained.pretrained_weights)
+    make_folder(path.parent)
+    save_file(distilled.state_dict(), path)
+    found = {}
+    for name, backbone in (("untrained", untrained), ("distilled", distilled)):
+        train, held_out = (
+            patch_features(backbone, *(part[:labelled] for part in splits[split]))
+            for split in ("train", "val")
+        )
+        asked = {"n_classes": data.labels.n_classes, "seed": seed}
+        found[name] = {
+            "linear probe": linear_accuracy(train, held_out, **asked),
+            "k-means": kmeans_accuracy(train, held_out, **asked),
+        }
+    rows = [[name, *(f"{value:.1f}" for value in row.values())] for name, row in found.items()]
+    print("\nAccuracy of frozen patch features (%)\n" + markdown(["", "linear probe", "k-means"], rows))
+    print(f"written: {path}, {path.stat().st_size / 1e6:.1f} MB")
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Runs what the command line asks for, one job after another; returns the metrics of each."""
     arguments = parse_arguments(argv, description="Train PPAP and evaluate it.", training=True)
     jobs = plan_jobs(arguments)
+    if arguments.make_demo_weights:
+        return [make_demo_weights(job.options) for job in jobs]
     from utils.report import class_table, metrics_table, sweep_table, write_sweep
 
     finished, rows = [], []

@@ -86,6 +86,34 @@ class Distilled(nn.Module):
         return scores.view(len(images), side, side, -1).permute(0, 3, 1, 2)
 
 
+@torch.no_grad()
+def spread_init(vit: FrozenViT) -> None:
+    """Where distillation starts: linear layers by Xavier, patch filters without their mean.
+
+    A small ViT as timm initialises it hardly reaches its nonlinear range, and colour drowns what little it
+    says of texture; with nothing to agree on but noise, student and teacher agree on nothing.
+    """
+    for module in vit.blocks.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+    filters = vit.patch_embed.proj.weight  # (D, 3, patch, patch)
+    filters -= filters.mean(dim=(2, 3), keepdim=True)
+
+
+@torch.no_grad()
+def centre_features(vit: FrozenViT, scenes: Tensor, *, batch_size: int = 64) -> None:
+    """Takes the mean patch feature of some scenes out of the last norm's bias.
+
+    The head's batch norm leaves the mean free; PPAP compares cosines, which a common part would fill up.
+    """
+    side = scenes.shape[-1] // vit.spec.patch
+    means = [
+        vit.last_features(vit.tokens(normalise(part)), (side, side)).mean(dim=(0, 2, 3))
+        for part in scenes.split(batch_size)
+    ]  # (D,) each
+    vit.norm.bias -= torch.stack(means).mean(dim=0)
+
+
 def distil(vit: FrozenViT, scenes: Tensor, recipe: Recipe, *, seed: int) -> FrozenViT:
     """Trains a ViT on scenes without labels and returns the teacher's.
 

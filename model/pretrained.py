@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.backbone import BackboneSpec, FrozenViT
 from utils.errors import UserError, first_line
+from utils.files import weights_file
 from utils.options import FULL_DEPTH, WIDTH_AND_HEADS, Options
 
 DINO = "https://dl.fbaipublicfiles.com/dino"
@@ -90,7 +91,7 @@ def load_backbone(backbone: FrozenViT, weights: str | None) -> str:
     """
     if weights is None and backbone.spec.address is None:
         return "no weights (the backbone is untrained)"
-    path = Path(weights) if weights is not None else official_file(backbone.spec.address)
+    path = weights_file(weights) if weights is not None else official_file(backbone.spec.address)
     load_strictly(backbone, clean_state(read_state(path), backbone.spec.depth), str(path))
     return str(path)
 

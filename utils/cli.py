@@ -27,6 +27,7 @@ from utils.files import read_json_object
 from utils.optionfile import find_option_file, flatten, load_options, name_mistake
 from utils.options import Options
 
+DEMO = "demo.json"
 QUOTING = """write key=value; quote a value with spaces, commas or brackets twice: 'key="a, b"'"""
 
 
@@ -51,7 +52,7 @@ class Job:
 def parse_arguments(argv: Sequence[str] | None, *, description: str, training: bool) -> argparse.Namespace:
     """The flags; further words are left in `overrides`."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--opt", required=True, help="option file: a path, or a name in json/, json/server/")
+    parser.add_argument("--opt", help="option file: a path, or a name in json/, json/server/")
     parser.add_argument("--debug", action="store_true", help="no wandb")
     parser.add_argument("--test", action="store_true", help="evaluate only (eval.py does nothing else)")
     parser.add_argument("--checkpoint", help="a file, a folder or the name of a run")
@@ -67,7 +68,12 @@ def parse_arguments(argv: Sequence[str] | None, *, description: str, training: b
             "--measure-sets", action="store_true", help="hold positives and negatives against labels"
         )
     parser.add_argument("overrides", nargs="*", help="key=value, or key=a,b,c for a sweep")
-    return parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.opt is None:
+        if not getattr(arguments, "make_demo_weights", False):
+            parser.error("--opt is missing: name an option file, such as --opt demo.json")
+        arguments.opt = DEMO
+    return arguments
 
 
 def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
@@ -77,8 +83,9 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
         UserError: a mistake in the option file, in an override or in a combination of them.
     """
     path = find_option_file(arguments.opt)
+    making = getattr(arguments, "make_demo_weights", False)  # the file that the options name is yet to come
     flags = {
-        "checkpoint": arguments.checkpoint,
+        "checkpoint": "" if getattr(arguments, "measure_sets", False) else arguments.checkpoint,
         "dataset.data_path": arguments.data_path,
         "wandb.mode": "disabled" if arguments.debug else None,
         "train.frozen": True if getattr(arguments, "frozen", False) else None,
@@ -94,7 +101,7 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
         swept = {key: value for key, value in chosen.items() if len(choices[key]) > 1}
         words = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in swept.items()]
         try:
-            plain = load_options(path, fixed | chosen | changed, check_files=True)
+            plain = load_options(path, fixed | chosen | changed, check_files=not making)
             options = _named(plain, words=[variant, *words])
         except UserError as error:
             mistakes += error.mistakes

@@ -10,6 +10,7 @@ from typing import Any
 
 from utils.errors import UserError
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ("best.ckpt", "best.pth", "ckpt.pth")  # in the order they are looked for
 
 
@@ -73,6 +74,12 @@ def move_aside(path: Path) -> Path | None:
     except OSError as error:
         raise UserError(f"{path}: cannot be moved aside ({error.strerror}); move or rename it") from None
     return there
+
+
+def weights_file(name: str) -> Path:
+    """A weights file: a path, or one below the project, as model/weights/demo.safetensors."""
+    path = Path(name)
+    return path if path.exists() or path.is_absolute() else REPOSITORY / path
 
 
 def find_checkpoint(name: str, output_dir: str) -> Path:

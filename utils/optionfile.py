@@ -14,12 +14,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import UserError, closest, first_line
-from utils.files import find_checkpoint, read_json_object
+from utils.files import REPOSITORY, find_checkpoint, read_json_object, weights_file
 from utils.options import FULL_DEPTH, LEGACY_KEYS, PATCHES, WIDTH_AND_HEADS, Options
 
 OPTION_FOLDERS = (Path("json"), Path("json/server"))
 LONGEST_NAME = 200
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +264,7 @@ def missing_files(options: Options) -> list[str]:
     """Files and folders that the options name and that are not there."""
     found = []
     weights = options.model.pretrained.pretrained_weights
-    if weights is not None and not Path(weights).is_file():
+    if weights is not None and not weights_file(weights).is_file():
         found.append(
             f"model.pretrained.pretrained_weights is {weights}: no such file; null takes the official"
         )

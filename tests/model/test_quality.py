@@ -1,0 +1,74 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+import run
+from dataset import build_data
+from model.backbone import FrozenViT
+from model.pretrained import backbone_spec, load_backbone
+from model.quality import PatchFeatures, kmeans_accuracy, linear_accuracy, patch_features
+from utils.optionfile import find_option_file, load_options
+from utils.randomness import seeded
+
+
+def blobs(spread, *, seed):
+    drawn = torch.Generator().manual_seed(seed)
+    classes = torch.arange(300) % 3
+    rows = 10 * torch.eye(3, 8)[classes] + spread * torch.randn(300, 8, generator=drawn)
+    return PatchFeatures(F.normalize(rows, dim=1), classes)
+
+
+def test_accuracy__of_what_is_plain_and_of_noise():
+    for measure in (linear_accuracy, kmeans_accuracy):
+        plain = measure(blobs(0.1, seed=0), blobs(0.1, seed=1), n_classes=3, seed=0)
+        noise = measure(blobs(1e4, seed=0), blobs(1e4, seed=1), n_classes=3, seed=0)
+        assert plain == pytest.approx(100, abs=34 if measure is kmeans_accuracy else 0.1)
+        assert 25 < noise < 55 < plain
+
+
+def test_patch_features__leaves_out_what_has_no_label(tiny_options):
+    data = build_data(tiny_options())
+    image, label = (torch.stack([data.train_set[index][part] for index in range(2)]) for part in (0, 1))
+    label[0] = -1
+    backbone = FrozenViT(backbone_spec(tiny_options()))
+    found = patch_features(backbone, image, label, batch_size=1)
+    assert found.rows.shape == (16, 24)
+    torch.testing.assert_close(found.rows.norm(dim=1), torch.ones(16))
+
+
+def test_demo_weights__are_worth_more_than_an_untrained_backbone():
+    """Both accuracies by the 15 points that the README tells of, on fewer scenes than there."""
+    options = load_options(find_option_file("demo.json"))
+    options.dataset.train_images, options.dataset.val_images = 96, 16
+    data = build_data(options)
+    train, held_out = (
+        [torch.stack([items[index][part] for index in range(len(items))]) for part in (0, 1)]
+        for items in (data.train_set, data.validation_set)
+    )
+    found = {}
+    for name in ("untrained", "shipped"):
+        with seeded(0, "backbone"):
+            backbone = FrozenViT(backbone_spec(options))
+        if name == "shipped":
+            load_backbone(backbone, options.model.pretrained.pretrained_weights)
+        features = [patch_features(backbone, *part) for part in (train, held_out)]
+        found[name] = [
+            measure(*features, n_classes=7, seed=0) for measure in (linear_accuracy, kmeans_accuracy)
+        ]
+    for before, after in zip(found["untrained"], found["shipped"], strict=True):
+        assert after > before + 15
+
+
+def test_make_demo_weights__writes_what_the_demo_loads(tmp_path, monkeypatch, capsys):
+    from model.distillation import Recipe
+
+    short = Recipe(steps=3, batch_size=4, prototypes=8, warmup=1)
+    monkeypatch.setattr("model.distillation.Recipe", lambda: short)
+    monkeypatch.setattr(run, "DEMO_SCENES", 8)
+    path = tmp_path / "there/demo.safetensors"
+    words = [f"model.pretrained.pretrained_weights={path}", "dataset.train_images=4", "dataset.val_images=2"]
+    (found,) = run.main(["--make-demo-weights", *words])
+    assert set(found) == {"untrained", "distilled"}
+    assert f"written: {path}" in capsys.readouterr().out
+    options = load_options(find_option_file("demo.json"))
+    load_backbone(FrozenViT(backbone_spec(options)), str(path))

@@ -175,8 +175,9 @@ def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
     with seeded(seed, "distillation start"):
         spread_init(start)
     scenes = splits["train"][0]
-    distilled = distil(start.to(device), scenes.to(device), Recipe(), seed=seed).cpu().requires_grad_(False)
-    centre_features(distilled, scenes[:labelled])
+    recipe = Recipe()
+    distilled = distil(start.to(device), scenes.to(device), recipe, seed=seed).cpu()
+    centre_features(distilled, scenes[:labelled], share=recipe.centred)
     path = weights_file(options.model.pretrained.pretrained_weights)
     make_folder(path.parent)
     save_file(distilled.state_dict(), path)

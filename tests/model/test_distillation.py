@@ -114,7 +114,7 @@ def test_distil__tells_two_textures_apart():
     with seeded(0, "start"):
         spread_init(start)
     made = distil(start, scenes(), replace(SHORT, steps=150, warmup=20), seed=0)
-    centre_features(made, scenes())
+    centre_features(made, scenes(), share=1.0)
 
     def mean_cosines(network):
         maps = network.last_features(network.tokens(normalise(scenes(4))), (8, 8))  # (4, D, 8, 8)
@@ -126,11 +126,16 @@ def test_distil__tells_two_textures_apart():
     assert cosines[1] < 0
 
 
-def test_centre_features__takes_the_mean_out():
+def mean_feature(network):
+    return network.last_features(network.tokens(normalise(scenes())), (8, 8)).mean(dim=(0, 2, 3))
+
+
+def test_centre_features__takes_its_share_of_the_mean_out():
     network = vit()
-    centre_features(network, scenes())
-    maps = network.last_features(network.tokens(normalise(scenes())), (8, 8))
-    assert maps.mean(dim=(0, 2, 3)).abs().max() < 1e-5
+    before = mean_feature(network)
+    centre_features(network, scenes(), share=0.25)
+    torch.testing.assert_close(mean_feature(network), 0.75 * before, atol=1e-5, rtol=0)
+    assert before.abs().max() > 1e-3
 
 
 def test_spread_init__filters_have_no_mean():

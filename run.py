@@ -217,9 +217,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 print(f"{name}: best at step {result['step']}, {spent}, results in {folder}")
         finished.append(list(results.values())[-1])
         rows += sweep_rows(job, results)
+        folder = Path(job.options.output_dir) / f"{job.base}-sweep"
+        if len(jobs) > 1:  # each time: a sweep that is cut short loses nothing
+            write_sweep(folder, rows)
     if len(jobs) > 1:
-        folder = Path(jobs[0].options.output_dir) / f"{jobs[0].base}-sweep"
-        write_sweep(folder, rows)
         print(f"\n{sweep_table(rows)}\n\nresults of all runs: {folder}")
     return finished
 

@@ -66,7 +66,12 @@ def test_make_demo_weights__writes_what_the_demo_loads(tmp_path, monkeypatch, ca
     monkeypatch.setattr("model.distillation.Recipe", lambda: short)
     monkeypatch.setattr(run, "DEMO_SCENES", 8)
     path = tmp_path / "there/demo.safetensors"
-    words = [f"model.pretrained.pretrained_weights={path}", "dataset.train_images=4", "dataset.val_images=2"]
+    words = [
+        f"model.pretrained.pretrained_weights={path}",
+        "dataset.train_images=4",
+        "dataset.val_images=2",
+        "dataloader.batch_size=4",
+    ]
     (found,) = run.main(["--make-demo-weights", *words])
     assert set(found) == {"untrained", "distilled"}
     assert f"written: {path}" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from utils.optionfile import (
 )
 from utils.options import LEGACY_KEYS, Options
 
-OUR_FILES = sorted((REPOSITORY / "json").rglob("*.json"))
+OUR_FILES = sorted(path for path in (REPOSITORY / "json").rglob("*.json") if path.name != "ablation.json")
 PUBLISHED_NAMES = [
     f"{name}{suffix}.json"
     for name in ("cocostuff8", "cocostuff16", "cityscapes_base", "cityscapes_small", "potsdam")

@@ -144,6 +144,8 @@ def cached(
         write_json(part / "about.json", about | {name: list(shape) for name, shape in shapes.items()})
         os.replace(part, there)
     except OSError as error:
+        if _complete(there, shapes):  # another run was first
+            return TokenDataset(items, **files)
         raise UserError(
             f"{part}: cannot be written ({error.strerror}); mend that or set dataset.cache_features=null"
         ) from None

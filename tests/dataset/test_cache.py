@@ -1,5 +1,6 @@
 import csv
 import json
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -95,6 +96,18 @@ def test_cached__an_interrupted_one_leaves_nothing(items, folder):
     with pytest.raises(KeyboardInterrupt):
         tokens_of(items, folder, breaks)
     assert not list(folder.iterdir())
+
+
+def test_cached__two_runs_at_once_share_the_first_that_is_whole(items, folder):
+    def overtaken(image):
+        if len(image) == 1:  # the last batch: another run has just finished
+            with patch.object(cache.os, "getpid", return_value=0):
+                tokens_of(items, folder)
+        return encode(image)
+
+    found = tokens_of(items, folder, overtaken)
+    assert torch.equal(found[3].tokens, encode(items[3].image[None])[0].half())
+    assert len(list(folder.iterdir())) == 1
 
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])

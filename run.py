@@ -12,12 +12,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval import evaluate, results_folder, run_folder
 from utils.cli import Job, guarded, parse_arguments, plan_jobs
 from utils.optionfile import as_tree
 from utils.options import Options
+
+if TYPE_CHECKING:
+    from dataset.datamodule import SegmentationData
+    from model.backbone import FrozenViT
 
 FROZEN = "-frozen"  # ends the name of a baseline
 DEMO_SCENES = 2048  # that the demo's backbone is trained on
@@ -147,8 +151,7 @@ def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
         options: of the demo; `model.pretrained.pretrained_weights` is the file to write.
 
     Returns:
-        Accuracy in percent of a linear probe and of k-means on the frozen patch features of validation
-        scenes, untrained and distilled.
+        What `backbone_worth` finds, untrained and distilled.
     """
     import torch
     from safetensors.torch import save_file
@@ -157,45 +160,57 @@ def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
     from model.backbone import FrozenViT
     from model.distillation import Recipe, centre_features, distil, spread_init
     from model.pretrained import backbone_spec
-    from model.quality import kmeans_accuracy, linear_accuracy, patch_features
     from utils.files import make_folder, weights_file
     from utils.randomness import seeded
     from utils.report import markdown
 
     options.dataset.train_images, labelled = DEMO_SCENES, options.dataset.train_images
-    data, seed = build_data(options), options.train.seed
-    splits = {}
-    for name, items in (("train", data.train_set), ("val", data.validation_set)):
-        read = [items[index] for index in range(len(items))]
-        splits[name] = [torch.stack(part) for part in list(zip(*read, strict=True))[:2]]  # images, labels
+    data, seed, recipe = build_data(options), options.train.seed, Recipe()
     with seeded(seed, "backbone"):
         untrained = FrozenViT(backbone_spec(options))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     start = copy.deepcopy(untrained)
     with seeded(seed, "distillation start"):
         spread_init(start)
-    scenes = splits["train"][0]
-    recipe = Recipe()
+    scenes = torch.stack([data.train_set[index].image for index in range(DEMO_SCENES)])  # (S, 3, H, W)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     distilled = distil(start.to(device), scenes.to(device), recipe, seed=seed).cpu()
     centre_features(distilled, scenes[:labelled], share=recipe.centred)
     path = weights_file(options.model.pretrained.pretrained_weights)
     make_folder(path.parent)
     save_file(distilled.state_dict(), path)
-    found = {}
-    for name, backbone in (("untrained", untrained), ("distilled", distilled)):
-        train, held_out = (
-            patch_features(backbone, *(part[:labelled] for part in splits[split]))
-            for split in ("train", "val")
-        )
-        asked = {"n_classes": data.labels.n_classes, "seed": seed}
-        found[name] = {
-            "linear probe": linear_accuracy(train, held_out, **asked),
-            "k-means": kmeans_accuracy(train, held_out, **asked),
-        }
+    backbones = {"untrained": untrained, "distilled": distilled}
+    found = {name: backbone_worth(each, data, scenes=labelled, seed=seed) for name, each in backbones.items()}
     rows = [[name, *(f"{value:.1f}" for value in row.values())] for name, row in found.items()]
     print("\nAccuracy of frozen patch features (%)\n" + markdown(["", "linear probe", "k-means"], rows))
     print(f"written: {path}, {path.stat().st_size / 1e6:.1f} MB")
     return found
+
+
+def backbone_worth(
+    backbone: FrozenViT, data: SegmentationData, *, scenes: int, seed: int
+) -> dict[str, float]:
+    """Accuracy in percent of a linear probe and of k-means on frozen patch features of validation images.
+
+    Args:
+        backbone: on the CPU.
+        data: both splits.
+        scenes: of the train split to fit them on.
+        seed: of both.
+    """
+    import torch
+
+    from model.quality import kmeans_accuracy, linear_accuracy, patch_features
+
+    features = []
+    for items, count in ((data.train_set, scenes), (data.validation_set, len(data.validation_set))):
+        read = [items[index] for index in range(count)]
+        images, labels = (torch.stack([getattr(item, part) for item in read]) for part in ("image", "label"))
+        features.append(patch_features(backbone, images, labels))
+    asked = {"n_classes": data.labels.n_classes, "seed": seed}
+    return {
+        "linear probe": linear_accuracy(*features, **asked),
+        "k-means": kmeans_accuracy(*features, **asked),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -41,20 +41,13 @@ def test_demo_weights__are_worth_more_than_an_untrained_backbone():
     options = load_options(find_option_file("demo.json"))
     options.dataset.train_images, options.dataset.val_images = 96, 16
     data = build_data(options)
-    train, held_out = (
-        [torch.stack([items[index][part] for index in range(len(items))]) for part in (0, 1)]
-        for items in (data.train_set, data.validation_set)
-    )
     found = {}
     for name in ("untrained", "shipped"):
         with seeded(0, "backbone"):
             backbone = FrozenViT(backbone_spec(options))
         if name == "shipped":
             load_backbone(backbone, options.model.pretrained.pretrained_weights)
-        features = [patch_features(backbone, *part) for part in (train, held_out)]
-        found[name] = [
-            measure(*features, n_classes=7, seed=0) for measure in (linear_accuracy, kmeans_accuracy)
-        ]
+        found[name] = list(run.backbone_worth(backbone, data, scenes=96, seed=0).values())
     for before, after in zip(found["untrained"], found["shipped"], strict=True):
         assert after > before + 15
 

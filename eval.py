@@ -216,7 +216,7 @@ def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
         classes = patch_classes(batch.label, backbone.spec.patch).to(features.device)
         drawn = criterion.sample_anchors(len(classes), generator(options.train.seed, "anchors", step))
         anchors = drawn[drawn >= 0].to(features.device)
-        found = set_quality(features, classes, anchors, criterion.boundaries)
+        found = set_quality(features, classes, anchors=anchors, boundaries=criterion.boundaries)
         total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
     rows = [quality.means() for quality in total]
     make_folder(folder)

@@ -77,12 +77,11 @@ def train(options: Options, folder: Path) -> Trained:
     loggers = build_loggers(options, folder)
     callbacks = [ValidationSteps(options.train.valid_freq), *dict.fromkeys((keepers.best, keepers.last))]
     trainer = build_trainer(options, hardware, loggers=loggers, callbacks=callbacks, validate=validated)
-    if options.dataset.cache_features:
-        encode = functools.partial(module.encode, trainer=trainer)
-        data.keep_tokens(
-            encode, backbone=module.segmenter.backbone, precision=trainer.precision_plugin.precision
-        )
     try:
+        if options.dataset.cache_features:
+            encode = functools.partial(module.encode, trainer=trainer)
+            precision = trainer.precision_plugin.precision
+            data.keep_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
         trainer.fit(module, datamodule=data, weights_only=True)
     finally:
         close_loggers(loggers)
@@ -152,6 +151,9 @@ def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
 
     Returns:
         What `backbone_worth` finds, untrained and distilled.
+
+    Raises:
+        UserError: the options are not of such a demo.
     """
     import torch
     from safetensors.torch import save_file
@@ -160,10 +162,18 @@ def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
     from model.backbone import FrozenViT
     from model.distillation import Recipe, centre_features, distil, spread_init
     from model.pretrained import backbone_spec
+    from utils.errors import UserError
     from utils.files import make_folder, weights_file
     from utils.randomness import seeded
     from utils.report import markdown
 
+    weights = options.model.pretrained.pretrained_weights
+    if options.dataset.data_type != "synthetic" or options.model.arch != "vit" or weights is None:
+        raise UserError(
+            f"--make-demo-weights: dataset.data_type is {options.dataset.data_type}, model.arch is "
+            f"{options.model.arch}, model.pretrained.pretrained_weights is {weights}; they must be "
+            "synthetic, vit and the file to write, as in demo.json"
+        )
     options.dataset.train_images, labelled = DEMO_SCENES, options.dataset.train_images
     data, seed, recipe = build_data(options), options.train.seed, Recipe()
     with seeded(seed, "backbone"):
@@ -173,9 +183,9 @@ def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
         spread_init(start)
     scenes = torch.stack([data.train_set[index].image for index in range(DEMO_SCENES)])  # (S, 3, H, W)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    distilled = distil(start.to(device), scenes.to(device), recipe, seed=seed).cpu()
+    distilled = distil(start.to(device), scenes.to(device), recipe=recipe, seed=seed).cpu()
     centre_features(distilled, scenes[:labelled], share=recipe.centred)
-    path = weights_file(options.model.pretrained.pretrained_weights)
+    path = weights_file(weights)
     make_folder(path.parent)
     save_file(distilled.state_dict(), path)
     backbones = {"untrained": untrained, "distilled": distilled}
@@ -219,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     jobs = plan_jobs(arguments)
     if arguments.make_demo_weights:
         return [make_demo_weights(job.options) for job in jobs]
+    from utils.files import move_aside
     from utils.report import class_table, metrics_table, sweep_table, write_sweep
 
     finished, rows = [], []
@@ -234,6 +245,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         rows += sweep_rows(job, results)
         folder = Path(job.options.output_dir) / f"{job.base}-sweep"
         if len(jobs) > 1:  # each time: a sweep that is cut short loses nothing
+            if job is jobs[0]:
+                move_aside(folder)
             write_sweep(folder, rows)
     if len(jobs) > 1:
         print(f"\n{sweep_table(rows)}\n\nresults of all runs: {folder}")

@@ -117,7 +117,7 @@ def centre_features(vit: FrozenViT, scenes: Tensor, *, share: float, batch_size:
     vit.norm.bias -= share * torch.stack(means).mean(dim=0)
 
 
-def distil(vit: FrozenViT, scenes: Tensor, recipe: Recipe, *, seed: int) -> FrozenViT:
+def distil(vit: FrozenViT, scenes: Tensor, *, recipe: Recipe, seed: int) -> FrozenViT:
     """Trains a ViT on scenes without labels and returns the teacher's.
 
     Args:
@@ -138,7 +138,9 @@ def distil(vit: FrozenViT, scenes: Tensor, recipe: Recipe, *, seed: int) -> Froz
             crops = draw_crops(scenes, recipe, generator(seed, "distillation", step))
             with torch.no_grad():
                 targets = [teacher(crop.images) for crop in crops[:2]]  # (B, K, h, w) each
-            loss = distillation_loss([student(c.images) for c in crops], targets, centre, crops, recipe)
+            loss = distillation_loss(
+                [student(c.images) for c in crops], targets, centre=centre, crops=crops, recipe=recipe
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(student.parameters(), 3.0)
@@ -152,7 +154,7 @@ def distil(vit: FrozenViT, scenes: Tensor, recipe: Recipe, *, seed: int) -> Froz
 
 
 def distillation_loss(
-    scores: list[Tensor], targets: list[Tensor], centre: Tensor, crops: list[Crop], recipe: Recipe
+    scores: list[Tensor], targets: list[Tensor], *, centre: Tensor, crops: list[Crop], recipe: Recipe
 ) -> Tensor:
     """Mean cross-entropy of each student patch with what the teacher says at its place in another crop, ().
 

@@ -34,7 +34,7 @@ class SetQuality:
 
 
 def set_quality(
-    features: Tensor, classes: Tensor, anchors: Tensor, boundaries: Boundaries
+    features: Tensor, classes: Tensor, *, anchors: Tensor, boundaries: Boundaries
 ) -> list[SetQuality]:
     """The sets of a batch for t = 0..T relocations.
 

@@ -75,7 +75,7 @@ def test_loss__is_least_where_both_say_the_same():
     same = crop((0.5, 0.5), (0.0, 0.0))
     sure = torch.eye(4)[torch.tensor([[0, 1], [2, 3]])].permute(2, 0, 1)[None]  # (1, K, 2, 2)
     agree, differ = (
-        distillation_loss([sure, score], [sure], torch.zeros(4), [same, same], SHORT)
+        distillation_loss([sure, score], [sure], centre=torch.zeros(4), crops=[same, same], recipe=SHORT)
         for score in (sure, sure.flip(1))
     )
     assert agree < 0.01 < differ
@@ -85,7 +85,9 @@ def test_loss__leaves_out_patches_that_the_other_crop_does_not_show():
     here, half = crop((0.5, 0.5), (0.0, 0.0)), crop((0.5, 0.5), (0.5, 0.0))  # its right half alone
     target = torch.eye(2)[torch.tensor([[0, 0], [0, 0]])].permute(2, 0, 1)[None]
     right = torch.eye(2)[torch.tensor([[1, 0], [1, 0]])].permute(2, 0, 1)[None]  # wrong on the left
-    loss = distillation_loss([target, right], [target], torch.zeros(2), [half, here], SHORT)
+    loss = distillation_loss(
+        [target, right], [target], centre=torch.zeros(2), crops=[half, here], recipe=SHORT
+    )
     assert loss < 0.01
 
 
@@ -101,7 +103,7 @@ def test_recolour__leaves_the_range_of_images_and_differs_between_crops():
 def test_distil__is_a_function_of_the_seed_and_leaves_its_start_alone():
     start = vit()
     before = start.blocks[0].mlp.fc1.weight.clone()
-    first, again, other = (distil(start, scenes(), SHORT, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (distil(start, scenes(), recipe=SHORT, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(first.blocks[0].mlp.fc1.weight, again.blocks[0].mlp.fc1.weight)
     assert not torch.equal(first.blocks[0].mlp.fc1.weight, other.blocks[0].mlp.fc1.weight)
     assert torch.equal(start.blocks[0].mlp.fc1.weight, before)
@@ -113,7 +115,7 @@ def test_distil__tells_two_textures_apart():
     start = vit()
     with seeded(0, "start"):
         spread_init(start)
-    made = distil(start, scenes(), replace(SHORT, steps=150, warmup=20), seed=0)
+    made = distil(start, scenes(), recipe=replace(SHORT, steps=150, warmup=20), seed=0)
     centre_features(made, scenes(), share=1.0)
 
     def mean_cosines(network):

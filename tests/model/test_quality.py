@@ -7,6 +7,7 @@ from dataset import build_data
 from model.backbone import FrozenViT
 from model.pretrained import backbone_spec, load_backbone
 from model.quality import PatchFeatures, kmeans_accuracy, linear_accuracy, patch_features
+from utils.errors import UserError
 from utils.optionfile import find_option_file, load_options
 from utils.randomness import seeded
 
@@ -70,3 +71,8 @@ def test_make_demo_weights__writes_what_the_demo_loads(tmp_path, monkeypatch, ca
     assert f"written: {path}" in capsys.readouterr().out
     options = load_options(find_option_file("demo.json"))
     load_backbone(FrozenViT(backbone_spec(options)), str(path))
+
+
+def test_make_demo_weights__of_other_options_is_refused():
+    with pytest.raises(UserError, match="must be synthetic, vit and the file to write"):
+        run.main(["--make-demo-weights", "model.pretrained.pretrained_weights=null"])

@@ -13,7 +13,7 @@ STILL = Boundaries(phi=0.9, psi=0.2, steps=0, sigma_pos=math.inf, sigma_amb=math
 
 
 def quality(classes, anchors=(0,), boundaries=STILL):
-    return set_quality(FEATURES, torch.tensor(classes), torch.tensor(anchors), boundaries)
+    return set_quality(FEATURES, torch.tensor(classes), anchors=torch.tensor(anchors), boundaries=boundaries)
 
 
 def test_set_quality__by_hand():

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from model import PPAPModule
     from model.evaluator import Evaluation, Prediction
 
+ANCHORS_AT_ONCE = 256  # that --measure-sets holds against all patches of a batch
+
 # What needs torch is imported inside functions: a mistyped option is answered at once, and the CRF
 # processes, which import this file again, stay small.
 
@@ -174,8 +176,9 @@ def picture_row(prediction: Prediction, module: PPAPModule, plain: Evaluation) -
 def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
     """Holds the sets that propagation chooses on frozen features against the validation labels.
 
-    Nothing is trained and no checkpoint is read; batches, anchors and boundaries are as in training, but
-    for the criterion features' dropout. Writes sets.json and sets.png.
+    Nothing is trained and no checkpoint is read; batch size, anchors and boundaries are as in training, the
+    images are those of validation at `dataset.val_res`, and there is no dropout. Writes sets.json and
+    sets.png.
 
     Args:
         options: all options.
@@ -216,8 +219,9 @@ def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
         classes = patch_classes(batch.label, backbone.spec.patch).to(features.device)
         drawn = criterion.sample_anchors(len(classes), generator(options.train.seed, "anchors", step))
         anchors = drawn[drawn >= 0].to(features.device)
-        found = set_quality(features, classes, anchors=anchors, boundaries=criterion.boundaries)
-        total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+        for part in anchors.split(ANCHORS_AT_ONCE):
+            found = set_quality(features, classes, anchors=part, boundaries=criterion.boundaries)
+            total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
     rows = [quality.means() for quality in total]
     make_folder(folder)
     write_json(folder / "sets.json", rows)

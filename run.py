@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -187,7 +188,8 @@ def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
     centre_features(distilled, scenes[:labelled], share=recipe.centred)
     path = weights_file(weights)
     make_folder(path.parent)
-    save_file(distilled.state_dict(), path)
+    save_file(distilled.state_dict(), part := path.with_suffix(".part"))
+    os.replace(part, path)
     backbones = {"untrained": untrained, "distilled": distilled}
     found = {name: backbone_worth(each, data, scenes=labelled, seed=seed) for name, each in backbones.items()}
     rows = [[name, *(f"{value:.1f}" for value in row.values())] for name, row in found.items()]

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataset.source import Batch, SegmentationDataset
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import make_folder, read_json_object, write_json
 
 HEADROOM = 2**28  # bytes that a cache leaves free
+FORMAT = 1  # raised when tokens, labels or synthetic scenes come out otherwise than before
 IGNORED = 255  # as labels are stored; every data set here has fewer classes
 
 
@@ -111,7 +113,7 @@ def cached(
     needed = 2 * int(np.prod(shapes["tokens"])) + int(np.prod(shapes["labels"]))
     loader = DataLoader(items, batch_size, num_workers=workers)
     if folder is None:
-        _check_space(_free_memory(), needed, f"{split} tokens in memory", 'dataset.cache_features="disk"')
+        _check_space(_free_memory(), needed, f"{split} tokens in memory", "dataset.cache_features=disk")
         arrays = {
             "tokens": np.empty(shapes["tokens"], np.float16),
             "labels": np.empty(shapes["labels"], np.uint8),
@@ -124,14 +126,11 @@ def cached(
         print(f"{split} tokens: read from {there}")
         return TokenDataset(items, **files)
     make_folder(folder)
-    part = there.with_name(f"{there.name}.part{os.getpid()}")
-    shutil.rmtree(there, ignore_errors=True)
-    _check_space(
-        shutil.disk_usage(folder).free, needed, f"{split} tokens in {folder}", "null or another disk"
-    )
+    mend = "dataset.cache_features=null, or output_dir to another disk"
+    _check_space(shutil.disk_usage(folder).free, needed, f"{split} tokens in {folder}", mend)
     print(f"{split} tokens: {needed / 2**30:.2f} GiB, written to {there}")
+    part = Path(tempfile.mkdtemp(prefix=f"{there.name}.", dir=folder))  # of this run alone
     try:
-        part.mkdir()
         arrays = {
             name: np.lib.format.open_memmap(
                 part / f"{name}.npy", "w+", np.float16 if name == "tokens" else np.uint8, shapes[name]
@@ -142,12 +141,12 @@ def cached(
         for array in arrays.values():
             array.flush()
         write_json(part / "about.json", about | {name: list(shape) for name, shape in shapes.items()})
-        os.replace(part, there)
+        if not _complete(there, shapes):  # otherwise another run was first
+            shutil.rmtree(there, ignore_errors=True)  # a damaged one
+            os.replace(part, there)
     except OSError as error:
-        if _complete(there, shapes):  # another run was first
-            return TokenDataset(items, **files)
         raise UserError(
-            f"{part}: cannot be written ({error.strerror}); mend that or set dataset.cache_features=null"
+            f"{part}: cannot be filled ({first_line(error)}); mend that or set dataset.cache_features=null"
         ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -160,7 +159,7 @@ def _fill(
     batch: Batch
     with tqdm(total=len(loader.dataset), desc=f"{split} tokens", unit="image") as bar:
         for batch in loader:
-            place = slice(bar.n, bar.n + len(batch.index))
+            place = batch.index.numpy()
             arrays["tokens"][place] = encode(batch.image).half().cpu().numpy()
             arrays["labels"][place] = (
                 batch.label.masked_fill(batch.label < 0, IGNORED).to(torch.uint8).numpy()
@@ -169,10 +168,12 @@ def _fill(
 
 
 def _key(items: SegmentationDataset, about: dict[str, str]) -> str:
-    """16 hex digits from the items' files, how they are cut and resized, and `about`."""
-    digest = hashlib.sha256(json.dumps([repr(items.geometry), about], sort_keys=True).encode())
+    """16 hex digits from the items' files, how they are cut, resized and labelled, and `about`."""
+    source = items.source
+    described = [FORMAT, repr(items.geometry), source.labelled, source.rule.tolist(), about]
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for index in range(len(items)):
-        digest.update(items.source.stamp(index).encode())
+        digest.update(source.stamp(index).encode())
     return digest.hexdigest()[:16]
 
 
@@ -183,7 +184,7 @@ def _complete(folder: Path, shapes: dict[str, tuple[int, ...]]) -> bool:
         for name, shape in shapes.items():
             if tuple(about[name]) != shape or np.load(folder / f"{name}.npy", mmap_mode="r").shape != shape:
                 return False
-    except (UserError, OSError, ValueError, KeyError):
+    except (UserError, OSError, EOFError, ValueError, TypeError, KeyError):
         return False
     return True
 
@@ -201,5 +202,5 @@ def _check_space(free: int, needed: int, what: str, mend: str) -> None:
     if needed + HEADROOM > free:
         raise UserError(
             f"dataset.cache_features: {what} take {needed / 2**30:.2f} GiB, but only {free / 2**30:.2f} GiB "
-            f"are free; make room, or set dataset.cache_features to {mend}"
+            f"are free; make room, or set {mend}"
         )

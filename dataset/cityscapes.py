@@ -64,6 +64,10 @@ class Cityscapes(Source):
         image = open_image(self.images[index])
         return RawItem(image, open_label(self.targets[index], image.size))
 
+    def label_path(self, index: int) -> Path:
+        """The file of its label."""
+        return self.targets[index]
+
     def name(self, index: int) -> str:
         """The image's file."""
         return str(self.images[index])

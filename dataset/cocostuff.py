@@ -91,6 +91,10 @@ class CocoStuff(Source):
         image = open_image(self.images / f"{self.ids[index]}.jpg")
         return RawItem(image, open_label(self.annotations / f"{self.ids[index]}.png", image.size))
 
+    def label_path(self, index: int) -> Path:
+        """The file of its label."""
+        return self.annotations / f"{self.ids[index]}.png"
+
     def name(self, index: int) -> str:
         """The image's file."""
         return str(self.images / f"{self.ids[index]}.jpg")

@@ -105,6 +105,10 @@ class PreparedCrops(Source):
             return RawItem(image, None)
         return RawItem(image, open_label(self.labels / f"{self.images[index].stem}.png", image.size))
 
+    def label_path(self, index: int) -> Path:
+        """The file of its label."""
+        return self.labels / f"{self.images[index].stem}.png"
+
     def name(self, index: int) -> str:
         """The crop's file."""
         return str(self.images[index])

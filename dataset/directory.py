@@ -101,6 +101,10 @@ class Directory(Source):
         image = open_image(self.images[index])
         return RawItem(image, open_label(self.targets[index], image.size) if self.has_target[index] else None)
 
+    def label_path(self, index: int) -> Path:
+        """The file of its label."""
+        return self.targets[index]
+
     def name(self, index: int) -> str:
         """The photograph's file."""
         return str(self.images[index])

@@ -67,6 +67,10 @@ class Potsdam(Source):
         target = np.where((target < 0) | (target > 255), 255, target).astype(np.uint8)
         return RawItem(Image.fromarray(np.ascontiguousarray(image)), Image.fromarray(target))
 
+    def label_path(self, index: int) -> Path:
+        """The file of its label."""
+        return self.targets / f"{self.ids[index]}.mat"
+
     def name(self, index: int) -> str:
         """The patch's file."""
         return str(self.images / f"{self.ids[index]}.mat")

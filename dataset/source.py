@@ -52,14 +52,21 @@ class Source(ABC):
     def name(self, index: int) -> str:
         """What to call the item in an error."""
 
+    def label_path(self, index: int) -> Path | None:
+        """The file of the item's label, where there is one."""
+        return None
+
     def stamp(self, index: int) -> str:
-        """The item's name, and size and time of change where that is a file: what a cache is held against."""
-        name = self.name(index)
-        try:
-            status = Path(name).stat()
-        except OSError:
-            return name
-        return f"{name} {status.st_size} {status.st_mtime_ns}"
+        """Names, sizes and times of change of the item's files: what a cache is held against."""
+        words = []
+        for path in (self.name(index), self.label_path(index)):
+            words.append(str(path))
+            try:
+                status = Path(path or "").stat()
+            except OSError:
+                continue
+            words.append(f"{status.st_size} {status.st_mtime_ns}")
+        return " ".join(words)
 
 
 def class_rule(mapping: dict[int, int], *, other: int = IGNORE) -> np.ndarray:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from tqdm import trange
 
 from model.backbone import FrozenViT
+from utils.errors import UserError
 from utils.randomness import generator, seeded
 from utils.transforms import normalise
 
@@ -125,6 +126,9 @@ def distil(vit: FrozenViT, scenes: Tensor, *, recipe: Recipe, seed: int) -> Froz
         scenes: (S, 3, H, W) uint8, on the device to train on.
         recipe: how long and how.
         seed: of head, order, crops and colours.
+
+    Raises:
+        UserError: the loss is not finite.
     """
     with seeded(seed, "distillation head"):
         student = Distilled(copy.deepcopy(vit), recipe.prototypes).to(scenes.device).requires_grad_(True)
@@ -141,6 +145,8 @@ def distil(vit: FrozenViT, scenes: Tensor, *, recipe: Recipe, seed: int) -> Froz
             loss = distillation_loss(
                 [student(c.images) for c in crops], targets, centre=centre, crops=crops, recipe=recipe
             )
+            if not torch.isfinite(loss):
+                raise UserError(f"the distillation's loss is {loss.item()} at step {step}; lower Recipe.lr")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(student.parameters(), 3.0)

@@ -66,9 +66,11 @@ def set_quality(
             (ambiguous, valid),
             (same, valid),
         ]
-        part, whole = (torch.stack([pair[side].sum(dim=1) for pair in pairs]).double() for side in (0, 1))
+        part, whole = (
+            torch.stack([pair[side].sum(dim=1) for pair in pairs]).cpu().double() for side in (0, 1)
+        )
         shares = torch.where(whole > 0, part / whole.clamp_min(1), 0)  # (7, A)
-        found.append(SetQuality(shares.sum(dim=1).cpu(), (whole > 0).sum(dim=1).double().cpu()))
+        found.append(SetQuality(shares.sum(dim=1), (whole > 0).sum(dim=1).double()))
     return found
 
 

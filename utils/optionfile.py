@@ -105,12 +105,13 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def find_option_file(name: str, *, beside: Path | None = None) -> Path:
+def find_option_file(name: str, *, beside: Path | None = None, flag: str = "--opt") -> Path:
     """A path, or a bare name found in json/ or json/server/ of the current folder or of the project.
 
     Args:
         name: what the user gave; '.json' may be left out.
         beside: a folder that is looked into first.
+        flag: what asked for it.
 
     Raises:
         UserError: no such file; names the nearest.
@@ -122,7 +123,7 @@ def find_option_file(name: str, *, beside: Path | None = None) -> Path:
             if candidate.is_file():
                 return candidate
     known = {path.name for folder in folders for path in folder.glob("*.json")}
-    asked = f"base of an option file in {beside}: {name}" if beside else f"--opt {name}"
+    asked = f"base of an option file in {beside}: {name}" if beside else f"{flag} {name}"
     raise UserError(
         f"{asked}: no such file, and not a name in json/ or json/server/.{closest(name, known)} "
         f"There are: {', '.join(sorted(known))}"

@@ -74,7 +74,7 @@ def draw_sweep(path: Path, rows: Sequence[tuple[str, dict[str, float]]]) -> None
         squeeze=False,
     )
     for axis, name in zip(axes[0], names, strict=True):
-        values = [metrics[name] for _, metrics in rows]
+        values = [metrics.get(name, np.nan) for _, metrics in rows]
         labels = [setting for setting, _ in rows]
         seaborn.stripplot(x=values, y=labels, ax=axis, color="0.6", size=4, jitter=False)
         seaborn.pointplot(

@@ -1,6 +1,6 @@
 import csv
+import functools
 import json
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -73,12 +73,33 @@ def test_cached__other_weights_geometry_or_files_are_another_cache(items, folder
         tokens_of(items, folder, forbidden)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no description", "other shape"])
+def test_cached__another_label_or_rule_is_another_cache(items, folder):
+    tokens_of(items, folder)
+    path = items.source.label_path(1)
+    before = path.read_bytes()
+    path.write_bytes(before + b"\0")
+    with pytest.raises(AssertionError, match="left the tokens"):
+        tokens_of(items, folder, forbidden)
+    items.source.rule = items.source.rule.copy()
+    items.source.rule[0] = 2
+    with pytest.raises(AssertionError, match="left the tokens"):
+        tokens_of(items, folder, forbidden)
+
+
+def test_cached__rows_do_not_hang_on_the_progress_bar(items, folder, monkeypatch):
+    monkeypatch.setattr(cache, "tqdm", functools.partial(cache.tqdm, disable=True))
+    found = tokens_of(items, folder)
+    assert torch.equal(found[3].tokens, encode(items[3].image[None])[0].half())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "no description", "other shape"])
 def test_cached__a_damaged_one_is_made_again(items, folder, damage):
     tokens_of(items, folder)
     (made,) = folder.iterdir()
     if damage == "truncated":
         (made / "tokens.npy").write_bytes((made / "tokens.npy").read_bytes()[:-3])
+    elif damage == "empty":
+        (made / "tokens.npy").write_bytes(b"")
     elif damage == "no description":
         (made / "about.json").unlink()
     else:
@@ -101,8 +122,7 @@ def test_cached__an_interrupted_one_leaves_nothing(items, folder):
 def test_cached__two_runs_at_once_share_the_first_that_is_whole(items, folder):
     def overtaken(image):
         if len(image) == 1:  # the last batch: another run has just finished
-            with patch.object(cache.os, "getpid", return_value=0):
-                tokens_of(items, folder)
+            tokens_of(items, folder)
         return encode(image)
 
     found = tokens_of(items, folder, overtaken)

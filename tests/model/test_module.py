@@ -112,7 +112,7 @@ def scalars(folder):
 def test_training__validates_at_the_published_steps(tiny_options, tmp_path):
     """7 batches an epoch, valid_freq 3, two epochs: steps 3, 6, 7, 10, 13, 14."""
     options = tiny_options(dataset__train_images=30, train__epoch=2, train__valid_freq=3)
-    best = train(options, tmp_path / "run")
+    best = train(options, tmp_path / "run").best
     rows = scalars(tmp_path / "run")
     validated = [int(float(row["iters"])) for row in rows if "valid_loss" in row]
     assert validated == [3, 6, 7, 10, 13, 14]
@@ -135,7 +135,7 @@ def test_training__logs_the_published_scalars(tiny_options, tmp_path):
 
 
 def test_checkpoint__holds_tensors_and_plain_containers_and_what_it_is_about(tiny_options, tmp_path):
-    best = train(tiny_options(), tmp_path / "run")
+    best = train(tiny_options(), tmp_path / "run").best
     content = torch.load(best, weights_only=True)
     about = content["ppap"]
     assert about["class_names"][0] == "plain"

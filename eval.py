@@ -190,45 +190,53 @@ def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
     Raises:
         UserError: the validation split has no labels, or data or weights are missing or do not fit.
     """
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
     from dataset import build_data
     from model import build_module
-    from model.sets import patch_classes, set_quality
     from utils.errors import UserError
     from utils.files import make_folder, write_json
     from utils.pictures import draw_sets
-    from utils.randomness import generator
-    from utils.training import build_trainer, hardware_settings
 
-    trainer = build_trainer(options, hardware_settings(options))
     data = build_data(options, train=False)
     if not data.validation_labelled:
         raise UserError(
             f"dataset.data_path is {options.dataset.data_path}: its validation split has no labels, "
             "so there is nothing to hold the sets against; add labels"
         )
-    module = build_module(options, data.labels)
-    backbone, criterion = module.segmenter.backbone, module.criterion
-    total = None
-    batches = DataLoader(data.validation_set, options.dataloader.batch_size)
-    for step, batch in enumerate(tqdm(batches, desc="sets", unit="batch"), start=1):
-        tokens = module.encode(batch.image, trainer)
-        features = backbone.last_features(tokens, module.segmenter.grid(batch.image))
-        classes = patch_classes(batch.label, backbone.spec.patch).to(features.device)
-        drawn = criterion.sample_anchors(len(classes), generator(options.train.seed, "anchors", step))
-        anchors = drawn[drawn >= 0].to(features.device)
-        for part in anchors.split(ANCHORS_AT_ONCE):
-            found = set_quality(features, classes, anchors=part, boundaries=criterion.boundaries)
-            total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
-    rows = [quality.means() for quality in total]
+    rows = sets_of(options, build_module(options, data.labels), data=data)
     make_folder(folder)
     write_json(folder / "sets.json", rows)
     draw_sets(
         folder / "sets.png", rows, title=f"{options.dataset.data_type}, {data.labels.n_classes} classes"
     )
     return rows
+
+
+def sets_of(options: Options, module: PPAPModule, *, data: SegmentationData) -> list[dict[str, float]]:
+    """What `measure_sets` returns, over the batches of the validation split."""
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
+    from model.sets import patch_classes, set_quality
+    from utils.randomness import generator
+    from utils.training import build_trainer, hardware_settings
+
+    trainer = build_trainer(options, hardware_settings(options))
+    criterion, total = module.criterion, None
+    batches = DataLoader(data.validation_set, options.dataloader.batch_size)
+    for step, batch in enumerate(tqdm(batches, desc="sets", unit="batch"), start=1):
+        bank = criterion.bank(module.frozen_features(batch.image, trainer))  # (N, D)
+        classes = patch_classes(batch.label, module.segmenter.backbone.spec.patch).to(bank.device)
+        drawn = criterion.sample_anchors(len(classes), generator(options.train.seed, "anchors", step))
+        for anchors in drawn[drawn >= 0].to(bank.device).split(ANCHORS_AT_ONCE):
+            found = set_quality(
+                bank,
+                classes,
+                anchors=anchors,
+                boundaries=criterion.boundaries,
+                operand=criterion.similarity_dtype,
+            )
+            total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+    return [quality.means() for quality in total]
 
 
 def main(argv: Sequence[str] | None = None) -> list[Any]:

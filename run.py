@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,8 +20,7 @@ from utils.optionfile import as_tree
 from utils.options import Options
 
 if TYPE_CHECKING:
-    from dataset.datamodule import SegmentationData
-    from model.backbone import FrozenViT
+    from dataset.source import Batch, SegmentationDataset
 
 FROZEN = "-frozen"  # ends the name of a baseline
 DEMO_SCENES = 2048  # that the demo's backbone is trained on
@@ -151,22 +149,20 @@ def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
         options: of the demo; `model.pretrained.pretrained_weights` is the file to write.
 
     Returns:
-        What `backbone_worth` finds, untrained and distilled.
+        Accuracy in percent of a linear probe and of k-means on its patch features, untrained and distilled.
 
     Raises:
         UserError: the options are not of such a demo.
     """
     import torch
-    from safetensors.torch import save_file
 
     from dataset import build_data
-    from model.backbone import FrozenViT
-    from model.distillation import Recipe, centre_features, distil, spread_init
-    from model.pretrained import backbone_spec
+    from model.distillation import distilled_backbone, save_backbone
+    from model.quality import backbone_worth
     from utils.errors import UserError
-    from utils.files import make_folder, weights_file
-    from utils.randomness import seeded
+    from utils.files import weights_file
     from utils.report import markdown
+    from utils.training import build_trainer, hardware_settings
 
     weights = options.model.pretrained.pretrained_weights
     if options.dataset.data_type != "synthetic" or options.model.arch != "vit" or weights is None:
@@ -176,53 +172,23 @@ def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
             "synthetic, vit and the file to write, as in demo.json"
         )
     options.dataset.train_images, labelled = DEMO_SCENES, options.dataset.train_images
-    data, seed, recipe = build_data(options), options.train.seed, Recipe()
-    with seeded(seed, "backbone"):
-        untrained = FrozenViT(backbone_spec(options))
-    start = copy.deepcopy(untrained)
-    with seeded(seed, "distillation start"):
-        spread_init(start)
-    scenes = torch.stack([data.train_set[index].image for index in range(DEMO_SCENES)])  # (S, 3, H, W)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    distilled = distil(start.to(device), scenes.to(device), recipe=recipe, seed=seed).cpu()
-    centre_features(distilled, scenes[:labelled], share=recipe.centred)
-    path = weights_file(weights)
-    make_folder(path.parent)
-    save_file(distilled.state_dict(), part := path.with_suffix(".part"))
-    os.replace(part, path)
-    backbones = {"untrained": untrained, "distilled": distilled}
-    found = {name: backbone_worth(each, data, scenes=labelled, seed=seed) for name, each in backbones.items()}
+    data = build_data(options)
+    device = build_trainer(options, hardware_settings(options)).strategy.root_device
+    scenes = torch.stack([item.image for item in items(data.train_set, DEMO_SCENES)])  # (S, 3, H, W)
+    backbones = distilled_backbone(options, scenes.to(device), centred_on=labelled)
+    path = save_backbone(backbones.distilled, weights_file(weights))
+    splits = [items(data.train_set, labelled), items(data.validation_set, len(data.validation_set))]
+    asked = {"n_classes": data.labels.n_classes, "seed": options.train.seed}
+    found = {name: backbone_worth(each, *splits, **asked) for name, each in vars(backbones).items()}
     rows = [[name, *(f"{value:.1f}" for value in row.values())] for name, row in found.items()]
-    print("\nAccuracy of frozen patch features (%)\n" + markdown(["", "linear probe", "k-means"], rows))
+    print("\nAccuracy of frozen patch features (%)\n" + markdown(["", *found["distilled"]], rows))
     print(f"written: {path}, {path.stat().st_size / 1e6:.1f} MB")
     return found
 
 
-def backbone_worth(
-    backbone: FrozenViT, data: SegmentationData, *, scenes: int, seed: int
-) -> dict[str, float]:
-    """Accuracy in percent of a linear probe and of k-means on frozen patch features of validation images.
-
-    Args:
-        backbone: on the CPU.
-        data: both splits.
-        scenes: of the train split to fit them on.
-        seed: of both.
-    """
-    import torch
-
-    from model.quality import kmeans_accuracy, linear_accuracy, patch_features
-
-    features = []
-    for items, count in ((data.train_set, scenes), (data.validation_set, len(data.validation_set))):
-        read = [items[index] for index in range(count)]
-        images, labels = (torch.stack([getattr(item, part) for item in read]) for part in ("image", "label"))
-        features.append(patch_features(backbone, images, labels))
-    asked = {"n_classes": data.labels.n_classes, "seed": seed}
-    return {
-        "linear probe": linear_accuracy(*features, **asked),
-        "k-means": kmeans_accuracy(*features, **asked),
-    }
+def items(split: SegmentationDataset, count: int) -> list[Batch]:
+    """The first items of a split."""
+    return [split[index] for index in range(count)]
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -230,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     arguments = parse_arguments(argv, description="Train PPAP and evaluate it.", training=True)
     jobs = plan_jobs(arguments)
     if arguments.make_demo_weights:
-        return [make_demo_weights(job.options) for job in jobs]
+        return [make_demo_weights(jobs[0].options)]
     from utils.files import move_aside
     from utils.report import class_table, metrics_table, sweep_table, write_sweep
 

@@ -7,12 +7,15 @@ weights find again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +31,7 @@ from utils.files import make_folder, read_json_object, write_json
 
 HEADROOM = 2**28  # bytes that a cache leaves free
 FORMAT = 1  # raised when tokens, labels or synthetic scenes come out otherwise than before
+CGROUP = Path("/sys/fs/cgroup")  # a container sees its own here
 IGNORED = 255  # as labels are stored; every data set here has fewer classes
 
 
@@ -109,39 +113,64 @@ def cached(
         UserError: too little space.
     """
     res = items.geometry.res
-    shapes = {"tokens": (len(items), *shape), "labels": (len(items), res, res)}
-    needed = 2 * int(np.prod(shapes["tokens"])) + int(np.prod(shapes["labels"]))
+    plan = {
+        "tokens": Stored((len(items), *shape), np.dtype(np.float16)),
+        "labels": Stored((len(items), res, res), np.dtype(np.uint8)),
+    }
+    needed = sum(stored.bytes for stored in plan.values())
     loader = DataLoader(items, batch_size, num_workers=workers)
     if folder is None:
         _check_space(_free_memory(), needed, f"{split} tokens in memory", "dataset.cache_features=disk")
-        arrays = {
-            "tokens": np.empty(shapes["tokens"], np.float16),
-            "labels": np.empty(shapes["labels"], np.uint8),
-        }
+        arrays = {name: np.empty(stored.shape, stored.dtype) for name, stored in plan.items()}
         _fill(arrays, loader, encode, split)
         return TokenDataset(items, **arrays)
     there = folder / f"{split}-{_key(items, about)}"
-    files = {name: there / f"{name}.npy" for name in shapes}
-    if _complete(there, shapes):
+    if _complete(there, plan):
         print(f"{split} tokens: read from {there}")
-        return TokenDataset(items, **files)
-    make_folder(folder)
-    mend = "dataset.cache_features=null, or output_dir to another disk"
-    _check_space(shutil.disk_usage(folder).free, needed, f"{split} tokens in {folder}", mend)
-    print(f"{split} tokens: {needed / 2**30:.2f} GiB, written to {there}")
-    part = Path(tempfile.mkdtemp(prefix=f"{there.name}.", dir=folder))  # of this run alone
+    else:
+        make_folder(folder)
+        mend = "dataset.cache_features=null, or output_dir to another disk"
+        _check_space(shutil.disk_usage(folder).free, needed, f"{split} tokens in {folder}", mend)
+        print(f"{split} tokens: {needed / 2**30:.2f} GiB, written to {there}")
+        _write(
+            there, plan, about=about, fill=functools.partial(_fill, loader=loader, encode=encode, split=split)
+        )
+    return TokenDataset(items, *(there / f"{name}.npy" for name in plan))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array as it is to be stored."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _write(
+    there: Path,
+    plan: dict[str, Stored],
+    *,
+    about: dict[str, str],
+    fill: Callable[[dict[str, np.ndarray]], None],
+) -> None:
+    """Makes the folder of a cache whole or not at all: under a name of this run alone, then renamed.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    part = Path(tempfile.mkdtemp(prefix=f"{there.name}.", dir=there.parent))
     try:
-        arrays = {
-            name: np.lib.format.open_memmap(
-                part / f"{name}.npy", "w+", np.float16 if name == "tokens" else np.uint8, shapes[name]
-            )
-            for name in shapes
-        }
-        _fill(arrays, loader, encode, split)
+        arrays = {name: _new_file(part / f"{name}.npy", stored) for name, stored in plan.items()}
+        fill(arrays)
         for array in arrays.values():
             array.flush()
-        write_json(part / "about.json", about | {name: list(shape) for name, shape in shapes.items()})
-        if not _complete(there, shapes):  # otherwise another run was first
+        write_json(part / "about.json", about | {name: list(stored.shape) for name, stored in plan.items()})
+        if not _complete(there, plan):  # otherwise another run was first
             shutil.rmtree(there, ignore_errors=True)  # a damaged one
             os.replace(part, there)
     except OSError as error:
@@ -150,7 +179,15 @@ def cached(
         ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return TokenDataset(items, **files)
+
+
+def _new_file(path: Path, stored: Stored) -> np.memmap:
+    """A file of an array, its space claimed: on a full disk a write to a hole in it would kill the process."""
+    array = np.lib.format.open_memmap(path, "w+", stored.dtype, stored.shape)
+    if hasattr(os, "posix_fallocate") and stored.bytes:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _fill(
@@ -177,12 +214,16 @@ def _key(items: SegmentationDataset, about: dict[str, str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _complete(folder: Path, shapes: dict[str, tuple[int, ...]]) -> bool:
+def _complete(folder: Path, plan: dict[str, Stored]) -> bool:
     """Whether an earlier run's cache is there and whole; a damaged one is made again."""
     try:
         about = read_json_object(folder / "about.json")
-        for name, shape in shapes.items():
-            if tuple(about[name]) != shape or np.load(folder / f"{name}.npy", mmap_mode="r").shape != shape:
+        for name, stored in plan.items():
+            found = np.load(folder / f"{name}.npy", mmap_mode="r")
+            if tuple(about[name]) != stored.shape or (found.shape, found.dtype) != (
+                stored.shape,
+                stored.dtype,
+            ):
                 return False
     except (UserError, OSError, EOFError, ValueError, TypeError, KeyError):
         return False
@@ -190,12 +231,17 @@ def _complete(folder: Path, shapes: dict[str, tuple[int, ...]]) -> bool:
 
 
 def _free_memory() -> int:
-    """Bytes of memory that Linux calls available; elsewhere more than any cache takes."""
+    """Bytes of memory that Linux and this process's control group leave; elsewhere more than any cache takes."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
+        free = next(2**10 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
         return 2**62
-    return next(2**10 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    try:
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no such group, or no limit ("max")
+        return free
+    return min(free, limit - used)
 
 
 def _check_space(free: int, needed: int, what: str, mend: str) -> None:

@@ -16,6 +16,7 @@ from dataset.cache import TokenDataset, cached
 from dataset.crops import CropSource, PreparedCrops, prepared_folder
 from dataset.source import SegmentationDataset, Source
 from utils.errors import UserError
+from utils.files import TOKENS_FOLDER
 from utils.labels import LabelSpace
 from utils.options import DatasetOptions, Options
 from utils.randomness import generator
@@ -91,7 +92,7 @@ class SegmentationData(LightningDataModule):
             precision: that `encode` computes in.
         """
         chosen = self.options.dataset
-        folder = Path(self.options.output_dir) / "tokens" if chosen.cache_features == "disk" else None
+        folder = Path(self.options.output_dir) / TOKENS_FOLDER if chosen.cache_features == "disk" else None
         about = {"weights": backbone.digest(), "precision": precision}
 
         def tokens_of(items: SegmentationDataset, split: str) -> TokenDataset:

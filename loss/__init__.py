@@ -1,5 +1,5 @@
 """The PPAP loss: `propagation` holds the paper's idea, `contrastive` the term it feeds, `ppap` joins both."""
 
-from loss.ppap import PPAPLoss, PPAPLossOutput
+from loss.ppap import PPAPLoss, PPAPLossOutput, ieee_float32
 
-__all__ = ["PPAPLoss", "PPAPLossOutput"]
+__all__ = ["PPAPLoss", "PPAPLossOutput", "ieee_float32"]

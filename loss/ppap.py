@@ -164,10 +164,17 @@ class PPAPLoss(nn.Module):
             anchors = self.sample_anchors(len(z), generator)
         anchors = anchors.to(z.device, non_blocking=True)
         with torch.autocast(z.device.type, enabled=False), ieee_float32():
-            bank = features.detach().float().permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
-            bank = F.normalize(bank, dim=1).to(self.similarity_dtype).float()
+            bank = self.bank(features)
             loss, num_positives, num_negatives = _StreamedLoss.apply(z.float(), bank, anchors, self)
         return PPAPLossOutput(loss, num_positives, num_negatives)
+
+    def bank(self, features: Tensor) -> Tensor:
+        """f_j of every patch, (B, D, h, w) of any float dtype -> (N, D) float32 of unit length.
+
+        Rounded to `similarity_dtype`; rows in (image, row, column) order, without a gradient.
+        """
+        rows = features.detach().float().permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
+        return F.normalize(rows, dim=1).to(self.similarity_dtype).float()
 
     def rows_per_chunk(self, z: Tensor) -> int:
         """How many anchors are held against the N patches at a time."""

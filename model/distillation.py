@@ -12,15 +12,21 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
 
 from model.backbone import FrozenViT
+from model.pretrained import backbone_spec
 from utils.errors import UserError
+from utils.files import make_folder
+from utils.options import Options
 from utils.randomness import generator, seeded
 from utils.transforms import normalise
 
@@ -116,6 +122,41 @@ def centre_features(vit: FrozenViT, scenes: Tensor, *, share: float, batch_size:
         for part in scenes.split(batch_size)
     ]  # (D,) each
     vit.norm.bias -= share * torch.stack(means).mean(dim=0)
+
+
+@dataclass(frozen=True)
+class Backbones:
+    """The same network before and after; both on the CPU."""
+
+    untrained: FrozenViT
+    distilled: FrozenViT
+
+
+def distilled_backbone(options: Options, scenes: Tensor, *, centred_on: int) -> Backbones:
+    """The backbone that the options describe, distilled on scenes.
+
+    Args:
+        options: `model.*` and `train.seed`.
+        scenes: (S, 3, H, W) uint8, on the device to train on.
+        centred_on: how many of the scenes say what the mean feature is.
+    """
+    recipe, seed = Recipe(), options.train.seed
+    with seeded(seed, "backbone"):
+        untrained = FrozenViT(backbone_spec(options))
+    start = copy.deepcopy(untrained)
+    with seeded(seed, "distillation start"):
+        spread_init(start)
+    distilled = distil(start.to(scenes.device), scenes, recipe=recipe, seed=seed).cpu()
+    centre_features(distilled, scenes[:centred_on].cpu(), share=recipe.centred)
+    return Backbones(untrained, distilled)
+
+
+def save_backbone(vit: FrozenViT, path: Path) -> Path:
+    """Writes its weights as safetensors, whole or not at all; returns the path."""
+    make_folder(path.parent)
+    save_file(vit.state_dict(), part := path.with_suffix(".part"))
+    os.replace(part, path)
+    return path
 
 
 def distil(vit: FrozenViT, scenes: Tensor, *, recipe: Recipe, seed: int) -> FrozenViT:

@@ -148,6 +148,12 @@ class PPAPModule(LightningModule):
         with trainer.precision_plugin.forward_context():
             return self.segmenter.backbone.to(device).tokens(normalise(image.to(device)))
 
+    def frozen_features(self, image: Tensor, trainer: Trainer) -> Tensor:
+        """Criterion features (B, D, h, w) without dropout, likewise."""
+        tokens = self.encode(image, trainer)
+        with trainer.precision_plugin.forward_context():
+            return self.segmenter.backbone.last_features(tokens, self.segmenter.grid(image))
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One AdamW of three groups; Adam is AdamW without decay."""
         chosen = self.options.optimizer

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +31,37 @@ class PatchFeatures:
 
     rows: Tensor
     classes: Tensor
+
+
+class Labelled(Protocol):
+    """An item of a data set: image (3, H, W) uint8, label (H, W) int64."""
+
+    image: Tensor
+    label: Tensor
+
+
+def backbone_worth(
+    backbone: FrozenViT, train: Sequence[Labelled], held_out: Sequence[Labelled], *, n_classes: int, seed: int
+) -> dict[str, float]:
+    """Accuracy in percent of a linear probe and of k-means on frozen patch features.
+
+    Args:
+        backbone: on the CPU.
+        train: items to fit them on.
+        held_out: items to count on.
+        n_classes: number of classes, and of clusters.
+        seed: of both.
+    """
+    features = [
+        patch_features(
+            backbone, *(torch.stack([getattr(i, part) for i in split]) for part in ("image", "label"))
+        )
+        for split in (train, held_out)
+    ]
+    return {
+        "linear probe": linear_accuracy(*features, n_classes=n_classes, seed=seed),
+        "k-means": kmeans_accuracy(*features, n_classes=n_classes, seed=seed),
+    }
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loss.propagation import Boundaries, propagate, select_sets
+from loss import ieee_float32
+from loss.propagation import Boundaries, Sets, propagate, select_sets
 
 
 @dataclass(frozen=True)
@@ -34,44 +35,53 @@ class SetQuality:
 
 
 def set_quality(
-    features: Tensor, classes: Tensor, *, anchors: Tensor, boundaries: Boundaries
+    bank: Tensor,
+    classes: Tensor,
+    *,
+    anchors: Tensor,
+    boundaries: Boundaries,
+    operand: torch.dtype = torch.float32,
 ) -> list[SetQuality]:
-    """The sets of a batch for t = 0..T relocations.
+    """The sets of a batch for t = 0..T relocations, by the arithmetic of the loss.
 
     Args:
-        features: criterion features, (B, D, h, w) of any float dtype.
+        bank: f_j of every patch, (N, D) float32, as `PPAPLoss.bank` gives it.
         classes: (N,) int64, a patch's class; patches below 0 are neither anchors nor counted.
         anchors: (A,) int64 indices into the N patches.
         boundaries: the coefficients.
+        operand: `PPAPLoss.similarity_dtype`.
 
     Returns:
         One entry for each t.
     """
-    bank = F.normalize(features.detach().float().permute(0, 2, 3, 1).flatten(0, 2), dim=1)  # (N, D)
     anchors = anchors[classes[anchors] >= 0]  # (A,)
     valid = (classes >= 0).repeat(len(anchors), 1).scatter_(1, anchors[:, None], False)  # (A, N)
     same = (classes[anchors][:, None] == classes) & valid  # (A, N)
     found = []
     for steps in range(boundaries.steps + 1):
-        sets = select_sets(propagate(bank[anchors], bank, replace(boundaries, steps=steps)), anchors)
-        positives = sets.positives & valid
-        negatives = sets.negatives & valid & ~positives  # where Psi lies above Phi, a positive stays one
-        ambiguous = valid & ~positives & ~negatives
-        pairs = [
-            (positives & same, positives),
-            (positives & same, same),
-            (negatives & ~same, negatives),
-            (positives, valid),
-            (negatives, valid),
-            (ambiguous, valid),
-            (same, valid),
-        ]
-        part, whole = (
-            torch.stack([pair[side].sum(dim=1) for pair in pairs]).cpu().double() for side in (0, 1)
-        )
-        shares = torch.where(whole > 0, part / whole.clamp_min(1), 0)  # (7, A)
-        found.append(SetQuality(shares.sum(dim=1), (whole > 0).sum(dim=1).double()))
+        with torch.autocast(bank.device.type, enabled=False), ieee_float32():
+            reached = propagate(bank[anchors], bank, replace(boundaries, steps=steps), operand=operand)
+        found.append(_held_against(select_sets(reached, anchors), same, valid=valid))
     return found
+
+
+def _held_against(sets: Sets, same: Tensor, *, valid: Tensor) -> SetQuality:
+    """Sums over anchors; `same` class and `valid`, (A, N) bool, leave out the anchor itself."""
+    positives = sets.positives & valid
+    negatives = sets.negatives & valid & ~positives  # where Psi lies above Phi, a positive stays one
+    ambiguous = valid & ~positives & ~negatives
+    pairs = [
+        (positives & same, positives),
+        (positives & same, same),
+        (negatives & ~same, negatives),
+        (positives, valid),
+        (negatives, valid),
+        (ambiguous, valid),
+        (same, valid),
+    ]
+    part, whole = (torch.stack([pair[side].sum(dim=1) for pair in pairs]).cpu().double() for side in (0, 1))
+    shares = torch.where(whole > 0, part / whole.clamp_min(1), 0)  # (7, A)
+    return SetQuality(shares.sum(dim=1), (whole > 0).sum(dim=1).double())
 
 
 def patch_classes(label: Tensor, patch: int) -> Tensor:

@@ -34,6 +34,14 @@ TINY = {  # seconds, not minutes: 4 steps of 4 scenes of 32 pixels
 }
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture
 def golden():
     def load(name: str) -> SimpleNamespace:

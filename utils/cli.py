@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,6 +96,8 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     choices, mistakes = overrides.choices, list(overrides.mistakes)
     file = getattr(arguments, "variants", None)
     variants = read_variants(file, given={*fixed, *choices}) if file else {"": {}}
+    if making and (file or any(len(values) > 1 for values in choices.values())):
+        mistakes.append("--make-demo-weights makes one file: leave out --variants and sweeps")
     jobs = []
     for (variant, changed), *combination in itertools.product(variants.items(), *choices.values()):
         chosen = dict(zip(choices, combination, strict=True))
@@ -108,6 +111,10 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
             continue
         setting = [variant, *(f"{key}={value}" for key, value in swept.items() if key != "train.seed")]
         jobs.append(Job(options, " ".join(filter(None, setting)), arguments.test, plain.wandb.name))
+    names = Counter(job.options.wandb.name for job in jobs)
+    mistakes += [
+        f"wandb.name {name} is that of {n} runs; rename variants" for name, n in names.items() if n > 1
+    ]
     if mistakes:
         raise UserError(dict.fromkeys(mistakes), f"{path} and the command line")
     return jobs

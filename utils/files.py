@@ -11,6 +11,7 @@ from typing import Any
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+TOKENS_FOLDER = "tokens"  # below output_dir, of the caches of all runs
 CHECKPOINTS = ("best.ckpt", "best.pth", "ckpt.pth")  # in the order they are looked for
 
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import UserError, closest, first_line
-from utils.files import REPOSITORY, find_checkpoint, read_json_object, weights_file
+from utils.files import REPOSITORY, TOKENS_FOLDER, find_checkpoint, read_json_object, weights_file
 from utils.options import FULL_DEPTH, LEGACY_KEYS, PATCHES, WIDTH_AND_HEADS, Options
 
 OPTION_FOLDERS = (Path("json"), Path("json/server"))
@@ -224,6 +224,8 @@ def contradictions(options: Options) -> list[str]:
 
 def name_mistake(name: str) -> str | None:
     """Why a run cannot have this name, or None."""
+    if name == TOKENS_FOLDER:
+        return f"wandb.name is {name}, must be another: dataset.cache_features keeps its files in that folder"
     if name and name not in (".", "..") and not set(name) & set("/\\\0") and len(name) <= LONGEST_NAME:
         return None
     allowed = f"usable as the name of one folder, of at most {LONGEST_NAME} letters"

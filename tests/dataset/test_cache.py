@@ -119,6 +119,26 @@ def test_cached__an_interrupted_one_leaves_nothing(items, folder):
     assert not list(folder.iterdir())
 
 
+def test_cached__claims_its_space_before_it_starts(items, folder, monkeypatch):
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(UserError, match=r"cannot be filled .*No space left"):
+        tokens_of(items, folder, forbidden)
+    assert not list(folder.iterdir())
+
+
+def test_free_memory__heeds_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "CGROUP", tmp_path)
+    whole = cache._free_memory()
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert cache._free_memory() == pytest.approx(whole, rel=0.2)
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert cache._free_memory() == 4000
+
+
 def test_cached__two_runs_at_once_share_the_first_that_is_whole(items, folder):
     def overtaken(image):
         if len(image) == 1:  # the last batch: another run has just finished

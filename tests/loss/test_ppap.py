@@ -282,7 +282,6 @@ def test_ieee_float32__restores_the_setting():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", GOLDEN_LOSSES)
 def test_loss__golden_on_cuda(golden, name):
     stored = golden(name)

@@ -228,7 +228,6 @@ def test_step__at_a_small_shape(tiny_options):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_step__full_coco_shape_on_cuda(capsys):
     options = load_options(find_option_file("cocostuff.json"))
     seconds = full_shape_step(options, "cuda", torch.float16)

@@ -8,12 +8,12 @@ from model.sets import patch_classes, set_quality
 
 # four patches on a circle: two near each other, one at 60 degrees, one opposite
 ANGLES = torch.tensor([0.0, 10.0, 60.0, 180.0]) * math.pi / 180
-FEATURES = torch.stack([ANGLES.cos(), ANGLES.sin()])[None, :, None]  # (1, 2, 1, 4)
+BANK = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)  # (4, 2)
 STILL = Boundaries(phi=0.9, psi=0.2, steps=0, sigma_pos=math.inf, sigma_amb=math.inf)
 
 
 def quality(classes, anchors=(0,), boundaries=STILL):
-    return set_quality(FEATURES, torch.tensor(classes), anchors=torch.tensor(anchors), boundaries=boundaries)
+    return set_quality(BANK, torch.tensor(classes), anchors=torch.tensor(anchors), boundaries=boundaries)
 
 
 def test_set_quality__by_hand():
@@ -61,6 +61,37 @@ def test_set_quality__where_the_edges_cross_a_positive_is_no_negative():
     means = quality([5, 5, 5, 7], boundaries=crossed)[0].means()
     assert means["positives"] + means["negatives"] == pytest.approx(100)
     assert means["ambiguous"] == 0
+
+
+def test_set_quality__compares_as_the_loss_does():
+    """A float16 proxy may fall on the other side of a boundary."""
+    rows = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))
+    bank = torch.nn.functional.normalize(rows, dim=1)
+    rounded = bank[0].half().float() @ bank[1]
+    edge = (bank[0] @ bank[1] + rounded).item() / 2  # between what float32 and float16 say of patch 1
+    asked = {
+        "anchors": torch.tensor([0]),
+        "boundaries": Boundaries(edge, -2.0, 0, math.inf, math.inf),
+    }
+    classes = torch.zeros(400, dtype=torch.int64)
+    (half,) = set_quality(bank, classes, operand=torch.float16, **asked)
+    (full,) = set_quality(bank, classes, **asked)
+    assert abs(half.means()["positives"] - full.means()["positives"]) == pytest.approx(100 / 399)
+
+
+@pytest.mark.gpu
+def test_set_quality__cuda_equals_cpu():
+    drawn = torch.Generator().manual_seed(0)
+    bank = torch.nn.functional.normalize(torch.randn(300, 64, generator=drawn) + 1, dim=1)
+    classes = torch.randint(-1, 4, (300,), generator=drawn)
+    boundaries = Boundaries(phi=0.6, psi=0.45, steps=2, sigma_pos=3.0, sigma_amb=3.0)
+    anchors = torch.arange(0, 300, 7)
+    found = [
+        set_quality(bank.to(d), classes.to(d), anchors=anchors.to(d), boundaries=boundaries)
+        for d in ("cpu", "cuda")
+    ]
+    for on_cpu, on_cuda in zip(*found, strict=True):
+        assert on_cuda.means() == pytest.approx(on_cpu.means(), abs=0.05)
 
 
 def test_patch_classes__the_commonest_value():

@@ -132,6 +132,12 @@ def test_variants__mistakes_are_named(tiny_file, tmp_path):
             jobs("--opt", tiny_file(), "--variants", variants_file(tmp_path, content), "train.seed=0,1")
 
 
+def test_variants__of_one_name_are_refused(tiny_file, tmp_path):
+    path = variants_file(tmp_path, {"a b": {}, "a_b": {}})
+    with pytest.raises(UserError, match=r"wandb.name tiny-a_b is that of 2 runs; rename variants"):
+        jobs("--opt", tiny_file(), "--variants", path)
+
+
 def test_variants__that_are_shipped_fit_every_option_file_of_its_kind(monkeypatch):
     monkeypatch.setattr("utils.optionfile.missing_files", lambda options: [])
     for base in ("demo.json", "camvid.json", "cocostuff.json"):

@@ -177,6 +177,7 @@ def test_mistakes__are_reported_together_with_the_closest_key():
         ({"model.arch": "vit", "model.dim": 100}, "multiple of heads"),
         ({"wandb.name": "${nowhere}"}, "nowhere"),
         ({"wandb.name": "${bad"}, "wandb.name is"),
+        ({"wandb.name": "tokens"}, "keeps its files in that folder"),
         ({"wandb.name": "x" * 300}, "at most 200 letters"),
         ({"train.seed": 10**400}, "train.seed is 1000"),
         ({"training_coeff.initialcrit_pos": 10**400}, "initialcrit_pos is 1000"),

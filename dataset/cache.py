@@ -220,10 +220,7 @@ def _complete(folder: Path, plan: dict[str, Stored]) -> bool:
         about = read_json_object(folder / "about.json")
         for name, stored in plan.items():
             found = np.load(folder / f"{name}.npy", mmap_mode="r")
-            if tuple(about[name]) != stored.shape or (found.shape, found.dtype) != (
-                stored.shape,
-                stored.dtype,
-            ):
+            if Stored(tuple(about[name]), found.dtype) != stored or found.shape != stored.shape:
                 return False
     except (UserError, OSError, EOFError, ValueError, TypeError, KeyError):
         return False
@@ -231,7 +228,7 @@ def _complete(folder: Path, plan: dict[str, Stored]) -> bool:
 
 
 def _free_memory() -> int:
-    """Bytes of memory that Linux and this process's control group leave; elsewhere more than any cache takes."""
+    """Bytes of memory that Linux and the control group leave; elsewhere more than any cache takes."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(2**10 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

@@ -40,7 +40,7 @@ def test_segmenter__batched_equals_single(segmenter, stored):
     torch.testing.assert_close(alone.z, together.z[64:], atol=1e-5, rtol=1e-5)
 
 
-def test_segmenter__segment_is_the_code(segmenter, stored):
+def test_segmenter__code_alone_is_the_same(segmenter, stored):
     assert torch.equal(
         segmenter.code(segmenter.backbone.tokens(stored.img0), segmenter.grid(stored.img0)),
         segmenter(stored.img0).code,

@@ -182,7 +182,7 @@ def _write(
 
 
 def _new_file(path: Path, stored: Stored) -> np.memmap:
-    """A file of an array, its space claimed: on a full disk a write to a hole in it would kill the process."""
+    """A file of an array with its space claimed: on a full disk a write to a hole would kill the process."""
     array = np.lib.format.open_memmap(path, "w+", stored.dtype, stored.shape)
     if hasattr(os, "posix_fallocate") and stored.bytes:
         with path.open("r+b") as file:

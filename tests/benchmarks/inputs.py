@@ -1,0 +1,123 @@
+"""Random inputs of the right shapes: features with classes in them, networks, photographs on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from dataset import DATA_SETS
+from dataset.crops import CROPS, crop_boxes, prepared_folder
+from dataset.source import Batch
+from loss import PPAPLoss
+from model.backbone import FrozenViT
+from model.module import PPAPModule, build_criterion
+from model.pretrained import backbone_spec
+from model.segmenter import Segmenter
+from utils.optionfile import find_option_file, load_options
+from utils.options import Options
+from utils.randomness import seeded
+
+SHAPES = {
+    "cocostuff": "cocostuff.json",
+    "cityscapes": "cityscapes_base.json",
+    "potsdam": "potsdam.json",
+    "small": "demo.json",
+}
+CENTRES, ABOVE = 12, 0.07
+PHOTOGRAPH = (640, 480)  # the commonest size in COCO, (W, H)
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What the loss takes: z (N, D) with a gradient, features (B, D, h, w), anchors (groups, A)."""
+
+    z: Tensor
+    features: Tensor
+    anchors: Tensor
+
+
+def shape_options(shape: str, **sections: dict) -> Options:
+    """The options of an experiment; further sections change keys, {"dataset": {"res": 64}}."""
+    changed = {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
+    path = find_option_file(SHAPES[shape])
+    return load_options(path, {"wandb.mode": "disabled"} | changed, check_files=False)
+
+
+def loss_inputs(options: Options, criterion: PPAPLoss, batch: int, device: torch.device) -> LossInputs:
+    """Patches around a dozen centres: cosines a little above Phi_0 in a class, about Psi_0 between two."""
+    side, dim = options.dataset.res // options.model.pretrained.dino_patch_size, options.model.dim
+    patches = batch * side * side
+    drawn = torch.Generator().manual_seed(0)
+
+    def directions(count: int) -> Tensor:
+        return F.normalize(torch.randn(count, dim, generator=drawn), dim=1)
+
+    which = torch.randint(CENTRES, (patches,), generator=drawn)
+    between, within = criterion.boundaries.psi, criterion.boundaries.phi + ABOVE
+    rows = between**0.5 * directions(1) + (within - between) ** 0.5 * directions(CENTRES)[which]
+    rows += (1 - within) ** 0.5 * directions(patches)  # (N, D)
+    features = rows.view(batch, side, side, dim).permute(0, 3, 1, 2).contiguous()
+    anchors = criterion.sample_anchors(patches, drawn)
+    z = directions(patches).to(device).requires_grad_()
+    return LossInputs(z, features.to(device), anchors.to(device))
+
+
+def loss_of(options: Options, **changed: int) -> PPAPLoss:
+    """The criterion of an experiment, some coefficients changed."""
+    for key, value in changed.items():
+        setattr(options.training_coeff, key, value)
+    return build_criterion(options)
+
+
+def random_module(options: Options, device: torch.device) -> PPAPModule:
+    """The whole network with random weights."""
+    labels = DATA_SETS[options.dataset.data_type].labels(options.dataset)
+    with seeded(0, "benchmark"):
+        segmenter = Segmenter(FrozenViT(backbone_spec(options)))
+    return PPAPModule(options, labels, segmenter).to(device)
+
+
+def random_batch(options: Options, device: torch.device, n_classes: int) -> Batch:
+    """Images and labels of noise."""
+    size, side = options.dataloader.batch_size, options.dataset.res
+    drawn = torch.Generator().manual_seed(0)
+    image = torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=drawn)
+    label = torch.randint(-1, n_classes, (size, side, side), generator=drawn)
+    return Batch(image.to(device), label.to(device), torch.arange(size))
+
+
+def scene(number: int, size: tuple[int, int], n_classes: int) -> tuple[Image.Image, Image.Image]:
+    """A photograph-like image of blurred patches with grain, and its label."""
+    drawn = torch.Generator().manual_seed(number)
+    width, height = size
+    coarse = torch.rand(1, 3, 6, 8, generator=drawn)
+    fine = F.interpolate(coarse, size=(height, width), mode="bilinear")[0]  # (3, H, W)
+    grain = 0.05 * torch.randn(3, height, width, generator=drawn)
+    pixels = (255 * (fine + grain).clamp(0, 1)).byte().permute(1, 2, 0).numpy()
+    blobs = torch.rand(1, n_classes, 6, 8, generator=drawn)
+    classes = F.interpolate(blobs, size=(height, width), mode="bilinear")[0].argmax(dim=0)
+    return Image.fromarray(pixels), Image.fromarray(classes.numpy().astype(np.uint8))
+
+
+def write_photographs(root: Path, *, images: int, n_classes: int) -> None:
+    """A data set of data_type directory, with its five crops prepared beside it."""
+    (root / "classes.json").write_text(json.dumps({"n_classes": n_classes}))
+    crops = prepared_folder(root, "directory", "five", 0.5)
+    folders = [root / "imgs/train", root / "labels/train", crops / "img/train", crops / "label/train"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    for number in range(images):
+        image, label = scene(number, PHOTOGRAPH, n_classes)
+        image.save(folders[0] / f"{number}.jpg")
+        label.save(folders[1] / f"{number}.png")
+        for k, box in enumerate(crop_boxes(image.size, 0.5, "five", number)):
+            place = CROPS * number + k
+            image.crop(box).save(folders[2] / f"{place}.jpg")
+            label.crop(box).point(lambda value: value + 1).save(folders[3] / f"{place}.png")

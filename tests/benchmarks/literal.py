@@ -1,0 +1,123 @@
+"""The published computation in its literal form: what a careful reader of the paper would write first.
+
+Each is held against the published code's numbers in test_literal.py; none is slower than it has to be for
+what it is, a direct transcription.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loss.propagation import Boundaries
+from utils.crf import BILATERAL, GAUSSIAN, ITERATIONS, LEAST_PROBABILITY
+from utils.transforms import MEAN, STD
+
+
+def ppap_loss(z: Tensor, features: Tensor, anchors: Tensor, *, boundaries: Boundaries, tau: float) -> Tensor:
+    """The loss group by group, proxies as means over an (A, N, D) tensor; autograd gives the gradient.
+
+    Args:
+        z: (N, D), with a gradient.
+        features: (B, D, h, w).
+        anchors: (groups, A) int64, every one used and every group with a positive.
+        boundaries: the coefficients.
+        tau: temperature.
+    """
+    f = F.normalize(features.permute(0, 2, 3, 1).flatten(0, 2), dim=1)  # (N, D)
+    losses = []
+    for group in anchors:  # (A,)
+        proxies = f[group]  # (A, D)
+        phi = torch.full_like(proxies[:, :1], boundaries.phi)  # (A, 1)
+        psi = torch.full_like(proxies[:, :1], boundaries.psi)
+        similarity = proxies @ f.T  # (A, N)
+        for _ in range(boundaries.steps):
+            inside = similarity > phi
+            members = torch.where(inside[:, :, None], f[None], 0.0)  # (A, N, D)
+            mean = members.sum(dim=1) / inside.sum(dim=1, keepdim=True)
+            moved_to = F.normalize(mean, dim=1)
+            moved = 1 - F.cosine_similarity(proxies, moved_to)[:, None]  # (A, 1)
+            phi, psi = phi - moved / boundaries.sigma_pos, psi + moved / boundaries.sigma_amb
+            proxies = moved_to
+            similarity = proxies @ f.T
+        itself = F.one_hot(group, len(f)).bool()  # (A, N)
+        positives = (similarity > phi) & ~itself
+        kept = positives | ((similarity < psi) & ~itself)
+        logits = z[group] @ z.T / tau
+        log_total = torch.where(kept, logits, -torch.inf).logsumexp(dim=1, keepdim=True)
+        count = positives.sum(dim=1)
+        per_anchor = -((logits - log_total) * positives).sum(dim=1) / count.clamp_min(1)
+        losses.append(tau / 0.07 * per_anchor[count > 0].mean())
+    return torch.stack(losses).mean()
+
+
+def predictions(
+    code: Tensor, size: tuple[int, int], *, linear: nn.Module, centroids: Tensor
+) -> dict[str, Tensor]:
+    """Both probes on the code upsampled to the label, as section 5 of the method reads.
+
+    Args:
+        code: (B, D, h, w).
+        size: (H, W).
+        linear: from (B, D, H, W) to logits.
+        centroids: (K, D).
+
+    Returns:
+        `linear` and `cluster`, (B, H, W) int64, and `cosines`, (B, K, H, W).
+    """
+    full = F.interpolate(code, size=size, mode="bilinear")  # (B, D, H, W)
+    cosines = F.conv2d(F.normalize(full, dim=1), F.normalize(centroids, dim=1)[:, :, None, None])
+    return {"linear": linear(full).argmax(dim=1), "cluster": cosines.argmax(dim=1), "cosines": cosines}
+
+
+def confusion(prediction: Tensor, label: Tensor, counts: np.ndarray) -> None:
+    """Adds a batch to (C, K) counts, on the CPU."""
+    prediction, label = prediction.cpu().numpy().ravel(), label.cpu().numpy().ravel()
+    valid = (label >= 0) & (label < len(counts))
+    flat = label[valid] * counts.shape[1] + prediction[valid]
+    counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)
+
+
+def crf(image: np.ndarray, log_probability: np.ndarray) -> np.ndarray:
+    """One head of one image: (H, W, 3) uint8 RGB and (K, H, W) to (K, H, W), with a lattice of its own."""
+    from pydensecrf.densecrf import DenseCRF2D
+
+    labels, height, width = log_probability.shape
+    exponent = np.exp(log_probability - log_probability.max(axis=0))
+    unary = -np.log(np.clip(exponent / exponent.sum(axis=0), LEAST_PROBABILITY, 1)).astype(np.float32)
+    model = DenseCRF2D(width, height, labels)
+    model.setUnaryEnergy(np.ascontiguousarray(unary.reshape(labels, -1)))
+    model.addPairwiseGaussian(**GAUSSIAN)
+    bgr = np.ascontiguousarray(image[:, :, ::-1])
+    compat = {name: value for name, value in BILATERAL.items() if name != "compat"}
+    model.addPairwiseBilateral(**compat, rgbim=bgr, compat=BILATERAL["compat"])
+    return np.asarray(model.inference(ITERATIONS)).reshape(labels, height, width)
+
+
+def two_views(image: Image.Image, label: Image.Image, res: int, rule: np.ndarray) -> tuple[Tensor, ...]:
+    """A train item with the second view that nothing reads: (image, second view, label).
+
+    Resize, centre crop and normalisation of both; colour jitter, blur and flip of the second.
+    """
+    from torchvision.transforms import InterpolationMode, v2
+
+    nearest = InterpolationMode.NEAREST
+    shape = v2.Compose([v2.Resize(res, interpolation=nearest), v2.CenterCrop(res)])
+    tensor: Callable[[Image.Image], Tensor] = v2.Compose(
+        [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    )
+    change = v2.Compose(
+        [
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.3, 0.3, 0.3, 0.1)], p=0.8),
+            v2.RandomApply([v2.GaussianBlur(5)], p=0.5),
+        ]
+    )
+    image, label = shape(image), shape(label)
+    classes = torch.from_numpy(rule[np.asarray(label)])  # (H, W)
+    return tensor(image), tensor(change(image)), classes

@@ -1,0 +1,148 @@
+"""Items a second of the loaders, and an epoch from files to updated weights."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dataset import DATA_SETS
+from dataset.crops import CropSource, PreparedCrops, prepared_folder
+from dataset.datamodule import SegmentationData
+from dataset.directory import Directory
+from dataset.source import SegmentationDataset, Source
+from model.module import PPAPModule
+from tests.benchmarks import literal
+from tests.benchmarks.compute import LITERAL_BATCH, literal_losses, network_cost, step_form, step_loss_cost
+from tests.benchmarks.inputs import random_module, shape_options, write_photographs
+from tests.benchmarks.measure import Bench, Row
+from utils.options import Options
+from utils.training import build_trainer, hardware_settings
+from utils.transforms import Geometry
+
+PHOTOGRAPHS = {"cpu": 16, "cuda": 128}  # of five crops each
+CLASSES = 27
+
+
+class TwoViews(Dataset):
+    """Items as `literal.two_views` makes them."""
+
+    def __init__(self, source: Source, res: int) -> None:
+        self.source, self.res = source, res
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        raw = self.source.read(index)
+        return literal.two_views(raw.image, raw.label, self.res, self.source.rule)
+
+
+def one_pass(dataset: Dataset, batch_size: int) -> Callable[[], None]:
+    """Reads a data set once; the workers stay."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    loader = DataLoader(dataset, batch_size, num_workers=workers, persistent_workers=True)
+    return lambda: [None for _ in loader]
+
+
+def photographs(root: Path, shape: str, bench: Bench) -> Options:
+    """Options of an experiment on photographs that are written below a folder."""
+    images = PHOTOGRAPHS[bench.device.type]
+    write_photographs(root, images=images, n_classes=CLASSES)
+    changed = {"data_type": "directory", "data_path": str(root), "crop_type": "five"}
+    sizes = {} if bench.device.type == "cuda" else {"batch_size": 8, "num_workers": 2}
+    return shape_options(shape, dataset=changed, dataloader=sizes)
+
+
+def bench_data(bench: Bench, shape: str) -> list[Row]:
+    """Items a second on prepared crops; crops cut on the fly decode four times the pixels."""
+    with tempfile.TemporaryDirectory() as root:
+        options = photographs(Path(root), shape, bench)
+        chosen = options.dataset
+        geometry = Geometry(chosen.res, "center", chosen.interpolation)
+        prepared = PreparedCrops(prepared_folder(Path(root), "directory", "five", 0.5), "train", CLASSES)
+        whole = CropSource(Directory(chosen, "train"), 0.5, "five")
+        size = options.dataloader.batch_size
+        forms = {
+            "literal": one_pass(TwoViews(prepared, chosen.res), size),
+            "ours": one_pass(SegmentationDataset(prepared, geometry), size),
+            "ours, cut on the fly": one_pass(SegmentationDataset(whole, geometry), size),
+        }
+        return bench.compare("data", forms, items=len(prepared))
+
+
+def literal_epoch(module: PPAPModule, source: Source, options: Options) -> Callable[[], None]:
+    """Two views of each item, the literal loss, no token kept."""
+    device = next(module.parameters()).device
+    items = TwoViews(source, options.dataset.res)
+    loader = DataLoader(
+        items,
+        options.dataloader.batch_size,
+        num_workers=options.dataloader.num_workers,
+        persistent_workers=True,
+        drop_last=True,
+        shuffle=True,
+    )
+    optimizer = module.configure_optimizers()
+
+    def run() -> None:
+        for image, _, label in loader:
+            step = step_form(
+                module,
+                optimizer,
+                functools.partial(literal_losses, module, image.to(device), label.to(device)),
+            )
+            step()
+
+    return run
+
+
+def fitted(module: PPAPModule, data: SegmentationData, options: Options) -> Callable[[], None]:
+    """An epoch by Lightning's loop, as run.py runs it, without validation."""
+    loader = data.train_dataloader()
+
+    def run() -> None:
+        trainer = build_trainer(options, hardware_settings(options), validate=False)
+        trainer.fit(module, loader)
+
+    return run
+
+
+def cached_data(module: PPAPModule, options: Options) -> SegmentationData:
+    """The same items as tokens in memory."""
+    options = copy.deepcopy(options)
+    options.dataset.cache_features = "ram"
+    data = SegmentationData(options, DATA_SETS["directory"])
+    trainer = build_trainer(options, hardware_settings(options))
+    encode = functools.partial(module.encode, trainer=trainer)
+    precision = trainer.precision_plugin.precision
+    data.keep_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
+    return data
+
+
+def bench_epoch(bench: Bench, shape: str) -> list[Row]:
+    """An epoch on prepared crops: two views and the literal loss, ours, ours from cached tokens."""
+    with tempfile.TemporaryDirectory() as root:
+        options = photographs(Path(root), shape, bench)
+        options.train.epoch = 1
+        size = options.dataloader.batch_size
+        data = SegmentationData(options, DATA_SETS["directory"])
+        steps = len(data.train_set) // size
+        module = random_module(options, bench.device)
+        forms = {"ours": fitted(module, data, options)}
+        if size <= LITERAL_BATCH[bench.device.type]:
+            forms["literal"] = literal_epoch(module, data.train_set.source, options)
+        forms["ours, cached tokens"] = fitted(module, cached_data(module, options), options)
+        operand = torch.float16 if bench.device.type == "cuda" else torch.float32
+        loss = step_loss_cost(options)
+        costs = {
+            "ours": [network_cost(options, operand), loss] * steps,
+            "ours, cached tokens": [network_cost(options, operand, cached=True), loss] * steps,
+        }
+        return bench.compare(f"epoch of {steps} steps", forms, costs=costs, items=steps * size)

@@ -1,0 +1,104 @@
+"""The literal forms that the benchmarks hold ours against compute what the published code does."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dataset.crops import PreparedCrops, prepared_folder
+from dataset.source import SegmentationDataset
+from loss import PPAPLoss
+from tests.benchmarks import literal
+from tests.benchmarks.__main__ import main
+from tests.benchmarks.inputs import loss_inputs, loss_of, shape_options, write_photographs
+from tests.benchmarks.measure import Bench, Cost
+from utils.crf import crf_missing
+from utils.transforms import Geometry, normalise, to_eight_bit
+from utils.upsampling import upsample
+
+
+@pytest.mark.parametrize("name", ["loss_cocostuff8", "loss_cocostuff16", "loss_potsdam"])
+def test_loss__golden(golden, name):
+    stored = golden(name)
+    z = stored.z.requires_grad_()
+    chosen = PPAPLoss(**json.loads(stored.config))
+    loss = literal.ppap_loss(z, stored.feat, stored.anchors, boundaries=chosen.boundaries, tau=chosen.tau)
+    loss.backward()
+    assert loss.item() == pytest.approx(stored.loss.item(), rel=1e-5)
+    assert (z.grad - stored.grad_z).norm() <= 1e-5 * stored.grad_z.norm()
+
+
+def test_predictions__golden(golden):
+    stored = golden("model_tiny8")
+    linear = nn.Conv2d(48, 6, 1)
+    linear.load_state_dict({"weight": stored.lin_w, "bias": stored.lin_b})
+    with torch.no_grad():
+        found = literal.predictions(stored.code0, (64, 64), linear=linear, centroids=stored.clusters)
+    assert torch.equal(found["linear"], stored.linear_pred_up.long())
+    assert torch.equal(found["cluster"], stored.cluster_pred_up.long())
+    best = found["cosines"].amax(dim=1)
+    assert (best <= 1 + 1e-6).all()
+
+
+def test_crf__golden(golden):
+    if crf_missing():
+        pytest.skip("no pydensecrf")
+    stored = golden("crf")
+    image = to_eight_bit(stored.image[None])[0].permute(1, 2, 0).numpy()
+    marginals = literal.crf(image, upsample(stored.logits.numpy(), image.shape[:2]))
+    assert (marginals.argmax(0) == stored.argmax.numpy()).mean() >= 0.999
+    assert np.abs(marginals - stored.q.numpy()).max() < 1e-3
+
+
+def test_two_views__the_first_is_our_item(tmp_path):
+    write_photographs(tmp_path, images=1, n_classes=5)
+    crops = PreparedCrops(prepared_folder(tmp_path, "directory", "five", 0.5), "train", 5)
+    raw, ours = crops.read(2), SegmentationDataset(crops, Geometry(64))[2]
+    image, second, label = literal.two_views(raw.image, raw.label, 64, crops.rule)
+    torch.testing.assert_close(image, normalise(ours.image[None])[0])
+    assert torch.equal(label, ours.label)
+    assert second.shape == image.shape
+
+
+def test_confusion__counts(tmp_path):
+    counts = np.zeros((2, 3), dtype=np.int64)
+    literal.confusion(torch.tensor([2, 0, 1, 1]), torch.tensor([1, 0, -1, 0]), counts)
+    assert counts.tolist() == [[1, 1, 0], [0, 0, 1]]
+
+
+def test_inputs__every_set_is_there():
+    options = shape_options("small")
+    criterion = loss_of(options)
+    inputs = loss_inputs(options, criterion, 2, torch.device("cpu"))
+    output = criterion(inputs.z, inputs.features, inputs.anchors)
+    patches = len(inputs.z)
+    assert 0 < output.num_positives < patches / 2
+    assert 0 < output.num_negatives < patches
+
+
+def test_bench__ratio_and_floor_of_known_times(monkeypatch):
+    bench = Bench(torch.device("cpu"), repeats=3)
+    seconds = {"literal": 4.0, "ours": 0.5}
+    monkeypatch.setattr(bench, "peak", lambda form: 0.0)
+    monkeypatch.setattr(bench, "once", lambda form: seconds[form()])
+    monkeypatch.setattr(bench, "rate", lambda operand: 100.0)
+    monkeypatch.setattr(bench, "bandwidth", lambda: 10.0)
+    forms = {name: (lambda name=name: name) for name in seconds}
+    costs = {"ours": [Cost(operations=20.0, bytes=1.0), Cost(operations=1.0, bytes=0.5)]}
+    literally, ours = bench.compare("a case", forms, costs=costs, items=2)
+    assert (literally.gain, literally.floor) == (None, None)
+    assert (ours.gain, ours.items) == (8.0, 4.0)
+    assert ours.floor == pytest.approx(20 / 100 + 0.5 / 10)
+
+
+def test_program__writes_what_it_prints(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    arguments = ["loss", "--device", "cpu", "--shape", "small", "--repeats", "1", "--json", str(path)]
+    rows = main(arguments)
+    stored = json.loads(path.read_text())
+    assert [row["form"] for row in stored["rows"]] == ["literal", "ours"] * 2
+    assert stored["rows"][1]["seconds"] == rows[1].seconds > 0
+    assert stored["rates"]["float32 Gop/s"] > 0
+    assert "loss, batch 8: ours" in capsys.readouterr().out

@@ -45,13 +45,17 @@ def masked_contrastive(
     scale = tau / BASE_TEMPERATURE
     count = positives.sum(dim=1)  # (A,)
     valid = count > 0
-    share = positives.to(logits.dtype) / count.clamp_min(1)[:, None]  # (A, N), 1/|P| on P
+    members = positives.to(logits.dtype)  # (A, N), 1 on P: quicker to multiply by than the bools
     kept_logits = logits.masked_fill(~kept, -torch.inf)  # (A, N)
-    kept_logits = torch.where(valid[:, None], kept_logits, 0.0)  # an empty row has no log-sum-exp
-    log_total = kept_logits.logsumexp(dim=1)  # (A,)
-    loss = torch.where(valid, scale * (log_total - (logits * share).sum(dim=1)), 0.0)  # (A,)
+    top = kept_logits.detach().amax(dim=1).masked_fill(~valid, 0)  # (A,); without P there may be no kept one
+    exponent = (kept_logits - top[:, None]).exp()  # (A, N)
+    total = torch.where(valid, exponent.sum(dim=1), 1.0)  # (A,)
+    mean = (logits * members).sum(dim=1) / count.clamp_min(1)  # (A,), of the positives' logits
+    loss = torch.where(valid, scale * (top + total.log() - mean), 0.0)  # (A,)
     slope = None
     if with_slope:
-        probability = (kept_logits - log_total[:, None]).exp_()  # (A, N)
-        slope = (probability.sub_(share).mul_(scale)) * valid[:, None]  # (A, N)
+        factor = scale * valid  # (A,)
+        slope = (
+            exponent * (factor / total)[:, None] - members * (factor / count.clamp_min(1))[:, None]
+        )  # (A, N)
     return ContrastiveTerm(loss, slope)

@@ -268,7 +268,7 @@ def _add_rows(
 ) -> Tensor:
     """Weighted sum of L_i over the anchors at `index` (A,), (); adds its gradient to `grad_z` (N, D)."""
     term = masked_contrastive(
-        z[index] @ z.T / tau,  # (A, N)
+        (z[index] / tau) @ z.T,  # (A, N)
         sets.positives,
         kept=sets.positives | sets.negatives,
         tau=tau,

@@ -48,6 +48,7 @@ def train(options: Options, folder: Path) -> Trained:
     """
     from dataset import build_data
     from model import build_module
+    from model.compilation import compile_segmenter
     from utils.files import make_folder, move_aside, write_json
     from utils.provenance import provenance
     from utils.training import (
@@ -64,6 +65,8 @@ def train(options: Options, folder: Path) -> Trained:
     module = build_module(
         options, data.labels, train_labelled=data.train_labelled, checkpoint=options.checkpoint or None
     )
+    if options.train.compile:
+        compile_segmenter(module.segmenter)
     if not data.train_labelled:
         print("train data has no labels: no linear probe")
     if (earlier := move_aside(folder)) is not None:

@@ -215,6 +215,7 @@ class TrainOptions:
     precision: str = option(
         "auto", "auto: fp16 on CUDA, fp32 elsewhere", choices=("auto", "fp16", "bf16", "fp32")
     )
+    compile: bool = option(False, "torch.compile backbone and head; where that fails they run as they are")
     seed: int = option(0, "seed of everything random", least=0, most=2**32 - 1)
     frozen: bool = option(False, "baseline: the head is never updated (`--frozen`)")
     compare_frozen: bool = option(False, "also run that baseline and show both side by side")

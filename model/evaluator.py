@@ -16,6 +16,7 @@ from utils.transforms import normalise, to_eight_bit
 from utils.upsampling import bilinear_taps
 
 HEADS = ("cluster", "linear")
+UPSAMPLED = {"cpu": 2**22, "cuda": 2**27}  # entries of upsampled logits held at a time
 CLUSTER_ALPHA = 2.0  # scale of the cosines whose softmax is the CRF's unary term
 
 
@@ -103,21 +104,21 @@ class Evaluator(nn.Module):
         size = label.shape[-2:]
         with torch.autocast(code.device.type, enabled=False):
             code = code.float()
-            inner = code if self.is_direct else cluster.inner(code)  # (B, K, h, w)
-            logits = linear(code) if self.with_linear else None  # (B, C, h, w)
-        norm = None if self.is_direct else upsampled_norm(code, size)  # (B, H, W)
-        best = F.interpolate(inner, size=size, mode="bilinear").max(dim=1)  # (B, H, W)
-        predicted = {"cluster": best.indices}
-        if logits is not None:
-            predicted["linear"] = F.interpolate(logits, size=size, mode="bilinear").argmax(dim=1)
+            heads = {"cluster": code if self.is_direct else cluster.inner(code)}  # (B, K, h, w)
+            if self.with_linear:
+                heads["linear"] = linear(code)  # (B, C, h, w)
+            norm = None if self.is_direct else upsampled_norm(code, size)  # (B, H, W)
+        best = {name: strongest(logits, size) for name, logits in heads.items()}
+        predicted = {name: indices for name, (_, indices) in best.items()}
         for name, prediction in predicted.items():
             self.plain[name].update(prediction, label)
-        self.losses.append(-(best.values if norm is None else best.values / norm).mean())
+        largest, _ = best["cluster"]
+        self.losses.append(-(largest if norm is None else largest / norm).mean())
         if self.pictured:
             self._keep_pictures(predicted, image=image, label=label)
         self.images += len(label)
         if self.pool is not None:
-            self._refine(inner, norm, logits=logits, image=image, label=label)
+            self._refine(heads, norm, image=image, label=label)
 
     def _keep_pictures(self, predicted: dict[str, Tensor], *, image: Tensor, label: Tensor) -> None:
         for place in range(len(image)):
@@ -125,17 +126,20 @@ class Evaluator(nn.Module):
                 maps = [predicted[name][place].cpu() if name in predicted else None for name in HEADS]
                 self.pictures.append(Prediction(image[place].cpu(), label[place].cpu(), *maps))
 
-    def _refine(
-        self, inner: Tensor, norm: Tensor | None, *, logits: Tensor | None, image: Tensor, label: Tensor
-    ) -> None:
+    def _refine(self, heads: dict[str, Tensor], norm: Tensor | None, *, image: Tensor, label: Tensor) -> None:
         shown = to_eight_bit(normalise(image)).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
         scale = 1.0 if norm is None else CLUSTER_ALPHA
-        inner = (inner * scale).cpu().numpy()
+        logits = [(scale * heads["cluster"]).cpu().numpy()]
+        divisors = [None if norm is None else norm.cpu().numpy()]
+        if "linear" in heads:
+            logits.append(heads["linear"].cpu().numpy())
+            divisors.append(None)
         for place in range(len(image)):
-            heads = [HeadLogits(inner[place], None if norm is None else norm[place].cpu().numpy())]
-            if logits is not None:
-                heads.append(HeadLogits(logits[place].cpu().numpy()))
-            self.pool.submit(shown[place], heads, tag=label[place].cpu())
+            given = [
+                HeadLogits(part[place], None if divisor is None else divisor[place])
+                for part, divisor in zip(logits, divisors, strict=True)
+            ]
+            self.pool.submit(shown[place], given, tag=label[place].cpu())
         self.collect_refined()
 
     def collect_refined(self, *, wait_for_one: bool = False) -> int:
@@ -160,11 +164,36 @@ class Evaluator(nn.Module):
         )
 
 
+def strongest(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Largest of the upsampled logits and its channel, a few images at a time.
+
+    Channels come last while they are upsampled and compared: the maximum over a strided axis takes several
+    times as long.
+
+    Args:
+        logits: (B, K, h, w).
+        size: (H, W).
+
+    Returns:
+        Values and indices, (B, H, W) each.
+    """
+    budget = UPSAMPLED.get(logits.device.type, UPSAMPLED["cpu"])
+    at_once = max(1, budget // (logits.shape[1] * size[0] * size[1]))
+    found = [
+        F.interpolate(part.contiguous(memory_format=torch.channels_last), size=size, mode="bilinear").max(
+            dim=1
+        )
+        for part in logits.split(at_once)
+    ]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
 def upsampled_norm(code: Tensor, size: tuple[int, int]) -> Tensor:
     """Norm of the bilinearly upsampled code, without ever making the (D, H, W) map.
 
-    A target pixel is a weighted sum of four neighbours, so its squared norm follows from their inner
-    products, which are five maps on the patch grid.
+    A target pixel is a weighted sum of four neighbours, so its squared norm is a sum of their inner
+    products: those of a patch with itself and with its right, lower and diagonal neighbours, which are maps
+    on the patch grid, under squared and mixed weights, which are products of one axis each.
 
     Args:
         code: (B, D, h, w) float32.
@@ -173,27 +202,40 @@ def upsampled_norm(code: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         (B, H, W) float32, at least 1e-12.
     """
-    rows, columns = bilinear_taps(code.shape[2], size[0]), bilinear_taps(code.shape[3], size[1])
-    below = code[:, :, _following(code.shape[2])]  # (B, D, h, w), each patch's lower neighbour
-    right = code[..., _following(code.shape[3])]
-    diagonal = below[..., _following(code.shape[3])]
+    rows, columns = _norm_weights(code, 2, size[0]), _norm_weights(code, 3, size[1])
 
-    def inner(a: Tensor, b: Tensor, row: np.ndarray, column: np.ndarray) -> Tensor:
-        product = (a * b).sum(dim=1)  # (B, h, w)
-        return product[:, torch.from_numpy(row)][..., torch.from_numpy(column)]  # (B, H, W)
+    def inner(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(dim=1)
 
-    y = torch.from_numpy(rows.weight).to(code)[:, None]  # (H, 1)
-    x = torch.from_numpy(columns.weight).to(code)  # (W,)
-    top, bottom, left, end = rows.low, rows.high, columns.low, columns.high
-    upper = (1 - x) ** 2 * inner(code, code, top, left) + x**2 * inner(code, code, top, end)
-    upper = upper + 2 * x * (1 - x) * inner(code, right, top, left)
-    lower = (1 - x) ** 2 * inner(code, code, bottom, left) + x**2 * inner(code, code, bottom, end)
-    lower = lower + 2 * x * (1 - x) * inner(code, right, bottom, left)
-    across = (1 - x) ** 2 * inner(code, below, top, left) + x**2 * inner(code, below, top, end)
-    across = across + x * (1 - x) * (inner(code, diagonal, top, left) + inner(right, below, top, left))
-    square = (1 - y) ** 2 * upper + y**2 * lower + 2 * y * (1 - y) * across  # (B, H, W)
+    right = inner(code[..., :-1], code[..., 1:])  # (B, h, w - 1)
+    below = inner(code[:, :, :-1], code[:, :, 1:])  # (B, h - 1, w)
+    diagonal = inner(code[:, :, :-1, :-1], code[:, :, 1:, 1:])  # (B, h - 1, w - 1)
+    diagonal = diagonal + inner(code[:, :, :-1, 1:], code[:, :, 1:, :-1])
+    level = inner(code, code) @ columns.squared + 2 * right @ columns.mixed  # (B, h, W)
+    across = below @ columns.squared + diagonal @ columns.mixed  # (B, h - 1, W)
+    square = rows.squared.T @ level + 2 * rows.mixed.T @ across  # (B, H, W)
     return square.clamp_min(1e-24).sqrt()
 
 
-def _following(length: int) -> Tensor:
-    return torch.arange(1, length + 1).clamp_max(length - 1)
+@dataclass(frozen=True)
+class _NormWeights:
+    """Weights of inner products along one axis.
+
+    Attributes:
+        squared: (n_in, n_out), of a source position with itself.
+        mixed: (n_in - 1, n_out), of a source position with the one that follows.
+    """
+
+    squared: Tensor
+    mixed: Tensor
+
+
+def _norm_weights(code: Tensor, axis: int, n_out: int) -> _NormWeights:
+    n_in = code.shape[axis]
+    taps, places = bilinear_taps(n_in, n_out), np.arange(n_out)
+    weight = np.where(taps.low == taps.high, 0, taps.weight)  # beyond the last centre there is one tap alone
+    squared, mixed = np.zeros((2, n_in, n_out), dtype=np.float32)
+    squared[taps.low, places] = (1 - weight) ** 2
+    squared[taps.high, places] += weight**2
+    mixed[taps.low, places] = weight * (1 - weight)
+    return _NormWeights(torch.from_numpy(squared).to(code), torch.from_numpy(mixed[:-1]).to(code))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.probes import ClusterProbe, LinearProbe
+from model.probes import ClusterProbe, LinearProbe, read_both
 from utils.crf import CrfPool, HeadLogits
 from utils.metrics import ConfusionMatrix, Scores, score
 from utils.transforms import normalise, to_eight_bit
@@ -104,9 +104,7 @@ class Evaluator(nn.Module):
         size = label.shape[-2:]
         with torch.autocast(code.device.type, enabled=False):
             code = code.float()
-            heads = {"cluster": code if self.is_direct else cluster.inner(code)}  # (B, K, h, w)
-            if self.with_linear:
-                heads["linear"] = linear(code)  # (B, C, h, w)
+            heads = self._heads(code, linear=linear, cluster=cluster)
             norm = None if self.is_direct else upsampled_norm(code, size)  # (B, H, W)
         best = {name: strongest(logits, size) for name, logits in heads.items()}
         predicted = {name: indices for name, (_, indices) in best.items()}
@@ -119,6 +117,13 @@ class Evaluator(nn.Module):
         self.images += len(label)
         if self.pool is not None:
             self._refine(heads, norm, image=image, label=label)
+
+    def _heads(self, code: Tensor, *, linear: LinearProbe, cluster: ClusterProbe) -> dict[str, Tensor]:
+        """Logits on the patch grid, (B, K, h, w) and (B, C, h, w), of the heads that there are."""
+        if self.with_linear and not self.is_direct:
+            return read_both(code, linear=linear, cluster=cluster)
+        heads = {"cluster": code if self.is_direct else cluster.inner(code)}
+        return heads | ({"linear": linear(code)} if self.with_linear else {})
 
     def _keep_pictures(self, predicted: dict[str, Tensor], *, image: Tensor, label: Tensor) -> None:
         for place in range(len(image)):

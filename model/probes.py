@@ -75,3 +75,20 @@ class ClusterProbe(nn.Module):
         if alpha is None:
             return -similarity.amax(dim=1).mean()
         return -((similarity * alpha).softmax(dim=1) * similarity).sum(dim=1).mean()
+
+
+def read_both(code: Tensor, *, linear: LinearProbe, cluster: ClusterProbe) -> dict[str, Tensor]:
+    """What both probes say of a code, in one product.
+
+    Args:
+        code: (B, D, h, w) float32.
+        linear: gives `linear`.
+        cluster: gives `cluster`, its `inner`.
+
+    Returns:
+        Logits on the patch grid, (B, K, h, w) and (B, C, h, w).
+    """
+    weights = [F.normalize(cluster.clusters, dim=1), linear.classifier.weight.flatten(1)]
+    both = torch.cat(weights) @ code.flatten(2)  # (B, K + C, h*w)
+    inner, logits = both.unflatten(2, code.shape[2:]).split([len(part) for part in weights], dim=1)
+    return {"cluster": inner, "linear": logits + linear.classifier.bias[:, None, None]}

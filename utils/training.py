@@ -107,6 +107,9 @@ def build_trainer(
         callbacks: beside the progress bar.
         validate: whether there are validation images.
     """
+    refresh = (
+        options.train.print_freq if hardware["accelerator"] == "cuda" else 1
+    )  # each waits for the device
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for library in ("pytorch_lightning", "lightning_fabric", "torchmetrics"):
         warnings.filterwarnings("ignore", module=library)
@@ -114,7 +117,7 @@ def build_trainer(
         **hardware,
         max_epochs=options.train.epoch,
         logger=loggers or False,
-        callbacks=[*(callbacks or []), TQDMProgressBar()],
+        callbacks=[*(callbacks or []), TQDMProgressBar(refresh_rate=refresh)],
         limit_val_batches=1.0 if validate else 0,
         num_sanity_val_steps=0,
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks or []),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from model.probes import ClusterProbe, LinearProbe
+from model.probes import ClusterProbe, LinearProbe, read_both
 
 
 def test_probes__golden(golden):
@@ -34,3 +34,11 @@ def test_linear_probe__labels_outside_the_classes_are_ignored():
     probe, code = LinearProbe(4, 3), torch.randn(1, 4, 2, 2)
     label = torch.tensor([[[0, 1], [2, -1]]])
     assert torch.equal(probe.loss(code, label), probe.loss(code, label.masked_fill(label < 0, 7)))
+
+
+def test_read_both__equals_each_alone():
+    code = torch.randn(2, 8, 3, 5, generator=torch.Generator().manual_seed(0))
+    linear, cluster = LinearProbe(8, 3), ClusterProbe(8, 4)
+    both = read_both(code, linear=linear, cluster=cluster)
+    torch.testing.assert_close(both["linear"], linear(code))
+    torch.testing.assert_close(both["cluster"], cluster.inner(code))

@@ -49,6 +49,46 @@ class Propagation:
     psi: Tensor
 
 
+@dataclass(frozen=True)
+class Proxies:
+    """The proxies of A anchors on their way.
+
+    Attributes:
+        vectors: v_t, (A, D) float32, unit length.
+        phi: Phi_t, (A, 1) float32.
+        psi: Psi_t, (A, 1) float32.
+    """
+
+    vectors: Tensor
+    phi: Tensor
+    psi: Tensor
+
+
+def start(anchors: Tensor, boundaries: Boundaries) -> Proxies:
+    """v_0 = f_i (A, D) float32 with Phi_0 and Psi_0."""
+    phi = anchors.new_full((len(anchors), 1), boundaries.phi)  # (A, 1)
+    psi = anchors.new_full((len(anchors), 1), boundaries.psi)  # (A, 1)
+    return Proxies(anchors, phi, psi)
+
+
+def relocate(proxies: Proxies, total: Tensor, *, size: Tensor, boundaries: Boundaries) -> Proxies:
+    """Moves each proxy to the mean of its positives and its boundaries by how far that is.
+
+    Args:
+        proxies: v_{t-1} with its boundaries.
+        total: sum of f_j over P_{t-1}, (A, D) float32.
+        size: |P_{t-1}|, (A, 1) float32; where it is 0 the proxy stays where it is (m_t = 0).
+        boundaries: the coefficients.
+    """
+    mean = total / size.clamp_min(1)  # (A, D)
+    relocated = torch.where(size > 0, F.normalize(mean, dim=1), proxies.vectors)  # proxy anchor relocation
+    moved = 1 - (proxies.vectors * relocated).sum(dim=1, keepdim=True)  # (A, 1), degree of propagation
+    moved = torch.where(size > 0, moved, 0)
+    phi = proxies.phi - moved / boundaries.sigma_pos  # adaptive positiveness boundary
+    psi = proxies.psi + moved / boundaries.sigma_amb  # lower edge of the ambiguous zone
+    return Proxies(relocated, phi, psi)
+
+
 def propagate(
     anchors: Tensor, bank: Tensor, boundaries: Boundaries, *, operand: torch.dtype = torch.float32
 ) -> Propagation:
@@ -62,22 +102,14 @@ def propagate(
         boundaries: the coefficients.
         operand: what a proxy is rounded to before it is compared with the bank; sums stay float32.
     """
-    proxies = anchors  # (A, D)
-    phi = anchors.new_full((len(anchors), 1), boundaries.phi)  # (A, 1)
-    psi = anchors.new_full((len(anchors), 1), boundaries.psi)  # (A, 1)
-    similarity = proxies.to(operand).float() @ bank.T  # (A, N)
+    proxies = start(anchors, boundaries)
+    similarity = proxies.vectors.to(operand).float() @ bank.T  # (A, N)
     for _ in range(boundaries.steps):
-        inside = (similarity > phi).to(bank.dtype)  # (A, N), P_{t-1}
+        inside = (similarity > proxies.phi).to(bank.dtype)  # (A, N), P_{t-1}
         size = inside.sum(dim=1, keepdim=True)  # (A, 1)
-        mean = (inside @ bank) / size.clamp_min(1)  # (A, D)
-        relocated = torch.where(size > 0, F.normalize(mean, dim=1), proxies)  # proxy anchor relocation
-        moved = 1 - (proxies * relocated).sum(dim=1, keepdim=True)  # (A, 1), degree of propagation
-        moved = torch.where(size > 0, moved, 0)
-        phi = phi - moved / boundaries.sigma_pos  # adaptive positiveness boundary
-        psi = psi + moved / boundaries.sigma_amb  # lower edge of the ambiguous zone
-        proxies = relocated
-        similarity = proxies.to(operand).float() @ bank.T
-    return Propagation(proxies, similarity, phi, psi)
+        proxies = relocate(proxies, inside @ bank, size=size, boundaries=boundaries)
+        similarity = proxies.vectors.to(operand).float() @ bank.T
+    return Propagation(proxies.vectors, similarity, proxies.phi, proxies.psi)
 
 
 @dataclass(frozen=True)

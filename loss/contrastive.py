@@ -27,6 +27,45 @@ class ContrastiveTerm:
     slope: Tensor | None
 
 
+@dataclass(frozen=True)
+class BatchSums:
+    """What a batch's anchors add up to.
+
+    Attributes:
+        sums: weighted loss, weight, |P|, |{below Psi}|, (4,) float32.
+        grad_z: gradient of the weighted loss, (N, D') float32, or None where it was not asked for.
+    """
+
+    sums: Tensor
+    grad_z: Tensor | None
+
+
+@dataclass(frozen=True)
+class AnchorWeights:
+    """How much A anchors count in the sum that the loss is the mean of.
+
+    Attributes:
+        each: (A,) float32: its group's anchors over those with a positive; 0 for an anchor without one.
+        total: the anchors drawn in groups that have a positive, () int64.
+    """
+
+    each: Tensor
+    total: Tensor
+
+
+def anchor_weights(valid: Tensor, drawn: Tensor) -> AnchorWeights:
+    """Weights that make a group's loss a mean over its valid anchors and the batch's one over anchors drawn.
+
+    Args:
+        valid: whether an anchor has a positive, (A,) bool with A = g * A_max.
+        drawn: whether a place holds an anchor, (g, A_max) bool.
+    """
+    counted = valid.view_as(drawn) & drawn  # (g, A_max)
+    per_group = counted.sum(dim=1, keepdim=True)  # (g, 1), anchors that have a positive
+    size = drawn.sum(dim=1, keepdim=True) * (per_group > 0)  # (g, 1), the group's weight
+    return AnchorWeights((counted * size / per_group.clamp_min(1)).flatten(), size.sum())
+
+
 def masked_contrastive(
     logits: Tensor, positives: Tensor, *, kept: Tensor, tau: float, with_slope: bool = False
 ) -> ContrastiveTerm:

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from loss.contrastive import masked_contrastive
-from loss.propagation import Boundaries, Sets, propagate, select_sets
+from loss.contrastive import BatchSums
+from loss.propagation import Boundaries
+from loss.streamed import streamed_sums
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}  # entries of one (anchors, N) float32 tensor
 
@@ -165,7 +166,7 @@ class PPAPLoss(nn.Module):
         anchors = anchors.to(z.device, non_blocking=True)
         with torch.autocast(z.device.type, enabled=False), ieee_float32():
             bank = self.bank(features)
-            loss, num_positives, num_negatives = _StreamedLoss.apply(z.float(), bank, anchors, self)
+            loss, num_positives, num_negatives = _Loss.apply(z.float(), bank, anchors, self)
         return PPAPLossOutput(loss, num_positives, num_negatives)
 
     def bank(self, features: Tensor) -> Tensor:
@@ -206,19 +207,15 @@ class PPAPLoss(nn.Module):
         return f"{self.boundaries}, tau={self.tau}, {drawn}"
 
 
-class _StreamedLoss(torch.autograd.Function):
-    """Loss and gradient in one pass over chunks of anchors; keeps grad_z and nothing of size A x N."""
+class _Loss(torch.autograd.Function):
+    """Loss and gradient in one pass; keeps grad_z and nothing of size A x N."""
 
     @staticmethod
     def forward(ctx, z: Tensor, bank: Tensor, anchors: Tensor, criterion: PPAPLoss):
-        grad_z = torch.zeros_like(z) if ctx.needs_input_grad[0] else None  # (N, D)
-        sums = z.new_zeros(4)  # loss, anchors in groups that have a positive, |P|, |{below Psi}|
-        rows = criterion.rows_per_chunk(z)
-        for groups in anchors.split(max(1, rows // anchors.shape[1])):  # (g, A_max)
-            sums += _add_groups(groups, z, bank, criterion=criterion, grad_z=grad_z, rows=rows)
-        loss, weight, positives, negatives = sums.unbind()
+        found = _add_up(z, bank, anchors, criterion=criterion, with_grad=ctx.needs_input_grad[0])
+        loss, weight, positives, negatives = found.sums.unbind()
         weight = weight.clamp_min(1)  # no positive anywhere: 0 / 1
-        ctx.grad_z = None if grad_z is None else grad_z.div_(weight)
+        ctx.grad_z = None if found.grad_z is None else found.grad_z.div_(weight)
         drawn = (anchors >= 0).sum().clamp_min(1)
         outputs = (loss / weight, positives / drawn, negatives / drawn)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -230,55 +227,18 @@ class _StreamedLoss(torch.autograd.Function):
         return grad_loss * ctx.grad_z, None, None, None
 
 
-def _add_groups(
-    groups: Tensor, z: Tensor, bank: Tensor, *, criterion: PPAPLoss, grad_z: Tensor | None, rows: int
-) -> Tensor:
-    """Sums over the anchors of some groups, (4,); adds their gradient to `grad_z` (N, D).
-
-    Both are still to be divided by the weight of all groups. An anchor's weight hangs on how many anchors
-    of its group have a positive, so that must be known first.
-    """
-    drawn = groups >= 0  # (g, A_max)
-    parts = groups.flatten().clamp_min(0).split(rows)  # (a,) each
-    found = _find(parts[0], bank, criterion) if len(parts) == 1 else None
-    if found is not None:
-        valid = found.positives.any(dim=1)  # (A,)
-    else:
-        valid = torch.cat([_find(part, bank, criterion).positives.any(dim=1) for part in parts])  # (A,)
-    counted = valid.view_as(groups) & drawn  # (g, A_max)
-    per_group = counted.sum(dim=1, keepdim=True)  # (g, 1), anchors that have a positive
-    size = drawn.sum(dim=1, keepdim=True) * (per_group > 0)  # (g, 1), the group's weight
-    weights = (counted * size / per_group.clamp_min(1)).flatten().split(rows)  # (a,) each
-    loss, counts = z.new_zeros(()), z.new_zeros(2)
-    for part, weight, used in zip(parts, weights, drawn.flatten().split(rows), strict=True):
-        sets = _find(part, bank, criterion) if found is None else found
-        loss += _add_rows(part, z, sets, weight=weight, tau=criterion.tau, grad_z=grad_z)
-        counts += (torch.stack([sets.positives.sum(dim=1), sets.below]) * used).sum(dim=1)  # (2,)
-    return torch.stack([loss, size.sum().to(z.dtype), *counts])
-
-
-def _find(index: Tensor, bank: Tensor, criterion: PPAPLoss) -> Sets:
-    """P and Q of the anchors at `index` (A,) in the bank (N, D)."""
-    reached = propagate(bank[index], bank, criterion.boundaries, operand=criterion.similarity_dtype)
-    return select_sets(reached, index)
-
-
-def _add_rows(
-    index: Tensor, z: Tensor, sets: Sets, *, weight: Tensor, tau: float, grad_z: Tensor | None
-) -> Tensor:
-    """Weighted sum of L_i over the anchors at `index` (A,), (); adds its gradient to `grad_z` (N, D)."""
-    term = masked_contrastive(
-        (z[index] / tau) @ z.T,  # (A, N)
-        sets.positives,
-        kept=sets.positives | sets.negatives,
-        tau=tau,
-        with_slope=grad_z is not None,
+def _add_up(z: Tensor, bank: Tensor, anchors: Tensor, *, criterion: PPAPLoss, with_grad: bool) -> BatchSums:
+    """Sums over all anchors and the gradient of the first."""
+    return streamed_sums(
+        z,
+        bank,
+        anchors,
+        boundaries=criterion.boundaries,
+        tau=criterion.tau,
+        operand=criterion.similarity_dtype,
+        with_grad=with_grad,
+        rows=criterion.rows_per_chunk(z),
     )
-    if grad_z is not None:
-        slope = term.slope * (weight / tau)[:, None]  # (A, N)
-        grad_z.addmm_(slope.T, z[index])
-        grad_z.index_add_(0, index, slope @ z)
-    return (term.loss * weight).sum()
 
 
 @contextmanager

@@ -55,12 +55,14 @@ def train(options: Options, folder: Path) -> Trained:
         ValidationSteps,
         build_loggers,
         build_trainer,
+        check_backend,
         checkpoint_keepers,
         close_loggers,
         hardware_settings,
     )
 
     hardware = hardware_settings(options)
+    check_backend(options, hardware["accelerator"])
     data = build_data(options)
     module = build_module(
         options, data.labels, train_labelled=data.train_labelled, checkpoint=options.checkpoint or None

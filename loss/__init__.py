@@ -1,4 +1,8 @@
-"""The PPAP loss: `propagation` holds the paper's idea, `contrastive` the term it feeds, `ppap` joins both."""
+"""The PPAP loss: `propagation` holds the paper's idea, `contrastive` the term it feeds, `ppap` joins both.
+
+What computes them: `streamed`, matrix products over chunks of anchors; or `fused`, by way of `launch`, the
+Triton kernels of `kernels`.
+"""
 
 from loss.ppap import PPAPLoss, PPAPLossOutput, ieee_float32
 

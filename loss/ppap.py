@@ -32,6 +32,7 @@ from loss.contrastive import BatchSums
 from loss.propagation import Boundaries
 from loss.streamed import streamed_sums
 
+BACKENDS = ("torch", "triton")
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}  # entries of one (anchors, N) float32 tensor
 
 
@@ -71,6 +72,8 @@ class PPAPLoss(nn.Module):
             (rounded to it, accumulated in float32).
         chunk_size: anchors held against the N patches at a time; None chooses by device and N. A group
             that does not fit is propagated twice, once to learn how many of its anchors count.
+        backend: "torch", or "triton" for the kernels of `loss.kernels`, which hold a bit a pair instead of
+            chunks; on CUDA, or on the CPU in Triton's interpreter (TRITON_INTERPRET=1).
 
     Raises:
         ValueError: a coefficient is out of range.
@@ -89,6 +92,7 @@ class PPAPLoss(nn.Module):
         group_size: int = 784,
         similarity_dtype: torch.dtype = torch.float32,
         chunk_size: int | None = None,
+        backend: str = "torch",
     ) -> None:
         super().__init__()
         wrong = [
@@ -107,6 +111,7 @@ class PPAPLoss(nn.Module):
                     "torch.float32 or torch.float16",
                     similarity_dtype in (torch.float32, torch.float16),
                 ),
+                ("backend", repr(backend), '"torch" or "triton"', backend in BACKENDS),
             )
             if not good
         ]
@@ -118,6 +123,7 @@ class PPAPLoss(nn.Module):
         self.group_size = group_size
         self.similarity_dtype = similarity_dtype
         self.chunk_size = chunk_size
+        self.backend = backend
 
     def sample_anchors(self, patches: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws anchors without replacement from each group of consecutive patches.
@@ -158,7 +164,7 @@ class PPAPLoss(nn.Module):
             generator: the CPU generator for sampling.
 
         Raises:
-            ValueError: shapes, dtype or indices that do not fit.
+            ValueError: shapes, dtype or indices that do not fit, or a device that the backend has not.
         """
         self._check(z, features, anchors)
         if anchors is None:
@@ -228,17 +234,26 @@ class _Loss(torch.autograd.Function):
 
 
 def _add_up(z: Tensor, bank: Tensor, anchors: Tensor, *, criterion: PPAPLoss, with_grad: bool) -> BatchSums:
-    """Sums over all anchors and the gradient of the first."""
-    return streamed_sums(
-        z,
-        bank,
-        anchors,
-        boundaries=criterion.boundaries,
-        tau=criterion.tau,
-        operand=criterion.similarity_dtype,
-        with_grad=with_grad,
-        rows=criterion.rows_per_chunk(z),
-    )
+    """Sums over all anchors and the gradient of the first, by the criterion's backend."""
+    settings = {
+        "boundaries": criterion.boundaries,
+        "tau": criterion.tau,
+        "operand": criterion.similarity_dtype,
+        "with_grad": with_grad,
+    }
+    if criterion.backend == "torch":
+        return streamed_sums(z, bank, anchors, rows=criterion.rows_per_chunk(z), **settings)
+    instead = 'set it (training_coeff.backend) to "torch"'
+    try:
+        from loss import fused, launch
+    except ImportError as error:
+        raise ValueError(f'backend is "triton", which cannot be imported ({error}); {instead}') from error
+    if z.device.type != ("cpu" if launch.INTERPRETED else "cuda"):
+        raise ValueError(
+            f'backend is "triton", which runs on CUDA, or on the CPU where TRITON_INTERPRET=1 is set, '
+            f"not on {z.device}; {instead}"
+        )
+    return fused.fused_sums(z, bank, anchors, **settings)
 
 
 @contextmanager

@@ -287,4 +287,5 @@ def build_criterion(options: Options) -> PPAPLoss:
         tau=chosen.tau,
         group_size=chosen.group_size,
         similarity_dtype=getattr(torch, chosen.similarity_dtype),
+        backend=chosen.backend,
     )

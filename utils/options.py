@@ -139,6 +139,9 @@ class CoefficientOptions:
     similarity_dtype: str = option(
         "float32", "operands of the thresholded products", choices=("float32", "float16")
     )
+    backend: str = option(
+        "torch", "what computes the loss; triton: kernels for CUDA", choices=("torch", "triton")
+    )
 
 
 @dataclass

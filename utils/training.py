@@ -10,6 +10,7 @@ import socket
 import sys
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -88,6 +89,24 @@ def precision_settings(options: Options, accelerator: str) -> dict[str, Any]:
         scaler = torch.amp.GradScaler("cuda", init_scale=LOSS_SCALE, growth_interval=GROWTH_INTERVAL)
         return {"plugins": [MixedPrecision("16-mixed", "cuda", scaler=scaler)]}
     return {"precision": {"bf16": "bf16-mixed", "fp32": "32-true"}[chosen]}
+
+
+def check_backend(options: Options, accelerator: str) -> None:
+    """Whether the loss can be computed as `training_coeff.backend` says, before anything is written.
+
+    Raises:
+        UserError: Triton is not installed, or the device is none of its.
+    """
+    if options.training_coeff.backend != "triton":
+        return
+    if accelerator != "cuda" and not (accelerator == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        raise UserError(
+            f"training_coeff.backend is triton, which needs CUDA; it must be torch on {accelerator}"
+        )
+    if find_spec("triton") is None:
+        raise UserError(
+            "training_coeff.backend is triton, which is not installed: pip install triton, or set it to torch"
+        )
 
 
 def build_trainer(

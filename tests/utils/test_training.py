@@ -35,6 +35,18 @@ def test_precision__auto_and_the_published_scaler(tiny_options, monkeypatch):
         training.precision_settings(tiny_options(train__precision="fp16"), "cpu")
 
 
+def test_backend__needs_its_device_and_its_package(tiny_options, monkeypatch):
+    chosen = tiny_options(training_coeff__backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    training.check_backend(tiny_options(), "mps")
+    for accelerator in ("cpu", "mps"):
+        with pytest.raises(UserError, match=rf"training_coeff\.backend is triton.*torch on {accelerator}"):
+            training.check_backend(chosen, accelerator)
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install triton"):
+        training.check_backend(chosen, "cuda")
+
+
 def test_wandb__never_waits_for_login_or_network(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -86,7 +86,8 @@ def masked_contrastive(
     valid = count > 0
     members = positives.to(logits.dtype)  # (A, N), 1 on P: quicker to multiply by than the bools
     kept_logits = logits.masked_fill(~kept, -torch.inf)  # (A, N)
-    top = kept_logits.detach().amax(dim=1).masked_fill(~valid, 0)  # (A,); without P there may be no kept one
+    top = kept_logits.detach().amax(dim=1)  # (A,)
+    top = top.masked_fill(top == -torch.inf, 0)  # without P there may be no kept one
     exponent = (kept_logits - top[:, None]).exp()  # (A, N)
     total = torch.where(valid, exponent.sum(dim=1), 1.0)  # (A,)
     mean = (logits * members).sum(dim=1) / count.clamp_min(1)  # (A,), of the positives' logits

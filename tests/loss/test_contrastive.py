@@ -41,3 +41,11 @@ def test_masked_contrastive__anchor_without_positives_is_zero():
     assert term.loss[:2].tolist() == [0, 0]
     assert not term.slope[:2].any()
     assert torch.isfinite(term.slope).all()
+
+
+def test_masked_contrastive__large_logits_without_positives_do_not_overflow():
+    logits, positives, kept = masks()
+    term = masked_contrastive(1000 * logits.float(), positives, kept=kept, tau=0.5, with_slope=True)
+    assert term.loss[:2].tolist() == [0, 0]
+    assert not term.slope[:2].any()  # NaN would count
+    assert torch.isfinite(term.slope).all()

@@ -69,7 +69,7 @@ def loss_inputs(options: Options, criterion: PPAPLoss, batch: int, device: torch
     return LossInputs(z, features.to(device), anchors.to(device))
 
 
-def loss_of(options: Options, **changed: int) -> PPAPLoss:
+def loss_of(options: Options, **changed: int | str) -> PPAPLoss:
     """The criterion of an experiment, some coefficients changed."""
     for key, value in changed.items():
         setattr(options.training_coeff, key, value)

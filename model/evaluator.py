@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from model.probes import ClusterProbe, LinearProbe
 from utils.crf import CrfPool, HeadLogits
+from utils.meanfield import MeanField
 from utils.metrics import ConfusionMatrix, Scores, score
 from utils.transforms import normalise, to_eight_bit
 from utils.upsampling import bilinear_taps
@@ -75,7 +76,7 @@ class Evaluator(nn.Module):
         shapes = {"cluster": n_clusters, "linear": n_classes}
         self.plain = nn.ModuleDict({name: ConfusionMatrix(n_classes, k) for name, k in shapes.items()})
         self.refined = nn.ModuleDict({name: ConfusionMatrix(n_classes, k) for name, k in shapes.items()})
-        self.pool: CrfPool | None = None
+        self.pool: CrfPool | MeanField | None = None
         self.pictured: frozenset[int] = frozenset()  # places in the set of the images to keep
         self.reset()
 
@@ -128,22 +129,26 @@ class Evaluator(nn.Module):
     def _refine(
         self, inner: Tensor, norm: Tensor | None, *, logits: Tensor | None, image: Tensor, label: Tensor
     ) -> None:
-        shown = to_eight_bit(normalise(image)).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+        shown = to_eight_bit(normalise(image)).permute(0, 2, 3, 1)  # (B, H, W, 3)
         scale = 1.0 if norm is None else CLUSTER_ALPHA
-        inner = (inner * scale).cpu().numpy()
-        for place in range(len(image)):
-            heads = [HeadLogits(inner[place], None if norm is None else norm[place].cpu().numpy())]
-            if logits is not None:
-                heads.append(HeadLogits(logits[place].cpu().numpy()))
-            self.pool.submit(shown[place], heads, tag=label[place].cpu())
+        maps = [shown, inner * scale, norm, logits]
+        if not isinstance(self.pool, MeanField):  # to other processes
+            maps = [None if t is None else t.cpu().numpy() for t in maps]
+            label = label.cpu()
+        for place in range(len(label)):
+            picture, cosine, divisor, linear = (None if t is None else t[place] for t in maps)
+            heads = [HeadLogits(cosine, divisor)]
+            if linear is not None:
+                heads.append(HeadLogits(linear))
+            self.pool.submit(picture, heads, tag=label[place])
         self.collect_refined()
 
     def collect_refined(self, *, wait_for_one: bool = False) -> int:
-        """Counts what the CRF processes have finished; returns how many images are still with them."""
+        """Counts what the CRF has finished; returns how many images are still with its processes."""
         for label, predictions in self.pool.finished(wait_for_one=wait_for_one):
             for name, prediction in zip(HEADS, predictions, strict=False):
                 metric = self.refined[name]
-                metric.update(*(t.to(metric.counts.device) for t in (torch.from_numpy(prediction), label)))
+                metric.update(*(t.to(metric.counts.device) for t in (torch.as_tensor(prediction), label)))
         return len(self.pool)
 
     def compute(self, *, refined: bool = False) -> Evaluation:

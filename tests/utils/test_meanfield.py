@@ -70,6 +70,14 @@ def test_refine__equals_pydensecrf(case):
         assert difference.mean() < 1e-5
 
 
+def test_refine__points_between_two_simplices_fall_as_in_pydensecrf():
+    """A pixel of this scene lies within rounding of a border; on the other side, 80 pixels change."""
+    pytest.importorskip("pydensecrf.densecrf")
+    image, head = scene(320), coarse(9, 320, 320)
+    expected = crf.refine(image, [HeadLogits(head)])[0]
+    assert np.abs(refined(image, [head])[0].numpy() - expected).max() < 2e-4
+
+
 def test_refine__golden(golden):
     stored = golden("crf")
     image = to_eight_bit(stored.image[None])[0].permute(1, 2, 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from dataset.datamodule import SegmentationData
     from model import PPAPModule
     from model.evaluator import Evaluation, Prediction
+    from utils.crf import CrfPool
+    from utils.meanfield import MeanField
 
 ANCHORS_AT_ONCE = 256  # that --measure-sets holds against all patches of a batch
 
@@ -100,14 +102,26 @@ def why_no_crf(options: Options, data: SegmentationData) -> str | None:
 
     if not options.eval.is_crf:
         return "eval.is_crf is false"
-    return crf_missing() if data.validation_labelled else "the validation split has no labels"
+    if not data.validation_labelled:
+        return "the validation split has no labels"
+    return crf_missing() if options.eval.crf_backend == "pydensecrf" else None
+
+
+def open_refiner(options: Options) -> AbstractContextManager[CrfPool | MeanField]:
+    """What refines predictions: processes, or the device of the network itself."""
+    if options.eval.crf_backend == "torch":
+        from utils.meanfield import MeanField
+
+        return nullcontext(MeanField())
+    from utils.crf import CrfPool
+
+    return CrfPool(options.eval.crf_workers)
 
 
 def predict(options: Options, module: PPAPModule, *, data: SegmentationData) -> Predicted:
-    """Runs the network over the validation split while other processes refine what it has predicted."""
+    """Runs the network over the validation split; with pydensecrf others refine what it has predicted."""
     from tqdm import tqdm
 
-    from utils.crf import CrfPool
     from utils.training import build_trainer, hardware_settings
 
     missing = why_no_crf(options, data)
@@ -115,7 +129,7 @@ def predict(options: Options, module: PPAPModule, *, data: SegmentationData) -> 
     images = len(data.validation_set)
     shown = min(options.eval.pictures, images)
     evaluator.pictured = frozenset(place * images // shown for place in range(shown))  # spread over the set
-    with CrfPool(options.eval.crf_workers) if missing is None else nullcontext() as pool:
+    with open_refiner(options) if missing is None else nullcontext() as pool:
         evaluator.pool = pool
         if images:
             trainer = build_trainer(options, hardware_settings(options))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from model.probes import ClusterProbe, LinearProbe, read_both
 from utils.crf import CrfPool, HeadLogits
+from utils.meanfield import MeanField
 from utils.metrics import ConfusionMatrix, Scores, score
 from utils.transforms import normalise, to_eight_bit
 from utils.upsampling import bilinear_taps
@@ -76,7 +77,7 @@ class Evaluator(nn.Module):
         shapes = {"cluster": n_clusters, "linear": n_classes}
         self.plain = nn.ModuleDict({name: ConfusionMatrix(n_classes, k) for name, k in shapes.items()})
         self.refined = nn.ModuleDict({name: ConfusionMatrix(n_classes, k) for name, k in shapes.items()})
-        self.pool: CrfPool | None = None
+        self.pool: CrfPool | MeanField | None = None
         self.pictured: frozenset[int] = frozenset()  # places in the set of the images to keep
         self.reset()
 
@@ -132,27 +133,26 @@ class Evaluator(nn.Module):
                 self.pictures.append(Prediction(image[place].cpu(), label[place].cpu(), *maps))
 
     def _refine(self, heads: dict[str, Tensor], norm: Tensor | None, *, image: Tensor, label: Tensor) -> None:
-        shown = to_eight_bit(normalise(image)).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+        shown = to_eight_bit(normalise(image)).permute(0, 2, 3, 1)  # (B, H, W, 3)
         scale = 1.0 if norm is None else CLUSTER_ALPHA
-        logits = [(scale * heads["cluster"]).cpu().numpy()]
-        divisors = [None if norm is None else norm.cpu().numpy()]
-        if "linear" in heads:
-            logits.append(heads["linear"].cpu().numpy())
-            divisors.append(None)
-        for place in range(len(image)):
-            given = [
-                HeadLogits(part[place], None if divisor is None else divisor[place])
-                for part, divisor in zip(logits, divisors, strict=True)
-            ]
-            self.pool.submit(shown[place], given, tag=label[place].cpu())
+        maps = [shown, scale * heads["cluster"], norm, heads.get("linear")]
+        if not isinstance(self.pool, MeanField):  # to other processes
+            maps = [None if t is None else t.cpu().numpy() for t in maps]
+            label = label.cpu()
+        for place in range(len(label)):
+            picture, cosine, divisor, linear = (None if t is None else t[place] for t in maps)
+            given = [HeadLogits(cosine, divisor)]
+            if linear is not None:
+                given.append(HeadLogits(linear))
+            self.pool.submit(picture, given, tag=label[place])
         self.collect_refined()
 
     def collect_refined(self, *, wait_for_one: bool = False) -> int:
-        """Counts what the CRF processes have finished; returns how many images are still with them."""
+        """Counts what the CRF has finished; returns how many images are still with its processes."""
         for label, predictions in self.pool.finished(wait_for_one=wait_for_one):
             for name, prediction in zip(HEADS, predictions, strict=False):
                 metric = self.refined[name]
-                metric.update(*(t.to(metric.counts.device) for t in (torch.from_numpy(prediction), label)))
+                metric.update(*(t.to(metric.counts.device) for t in (torch.as_tensor(prediction), label)))
         return len(self.pool)
 
     def compute(self, *, refined: bool = False) -> Evaluation:

@@ -166,6 +166,17 @@ def test_crf__without_pydensecrf_all_else_runs(tiny_file, monkeypatch, capsys):
     assert "tiny, after CRF: pydensecrf does not import" in capsys.readouterr().out
 
 
+def test_crf__either_backend_gives_the_same_metrics(tiny_file, monkeypatch):
+    path = tiny_file()
+    (trained,) = run.main(["--opt", path])
+    words = ["--opt", path, "--checkpoint", "tiny", "wandb.name=again", "eval.crf_backend=torch"]
+    monkeypatch.setattr("utils.crf.crf_missing", lambda: "pydensecrf does not import")
+    (evaluated,) = evaluation.main(words)
+    assert evaluated["after_crf_missing"] is None
+    assert evaluated["after_crf"] == pytest.approx(trained["after_crf"], abs=0.1)
+    assert evaluated["after_crf"] != evaluated["before_crf"]
+
+
 def test_non_finite_loss__stops_and_says_where(tiny_file):
     with pytest.raises(UserError, match=r"not finite at or before step 2 .*PPAP nan"):
         run.main(["--opt", tiny_file(), "optimizer.net.lr=1e6", "train.grad_norm=inf", "eval.is_crf=false"])

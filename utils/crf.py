@@ -12,11 +12,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from utils.upsampling import upsample
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ITERATIONS = 10
 GAUSSIAN = {"sxy": 1, "compat": 3}
@@ -27,15 +30,15 @@ NEVER = 1e6  # energy of a label that a head does not have
 
 @dataclass(frozen=True)
 class HeadLogits:
-    """Logits of one head for one image.
+    """Logits of one head for one image; tensors on one device where `utils.meanfield` refines.
 
     Attributes:
         logits: (K, h, w) float32 on the patch grid.
         divisor: (H, W) float32 that the upsampled logits are divided by, or None.
     """
 
-    logits: np.ndarray
-    divisor: np.ndarray | None = None
+    logits: np.ndarray | Tensor
+    divisor: np.ndarray | Tensor | None = None
 
     def at(self, size: tuple[int, int]) -> np.ndarray:
         """(K, H, W) float32."""

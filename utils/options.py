@@ -233,7 +233,12 @@ class EvalOptions:
     extra_clusters: int = option(0, "must equal model.extra_clusters", least=0)
     last_step: bool = option(False, "after training, also evaluate the last step's weights, in `last`")
     batch_size: int = option(16, "images per batch", least=1)
-    crf_workers: int | None = option(None, "CRF processes; null is one per core", least=1)
+    crf_backend: str = option(
+        "pydensecrf",
+        "what refines: processes, or torch on the device of the network",
+        choices=("pydensecrf", "torch"),
+    )
+    crf_workers: int | None = option(None, "pydensecrf: CRF processes; null is one per core", least=1)
     pictures: int = option(8, "validation images in predictions.png; 0 draws none", least=0, most=64)
 
 

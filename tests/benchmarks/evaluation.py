@@ -16,6 +16,7 @@ from tests.benchmarks import literal
 from tests.benchmarks.inputs import scene, shape_options
 from tests.benchmarks.measure import Bench, Cost, Row
 from utils.crf import CrfPool, HeadLogits, crf_missing, refine
+from utils.meanfield import MeanField
 from utils.upsampling import upsample
 
 EVALUATED = {"cpu": 4, "cuda": 16}  # images in a batch; the literal form upsamples all channels
@@ -84,6 +85,23 @@ def bench_crf(bench: Bench, shape: str) -> list[Row]:
         for image, pair in zip(images, heads, strict=True):
             [marginal.argmax(axis=0) for marginal in refine(image, pair)]
 
+    shown = [torch.tensor(image, device=bench.device) for image in images]
+    given = [
+        [
+            HeadLogits(
+                *(x if x is None else torch.tensor(x, device=bench.device) for x in vars(head).values())
+            )
+            for head in pair
+        ]
+        for pair in heads
+    ]
+
+    def on_device() -> None:
+        field = MeanField()
+        for image, pair in zip(shown, given, strict=True):
+            field.submit(image, pair, None)
+        list(field.finished())
+
     with CrfPool() as pool:
 
         def pooled() -> None:
@@ -96,6 +114,7 @@ def bench_crf(bench: Bench, shape: str) -> list[Row]:
             "literal": literally,
             "one lattice an image": shared,
             f"ours, {pool.workers} processes": pooled,
+            f"ours, torch on {bench.device.type}": on_device,
         }
         rows = bench.compare("crf", forms, items=REFINED)
     sharing = rows[0].seconds / rows[1].seconds

@@ -5,7 +5,8 @@ from torch.nn import functional as F
 
 from model.evaluator import CLUSTER_ALPHA, Evaluator, upsampled_norm
 from model.probes import ClusterProbe, LinearProbe
-from utils.crf import CrfPool, HeadLogits
+from utils.crf import CrfPool, HeadLogits, refine
+from utils.meanfield import MeanField
 
 
 @pytest.mark.parametrize("shape", [(13, 7, 97, 64), (16, 16, 224, 224), (1, 3, 8, 9), (8, 8, 8, 8)])
@@ -135,12 +136,36 @@ def test_crf__pool_counts_every_image_once(batch):
     assert int(evaluator.refined["linear"].compute().sum()) == valid
 
 
+class InProcess(list):
+    """What CrfPool does, without processes."""
+
+    def submit(self, image, heads, tag):
+        self.append((tag, [marginals.argmax(0) for marginals in refine(image, heads)]))
+
+    def finished(self, *, wait_for_one=False):
+        while self:
+            yield self.pop(0)
+
+
+@pytest.mark.parametrize(("is_direct", "with_linear"), [(False, True), (True, True), (False, False)])
+def test_crf__on_the_device_equals_the_pool(batch, is_direct, with_linear):
+    in_pool, on_device = (
+        Evaluator(3, 12 if is_direct else 4, is_direct=is_direct, with_linear=with_linear) for _ in range(2)
+    )
+    in_pool.pool, on_device.pool = InProcess(), MeanField()
+    for evaluator in (in_pool, on_device):
+        add(evaluator, batch)
+    assert on_device.collect_refined() == 0
+    for name in ("cluster", "linear") if with_linear else ("cluster",):
+        difference = on_device.refined[name].compute() - in_pool.refined[name].compute()
+        assert difference.abs().sum() <= 4  # ties
+        assert on_device.refined[name].compute().sum() == (batch["label"] >= 0).sum()
+
+
 def test_pool__results_keep_their_order_and_tag():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (6, 24, 24, 3), dtype=np.uint8)
     logits = rng.normal(size=(6, 3, 6, 6)).astype(np.float32)
-    from utils.crf import refine
-
     with CrfPool(2) as pool:
         for place in range(6):
             pool.submit(images[place], [HeadLogits(logits[place])], tag=place)

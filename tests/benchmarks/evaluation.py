@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -55,13 +55,60 @@ def bench_eval(bench: Bench, shape: str) -> list[Row]:
     return bench.compare("eval", {"literal": literally, "ours": ours}, costs={"ours": [cost]}, items=images)
 
 
-def head_logits(number: int, n_classes: int, side: int, res: int) -> list[HeadLogits]:
-    """Smooth logits of both heads on the patch grid."""
-    drawn = torch.Generator().manual_seed(number)
-    coarse = torch.randn(2, n_classes, 6, 6, generator=drawn)
+@dataclass(frozen=True)
+class Unrefined:
+    """An image (H, W, 3) uint8 and the logits of both its heads."""
+
+    image: np.ndarray
+    heads: list[HeadLogits]
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, list[HeadLogits]]:
+        """The same as tensors."""
+
+        def moved(array: np.ndarray | None) -> torch.Tensor | None:
+            return None if array is None else torch.tensor(array, device=device)
+
+        heads = [HeadLogits(moved(head.logits), moved(head.divisor)) for head in self.heads]
+        return moved(self.image), heads
+
+
+def unrefined(number: int, n_classes: int, *, side: int, res: int) -> Unrefined:
+    """A scene with smooth logits on the patch grid."""
+    coarse = torch.randn(2, n_classes, 6, 6, generator=torch.Generator().manual_seed(number))
     inner, logits = F.interpolate(coarse, size=(side, side), mode="bilinear").numpy()
     norm = np.full((res, res), 1.5, dtype=np.float32)
-    return [HeadLogits(CLUSTER_ALPHA * inner, norm), HeadLogits(logits)]
+    image = np.asarray(scene(number, (res, res), n_classes)[0])
+    return Unrefined(image, [HeadLogits(CLUSTER_ALPHA * inner, norm), HeadLogits(logits)])
+
+
+def literal_crf(items: list[Unrefined]) -> None:
+    """One image after another, one head after another."""
+    for item in items:
+        for head in item.heads:
+            full = upsample(head.logits, item.image.shape[:2])
+            literal.crf(item.image, full if head.divisor is None else full / head.divisor).argmax(axis=0)
+
+
+def shared_crf(items: list[Unrefined]) -> None:
+    """One image after another, both heads on its lattice."""
+    for item in items:
+        [marginal.argmax(axis=0) for marginal in refine(item.image, item.heads)]
+
+
+def pooled_crf(items: list[Unrefined], pool: CrfPool) -> None:
+    """All images through the processes of an evaluation."""
+    for item in items:
+        pool.submit(item.image, item.heads, None)
+    while len(pool):
+        list(pool.finished(wait_for_one=True))
+
+
+def device_crf(items: list[tuple[torch.Tensor, list[HeadLogits]]]) -> None:
+    """One image after another by eval.crf_backend torch."""
+    field = MeanField()
+    for image, heads in items:
+        field.submit(image, heads, None)
+    list(field.finished())
 
 
 def bench_crf(bench: Bench, shape: str) -> list[Row]:
@@ -72,49 +119,14 @@ def bench_crf(bench: Bench, shape: str) -> list[Row]:
     options = shape_options(shape)
     n_classes = DATA_SETS[options.dataset.data_type].labels(options.dataset).n_classes
     res, side = options.dataset.val_res, options.dataset.val_res // options.model.pretrained.dino_patch_size
-    images = [np.asarray(scene(number, (res, res), n_classes)[0]) for number in range(REFINED)]
-    heads = [head_logits(number, n_classes, side, res) for number in range(REFINED)]
-
-    def literally() -> None:
-        for image, pair in zip(images, heads, strict=True):
-            for head in pair:
-                full = upsample(head.logits, (res, res))
-                literal.crf(image, full if head.divisor is None else full / head.divisor).argmax(axis=0)
-
-    def shared() -> None:
-        for image, pair in zip(images, heads, strict=True):
-            [marginal.argmax(axis=0) for marginal in refine(image, pair)]
-
-    shown = [torch.tensor(image, device=bench.device) for image in images]
-    given = [
-        [
-            HeadLogits(
-                *(x if x is None else torch.tensor(x, device=bench.device) for x in vars(head).values())
-            )
-            for head in pair
-        ]
-        for pair in heads
-    ]
-
-    def on_device() -> None:
-        field = MeanField()
-        for image, pair in zip(shown, given, strict=True):
-            field.submit(image, pair, None)
-        list(field.finished())
-
+    items = [unrefined(number, n_classes, side=side, res=res) for number in range(REFINED)]
+    moved = [item.on(bench.device) for item in items]
     with CrfPool() as pool:
-
-        def pooled() -> None:
-            for image, pair in zip(images, heads, strict=True):
-                pool.submit(image, pair, None)
-            while len(pool):
-                list(pool.finished(wait_for_one=True))
-
-        forms: dict[str, Callable[[], Any]] = {
-            "literal": literally,
-            "one lattice an image": shared,
-            f"ours, {pool.workers} processes": pooled,
-            f"ours, torch on {bench.device.type}": on_device,
+        forms = {
+            "literal": partial(literal_crf, items),
+            "one lattice an image": partial(shared_crf, items),
+            f"ours, {pool.workers} processes": partial(pooled_crf, items, pool),
+            f"ours, torch on {bench.device.type}": partial(device_crf, moved),
         }
         rows = bench.compare("crf", forms, items=REFINED)
     sharing = rows[0].seconds / rows[1].seconds

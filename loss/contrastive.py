@@ -88,14 +88,15 @@ def masked_contrastive(
     kept_logits = logits.masked_fill(~kept, -torch.inf)  # (A, N)
     top = kept_logits.detach().amax(dim=1)  # (A,)
     top = top.masked_fill(top == -torch.inf, 0)  # without P there may be no kept one
-    exponent = (kept_logits - top[:, None]).exp()  # (A, N)
+    exponent = kept_logits.sub_(top[:, None]).exp_()  # (A, N)
     total = torch.where(valid, exponent.sum(dim=1), 1.0)  # (A,)
-    mean = (logits * members).sum(dim=1) / count.clamp_min(1)  # (A,), of the positives' logits
+    mean = torch.einsum("an,an->a", logits, members) / count.clamp_min(1)  # (A,), of the positives' logits
     loss = torch.where(valid, scale * (top + total.log() - mean), 0.0)  # (A,)
     slope = None
     if with_slope:
-        factor = scale * valid  # (A,)
-        slope = (
-            exponent * (factor / total)[:, None] - members * (factor / count.clamp_min(1))[:, None]
-        )  # (A, N)
+        with torch.no_grad():
+            slope = exponent.clone() if exponent.requires_grad else exponent
+            factor = scale * valid  # (A,)
+            slope.mul_((factor / total)[:, None])
+            slope.addcmul_(members, (factor / count.clamp_min(1))[:, None], value=-1)  # (A, N)
     return ContrastiveTerm(loss, slope)

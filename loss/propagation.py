@@ -105,10 +105,12 @@ def propagate(
     proxies = start(anchors, boundaries)
     similarity = proxies.vectors.to(operand).float() @ bank.T  # (A, N)
     for _ in range(boundaries.steps):
-        inside = (similarity > proxies.phi).to(bank.dtype)  # (A, N), P_{t-1}
+        inside = similarity.gt_(
+            proxies.phi
+        )  # (A, N), 1 on P_{t-1}; in place: memory costs more than products
         size = inside.sum(dim=1, keepdim=True)  # (A, 1)
         proxies = relocate(proxies, inside @ bank, size=size, boundaries=boundaries)
-        similarity = proxies.vectors.to(operand).float() @ bank.T
+        similarity = torch.mm(proxies.vectors.to(operand).float(), bank.T, out=inside)
     return Propagation(proxies.vectors, similarity, proxies.phi, proxies.psi)
 
 

@@ -91,7 +91,7 @@ def _add_rows(
         with_slope=grad_z is not None,
     )
     if grad_z is not None:
-        slope = term.slope * (weight / tau)[:, None]  # (A, N)
+        slope = term.slope.mul_((weight / tau)[:, None])  # (A, N)
         grad_z.addmm_(slope.T, z[index])
         grad_z.index_add_(0, index, slope @ z)
     return (term.loss * weight).sum()

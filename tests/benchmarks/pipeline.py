@@ -26,7 +26,7 @@ from utils.options import Options
 from utils.training import build_trainer, hardware_settings
 from utils.transforms import Geometry
 
-PHOTOGRAPHS = {"cpu": 16, "cuda": 128}  # of five crops each
+PHOTOGRAPHS = {"cpu": 8, "cuda": 128}  # of five crops each
 CLASSES = 27
 
 

@@ -33,7 +33,7 @@ from loss.propagation import Boundaries
 from loss.streamed import streamed_sums
 
 BACKENDS = ("torch", "triton")
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}  # entries of one (anchors, N) float32 tensor
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}  # entries of one (anchors, N) float32 tensor
 
 
 @dataclass(frozen=True)

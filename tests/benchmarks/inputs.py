@@ -99,7 +99,7 @@ def scene(number: int, size: tuple[int, int], n_classes: int) -> tuple[Image.Ima
     width, height = size
     coarse = torch.rand(1, 3, 6, 8, generator=drawn)
     fine = F.interpolate(coarse, size=(height, width), mode="bilinear")[0]  # (3, H, W)
-    grain = 0.05 * torch.randn(3, height, width, generator=drawn)
+    grain = 0.01 * torch.randn(3, height, width, generator=drawn)
     pixels = (255 * (fine + grain).clamp(0, 1)).byte().permute(1, 2, 0).numpy()
     blobs = torch.rand(1, n_classes, 6, 8, generator=drawn)
     classes = F.interpolate(blobs, size=(height, width), mode="bilinear")[0].argmax(dim=0)

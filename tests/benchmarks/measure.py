@@ -109,6 +109,7 @@ class Bench:
         *,
         costs: dict[str, list[Cost]] | None = None,
         items: int | None = None,
+        repeats: int | None = None,
     ) -> list[Row]:
         """Rows of all forms; the one named "literal" is what the others are held against.
 
@@ -117,10 +118,11 @@ class Bench:
             forms: name -> what to run.
             costs: name -> what that form cannot do without, for its floor; one after another.
             items: that one run deals with.
+            repeats: timed runs of each form; None: as many as of any.
         """
         peaks = {name: self.peak(form) for name, form in forms.items()}  # these runs warm up too
         seconds: dict[str, list[float]] = {name: [] for name in forms}
-        for _ in range(self.repeats):
+        for _ in range(repeats or self.repeats):
             for name, form in forms.items():
                 seconds[name].append(self.once(form))
         medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -89,6 +89,7 @@ def relocate(proxies: Proxies, total: Tensor, *, size: Tensor, boundaries: Bound
     return Proxies(relocated, phi, psi)
 
 
+@torch.no_grad()
 def propagate(
     anchors: Tensor, bank: Tensor, boundaries: Boundaries, *, operand: torch.dtype = torch.float32
 ) -> Propagation:

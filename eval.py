@@ -269,7 +269,10 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
     for job in jobs:
         find_checkpoint(job.options.checkpoint, job.options.output_dir)  # named at all?
     from utils.report import class_table, metrics_table, sweep_table
+    from utils.training import check_backends
 
+    for job in jobs:
+        check_backends(job.options)
     results = []
     for job in jobs:
         name = job.options.wandb.name

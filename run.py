@@ -55,14 +55,12 @@ def train(options: Options, folder: Path) -> Trained:
         ValidationSteps,
         build_loggers,
         build_trainer,
-        check_backend,
         checkpoint_keepers,
         close_loggers,
         hardware_settings,
     )
 
     hardware = hardware_settings(options)
-    check_backend(options, hardware["accelerator"])
     data = build_data(options)
     module = build_module(
         options, data.labels, train_labelled=data.train_labelled, checkpoint=options.checkpoint or None
@@ -204,6 +202,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         return [make_demo_weights(jobs[0].options)]
     from utils.files import move_aside
     from utils.report import class_table, metrics_table, sweep_table, write_sweep
+    from utils.training import check_backends
+
+    for job in jobs:
+        check_backends(job.options)
 
     finished, rows = [], []
     for job in jobs:

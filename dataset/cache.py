@@ -31,6 +31,7 @@ from utils.files import make_folder, read_json_object, write_json
 
 HEADROOM = 2**28  # bytes that a cache leaves free
 FORMAT = 1  # raised when tokens, labels or synthetic scenes come out otherwise than before
+MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")  # a container sees its own here
 IGNORED = 255  # as labels are stored; every data set here has fewer classes
 
@@ -170,6 +171,7 @@ def _write(
         for array in arrays.values():
             array.flush()
         write_json(part / "about.json", about | {name: list(stored.shape) for name, stored in plan.items()})
+        part.chmod(0o777 & ~_umask())  # mkdtemp's folder is its user's alone
         if not _complete(there, plan):  # otherwise another run was first
             shutil.rmtree(there, ignore_errors=True)  # a damaged one
             os.replace(part, there)
@@ -179,6 +181,13 @@ def _write(
         ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's mask of permissions, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _new_file(path: Path, stored: Stored) -> np.memmap:
@@ -230,15 +239,17 @@ def _complete(folder: Path, plan: dict[str, Stored]) -> bool:
 def _free_memory() -> int:
     """Bytes of memory that Linux and the control group leave; elsewhere more than any cache takes."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = MEMINFO.read_text(encoding="ascii").splitlines()
         free = next(2**10 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 2**62
     try:
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no such group, or no limit ("max")
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        files = int(stat["inactive_file"]) + int(stat["active_file"])  # given up where memory is wanted
+    except (OSError, ValueError, KeyError):  # no such group, or no limit ("max")
         return free
-    return min(free, limit - used)
+    return min(free, max(0, limit - used + files))
 
 
 def _check_space(free: int, needed: int, what: str, mend: str) -> None:

@@ -1,9 +1,9 @@
 """The loss by Triton kernels: what `streamed` holds a chunk at a time, made and consumed tile by tile.
 
-Of the (A, N) pairs only the sets reach memory, a bit a pair: they are decided once, so the sum of positives,
-the loss and both gradients speak of the same sets whatever order their products are added in. A step makes
-2 T + 6 products of A * N * D, where 2 T + 4 would do if the logits were kept: each of both gradients makes
-them again, once per 384 columns of z.
+Of the (A, N) pairs only the sets reach memory, a bit a pair, beside at most 32 partial sums (A, D). They are
+decided once, so the sum of positives, the loss and both gradients speak of the same sets whatever order their
+products are added in. A step makes 2 T + 6 products of A * N * D, where 2 T + 4 would do if the logits were
+kept: each of both gradients makes them again, once per 384 columns of z.
 """
 
 from __future__ import annotations

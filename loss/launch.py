@@ -18,7 +18,7 @@ THRESHOLD = {"BLOCK_A": 128, "BLOCK_N": 128, "BLOCK_D": 16, "num_warps": 8}
 GATHER = {"BLOCK_A": 128, "BLOCK_N": 64, "BLOCK_D": 128, "num_warps": 8}
 CONTRAST = {"BLOCK_A": 64, "BLOCK_N": 128, "BLOCK_D": 16, "num_warps": 8}
 GRADIENT = {"BLOCK_R": 32, "BLOCK_C": 32, "BLOCK_D": 16, "BLOCK_OUT": 128, "num_warps": 8}
-SPAN = 2048  # patches a program sums over; a constant, so that no sum depends on the device
+SPAN, MOST_SPANS = 2048, 32  # patches that a program sums over at least, and parts that a sum has at most
 SCALE = 2.0**12  # of a bank held in float16 pairs: unit rows stay below float16's 65504
 INTERPRETED = not isinstance(kernels.threshold_kernel, triton.JITFunction)  # TRITON_INTERPRET=1: on the CPU
 
@@ -124,7 +124,8 @@ def threshold(
 def gather(words: Tensor, bank: Bank) -> Gathered:
     """Sum of the bank's rows over the bits set in words (A, W) int32."""
     count, (patches, dim) = len(words), bank.rows.shape
-    spans = _blocks(patches, SPAN)
+    span = _span(patches)
+    spans = _blocks(patches, span)
     totals = torch.empty(spans, count, dim, device=words.device)  # (S, A, D)
     sizes = torch.empty(spans, count, dtype=torch.int32, device=words.device)  # (S, A)
     grid = (_blocks(count, GATHER["BLOCK_A"]), _blocks(dim, GATHER["BLOCK_D"]), spans)
@@ -137,7 +138,7 @@ def gather(words: Tensor, bank: Bank) -> Gathered:
         count,
         patches,
         words.shape[1],
-        SPAN,
+        span,
         D=dim,
         WITH_LOW=bank.low is not None,
         **GATHER,
@@ -148,7 +149,8 @@ def gather(words: Tensor, bank: Bank) -> Gathered:
 def contrast(z: Tensor, index: Tensor, sets: Sets, *, tau: float, precision: str = "ieee") -> Contrast:
     """The sums of the anchors at `index` (A,) against z (N, D')."""
     count, (patches, dim) = len(index), z.shape
-    spans = _blocks(patches, SPAN)
+    span = _span(patches)
+    spans = _blocks(patches, span)
     sums = torch.empty(3, spans, count, device=z.device)  # peak, total above it, logits over P
     counts = torch.empty(2, spans, count, dtype=torch.int32, device=z.device)  # |P|, below
     kernels.contrast_kernel[(_blocks(count, CONTRAST["BLOCK_A"]), spans)](
@@ -162,7 +164,7 @@ def contrast(z: Tensor, index: Tensor, sets: Sets, *, tau: float, precision: str
         count,
         patches,
         sets.above.shape[1],
-        SPAN,
+        span,
         spans,
         D=dim,
         PRECISION=precision,
@@ -215,9 +217,15 @@ def gradient(
         return out.sum(dim=0) if len(out) > 1 else out[0]
 
     of_patches = launch(z.new_empty(1, patches, dim), patches, of_patches=True, span=count)  # (N, D')
-    parts = z.new_empty(_blocks(patches, SPAN), count, dim)  # (S, A, D')
-    of_anchors = launch(parts, count, of_patches=False, span=SPAN) / tau  # (A, D')
+    span = _span(patches)
+    parts = z.new_empty(_blocks(patches, span), count, dim)  # (S, A, D')
+    of_anchors = launch(parts, count, of_patches=False, span=span) / tau  # (A, D')
     return of_patches.index_add_(0, index, of_anchors)
+
+
+def _span(patches: int) -> int:
+    """Patches a program sums over: of N alone, so that no sum depends on the device; a multiple of tiles."""
+    return max(SPAN, 128 * _blocks(patches, 128 * MOST_SPANS))
 
 
 def _blocks(size: int, block: int) -> int:

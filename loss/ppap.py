@@ -72,8 +72,9 @@ class PPAPLoss(nn.Module):
             (rounded to it, accumulated in float32).
         chunk_size: anchors held against the N patches at a time; None chooses by device and N. A group
             that does not fit is propagated twice, once to learn how many of its anchors count.
-        backend: "torch", or "triton" for the kernels of `loss.kernels`, which hold a bit a pair instead of
-            chunks; on CUDA, or on the CPU in Triton's interpreter (TRITON_INTERPRET=1).
+        backend: "torch", or "triton" for the kernels of `loss.kernels`, which hold a bit a pair and up to
+            32 partial sums (A, D) instead of chunks; on CUDA, or on the CPU in Triton's interpreter
+            (TRITON_INTERPRET=1).
 
     Raises:
         ValueError: a coefficient is out of range.

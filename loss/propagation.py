@@ -106,9 +106,7 @@ def propagate(
     proxies = start(anchors, boundaries)
     similarity = proxies.vectors.to(operand).float() @ bank.T  # (A, N)
     for _ in range(boundaries.steps):
-        inside = similarity.gt_(
-            proxies.phi
-        )  # (A, N), 1 on P_{t-1}; in place: memory costs more than products
+        inside = similarity.gt_(proxies.phi)  # (A, N), 1 on P_{t-1}; in place, as fresh memory costs more
         size = inside.sum(dim=1, keepdim=True)  # (A, 1)
         proxies = relocate(proxies, inside @ bank, size=size, boundaries=boundaries)
         similarity = torch.mm(proxies.vectors.to(operand).float(), bank.T, out=inside)

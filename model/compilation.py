@@ -1,4 +1,7 @@
-"""torch.compile with a way back: what cannot be compiled runs as it is, and says why."""
+"""torch.compile with a way back: what cannot be compiled runs as it is, and says why.
+
+The way back is the forward pass's; a gradient that cannot be compiled stops the run with torch's own message.
+"""
 
 from __future__ import annotations
 

@@ -267,6 +267,14 @@ def test_evaluate__without_validation_images_or_labels_has_no_metrics(tiny_file,
         )
 
 
+def test_sweep__a_backend_without_its_device_stops_it_before_the_first_run(tiny_file, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=r"training_coeff\.backend is triton"):
+        run.main(["--opt", tiny_file(), "training_coeff.backend=torch,triton"])
+    assert not (tmp_path / "output").exists()
+
+
 def test_last_step__is_evaluated_beside_the_best(tiny_file, tmp_path, capsys):
     path = tiny_file(train__epoch=2, eval__last_step=True, eval__is_crf=False)
     (result,) = run.main(["--opt", path])

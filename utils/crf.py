@@ -106,8 +106,10 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         glibc = ctypes.CDLL("libc.so.6")
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            glibc.mallopt(parameter, 2**30)
+        if any(
+            glibc.mallopt(M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)
+        ):  # the most before glibc 2.35
+            glibc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 class CrfPool:

@@ -69,7 +69,7 @@ def device_settings(options: Options) -> dict[str, Any]:
                 f"gpu_ids is {options.gpu_ids}, must be one device from 0 to {count - 1} on this machine"
             )
         return {"accelerator": "cuda", "devices": list(options.gpu_ids)}
-    accelerator = "mps" if torch.backends.mps.is_available() else "cpu"
+    accelerator = _accelerator()
     print(f"device: {accelerator} (no CUDA device; gpu_ids {options.gpu_ids} ignored)")
     return {"accelerator": accelerator, "devices": 1}
 
@@ -91,22 +91,34 @@ def precision_settings(options: Options, accelerator: str) -> dict[str, Any]:
     return {"precision": {"bf16": "bf16-mixed", "fp32": "32-true"}[chosen]}
 
 
-def check_backend(options: Options, accelerator: str) -> None:
-    """Whether the loss can be computed as `training_coeff.backend` says, before anything is written.
+def check_backends(options: Options) -> None:
+    """Whether loss and CRF can be computed as the options say on this machine, before anything is run.
 
     Raises:
-        UserError: Triton is not installed, or the device is none of its.
+        UserError: Triton is not installed, or the device is none of its; or no CRF in torch on Apple MPS.
     """
-    if options.training_coeff.backend != "triton":
-        return
-    if accelerator != "cuda" and not (accelerator == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        raise UserError(
-            f"training_coeff.backend is triton, which needs CUDA; it must be torch on {accelerator}"
-        )
-    if find_spec("triton") is None:
-        raise UserError(
-            "training_coeff.backend is triton, which is not installed: pip install triton, or set it to torch"
-        )
+    cuda, interpreted = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
+    mistakes = []
+    if options.training_coeff.backend == "triton":
+        if find_spec("triton") is None:
+            mistakes.append(
+                "training_coeff.backend is triton, which is not installed: pip install triton, or take torch"
+            )
+        elif cuda == interpreted:
+            mend = "unset TRITON_INTERPRET" if cuda else "set it to torch"
+            mistakes.append(
+                f"training_coeff.backend is triton, which needs CUDA and compiled kernels: {mend}"
+            )
+    if options.eval.is_crf and options.eval.crf_backend == "torch" and _accelerator() == "mps":
+        mistakes.append("eval.crf_backend is torch, must be pydensecrf on mps, which lacks an operation")
+    if mistakes:
+        raise UserError(mistakes)
+
+
+def _accelerator() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def build_trainer(
@@ -126,9 +138,8 @@ def build_trainer(
         callbacks: beside the progress bar.
         validate: whether there are validation images.
     """
-    refresh = (
-        options.train.print_freq if hardware["accelerator"] == "cuda" else 1
-    )  # each waits for the device
+    # each refresh waits for the device
+    refresh = options.train.print_freq if hardware["accelerator"] == "cuda" else 1
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for library in ("pytorch_lightning", "lightning_fabric", "torchmetrics"):
         warnings.filterwarnings("ignore", module=library)

@@ -32,7 +32,7 @@ GROWTH_STEPS = range(6)
 
 
 def loss_cost(options: Options, inputs: LossInputs) -> Cost:
-    """Products: similarities 1 + T times, sums of positives T times, logits, two for the gradient."""
+    """Dense products: similarities 1 + T times, sums of positives T times, logits, two for the gradient."""
     chosen = options.training_coeff
     patches, dim = inputs.z.shape
     anchors = int((inputs.anchors >= 0).sum())

@@ -1,12 +1,14 @@
 """The published computation in its literal form: what a careful reader of the paper would write first.
 
-Each is held against the published code's numbers in test_literal.py; none is slower than it has to be for
-what it is, a direct transcription.
+Loss, predictions and CRF are held against the published code's numbers in test_literal.py, a loader's first
+view against our own item; none is slower than it has to be for what it is, a direct transcription. On CUDA
+the loss is float32 throughout, where the published one takes similarities and logits in float16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -99,25 +101,27 @@ def crf(image: np.ndarray, log_probability: np.ndarray) -> np.ndarray:
     return np.asarray(model.inference(ITERATIONS)).reshape(labels, height, width)
 
 
+@lru_cache(maxsize=1)
+def _transforms(res: int) -> tuple[Callable, Callable, Callable]:
+    """To the size, from an image to a normalised tensor, and what the second view changes."""
+    from torchvision.transforms import InterpolationMode, v2
+
+    shape = [v2.Resize(res, interpolation=InterpolationMode.NEAREST), v2.CenterCrop(res)]
+    tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    change = [
+        v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(0.3, 0.3, 0.3, 0.1)], p=0.8),
+        v2.RandomApply([v2.GaussianBlur(5)], p=0.5),
+    ]
+    return v2.Compose(shape), v2.Compose(tensor), v2.Compose(change)
+
+
 def two_views(image: Image.Image, label: Image.Image, res: int, rule: np.ndarray) -> tuple[Tensor, ...]:
     """A train item with the second view that nothing reads: (image, second view, label).
 
     Resize, centre crop and normalisation of both; colour jitter, blur and flip of the second.
     """
-    from torchvision.transforms import InterpolationMode, v2
-
-    nearest = InterpolationMode.NEAREST
-    shape = v2.Compose([v2.Resize(res, interpolation=nearest), v2.CenterCrop(res)])
-    tensor: Callable[[Image.Image], Tensor] = v2.Compose(
-        [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-    )
-    change = v2.Compose(
-        [
-            v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(0.3, 0.3, 0.3, 0.1)], p=0.8),
-            v2.RandomApply([v2.GaussianBlur(5)], p=0.5),
-        ]
-    )
+    shape, tensor, change = _transforms(res)
     image, label = shape(image), shape(label)
     classes = torch.from_numpy(rule[np.asarray(label)])  # (H, W)
     return tensor(image), tensor(change(image)), classes

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -23,7 +24,7 @@ from tests.benchmarks.compute import LITERAL_BATCH, literal_losses, network_cost
 from tests.benchmarks.inputs import random_module, shape_options, write_photographs
 from tests.benchmarks.measure import Bench, Row
 from utils.options import Options
-from utils.training import build_trainer, hardware_settings
+from utils.training import build_trainer, precision_settings
 from utils.transforms import Geometry
 
 PHOTOGRAPHS = {"cpu": 8, "cuda": 128}  # of five crops each
@@ -77,9 +78,9 @@ def bench_data(bench: Bench, shape: str) -> list[Row]:
         return bench.compare("data", forms, items=len(prepared))
 
 
-def literal_epoch(module: PPAPModule, source: Source, options: Options) -> Callable[[], None]:
+def literal_epoch(bench: Bench, module: PPAPModule, source: Source, options: Options) -> Callable[[], None]:
     """Two views of each item, the literal loss, no token kept."""
-    device = next(module.parameters()).device
+    device = bench.device
     items = TwoViews(source, options.dataset.res)
     loader = DataLoader(
         items,
@@ -88,38 +89,44 @@ def literal_epoch(module: PPAPModule, source: Source, options: Options) -> Calla
         persistent_workers=True,
         drop_last=True,
         shuffle=True,
+        pin_memory=device.type == "cuda",
     )
-    optimizer = module.configure_optimizers()
+    optimizer = module.to(device).configure_optimizers()
+    given: dict[str, torch.Tensor] = {}
+    step = step_form(module, optimizer, lambda: literal_losses(module, **given))
 
     def run() -> None:
+        module.to(device)  # Lightning leaves it on the CPU
         for image, _, label in loader:
-            step = step_form(
-                module,
-                optimizer,
-                functools.partial(literal_losses, module, image.to(device), label.to(device)),
-            )
+            given.update(image=image.to(device, non_blocking=True), label=label.to(device, non_blocking=True))
             step()
 
     return run
 
 
-def fitted(module: PPAPModule, data: SegmentationData, options: Options) -> Callable[[], None]:
+def hardware_of(bench: Bench, options: Options) -> dict[str, Any]:
+    """The Trainer's settings for the device that is measured, whatever else there is."""
+    accelerator = bench.device.type
+    return {"accelerator": accelerator, "devices": 1} | precision_settings(options, accelerator)
+
+
+def fitted(bench: Bench, module: PPAPModule, data: SegmentationData) -> Callable[[], None]:
     """An epoch by Lightning's loop, as run.py runs it, without validation."""
     loader = data.train_dataloader()
 
     def run() -> None:
-        trainer = build_trainer(options, hardware_settings(options), validate=False)
+        trainer = build_trainer(data.options, hardware_of(bench, data.options), validate=False)
         trainer.fit(module, loader)
 
     return run
 
 
-def cached_data(module: PPAPModule, options: Options) -> SegmentationData:
+def cached_data(bench: Bench, module: PPAPModule, options: Options) -> SegmentationData:
     """The same items as tokens in memory."""
     options = copy.deepcopy(options)
     options.dataset.cache_features = "ram"
     data = SegmentationData(options, DATA_SETS["directory"])
-    trainer = build_trainer(options, hardware_settings(options))
+    trainer = build_trainer(options, hardware_of(bench, options))
     encode = functools.partial(module.encode, trainer=trainer)
     precision = trainer.precision_plugin.precision
     data.keep_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
@@ -135,10 +142,10 @@ def bench_epoch(bench: Bench, shape: str) -> list[Row]:
         data = SegmentationData(options, DATA_SETS["directory"])
         steps = len(data.train_set) // size
         module = random_module(options, bench.device)
-        forms = {"ours": fitted(module, data, options)}
+        forms = {"ours": fitted(bench, module, data)}
         if size <= LITERAL_BATCH[bench.device.type]:
-            forms["literal"] = literal_epoch(module, data.train_set.source, options)
-        forms["ours, cached tokens"] = fitted(module, cached_data(module, options), options)
+            forms["literal"] = literal_epoch(bench, module, data.train_set.source, options)
+        forms["ours, cached tokens"] = fitted(bench, module, cached_data(bench, module, options))
         operand = torch.float16 if bench.device.type == "cuda" else torch.float32
         loss = step_loss_cost(options)
         costs = {

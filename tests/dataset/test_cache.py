@@ -123,7 +123,7 @@ def test_cached__claims_its_space_before_it_starts(items, folder, monkeypatch):
     def full(*_arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.posix_fallocate", full)
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
     with pytest.raises(UserError, match=r"cannot be filled .*No space left"):
         tokens_of(items, folder, forbidden)
     assert not list(folder.iterdir())
@@ -131,12 +131,15 @@ def test_cached__claims_its_space_before_it_starts(items, folder, monkeypatch):
 
 def test_free_memory__heeds_a_container(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "CGROUP", tmp_path)
-    whole = cache._free_memory()
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("1000\n")
-    assert cache._free_memory() == pytest.approx(whole, rel=0.2)
+    monkeypatch.setattr(cache, "MEMINFO", tmp_path / "meminfo")
+    assert cache._free_memory() == 2**62
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8 kB\n")
+    assert cache._free_memory() == 8192
+    for name, content in (("max", "max"), ("current", "4000"), ("stat", "inactive_file 100\nactive_file 20")):
+        (tmp_path / f"memory.{name}").write_text(content + "\n")
+    assert cache._free_memory() == 8192
     (tmp_path / "memory.max").write_text("5000\n")
-    assert cache._free_memory() == 4000
+    assert cache._free_memory() == 1120
 
 
 def test_cached__two_runs_at_once_share_the_first_that_is_whole(items, folder):

@@ -35,16 +35,27 @@ def test_precision__auto_and_the_published_scaler(tiny_options, monkeypatch):
         training.precision_settings(tiny_options(train__precision="fp16"), "cpu")
 
 
-def test_backend__needs_its_device_and_its_package(tiny_options, monkeypatch):
-    chosen = tiny_options(training_coeff__backend="triton")
+def test_backends__need_their_device_and_their_package(tiny_options, monkeypatch):
+    triton = tiny_options(training_coeff__backend="triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    training.check_backend(tiny_options(), "mps")
-    for accelerator in ("cpu", "mps"):
-        with pytest.raises(UserError, match=rf"training_coeff\.backend is triton.*torch on {accelerator}"):
-            training.check_backend(chosen, accelerator)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr(training, "find_spec", lambda name: name)
+    training.check_backends(tiny_options())
+    with pytest.raises(
+        UserError, match=r"training_coeff\.backend is triton, which needs CUDA.*set it to torch"
+    ):
+        training.check_backends(triton)
+    with pytest.raises(UserError, match=r"eval\.crf_backend is torch, must be pydensecrf on mps"):
+        training.check_backends(tiny_options(eval__crf_backend="torch"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    training.check_backends(triton)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(UserError, match="unset TRITON_INTERPRET"):
+        training.check_backends(triton)
     monkeypatch.setattr(training, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install triton"):
-        training.check_backend(chosen, "cuda")
+        training.check_backends(triton)
 
 
 def test_wandb__never_waits_for_login_or_network(monkeypatch, tmp_path):

@@ -10,7 +10,6 @@ import socket
 import sys
 import warnings
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -27,6 +26,7 @@ from utils.options import Options
 
 LOSS_SCALE, GROWTH_INTERVAL = 2048.0, 1000  # the published scaler
 REACH_SECONDS, WANDB_SECONDS = 3, 20
+LEAST_TRITON = (3, 3)  # the interpreter of 3.2 crashes on the kernels
 
 
 class ValidationSteps(Callback):
@@ -100,9 +100,12 @@ def check_backends(options: Options) -> None:
     cuda, interpreted = torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
     mistakes = []
     if options.training_coeff.backend == "triton":
-        if find_spec("triton") is None:
+        found = _triton_version()
+        if found is None or found < LEAST_TRITON:
+            least = ".".join(map(str, LEAST_TRITON))
             mistakes.append(
-                "training_coeff.backend is triton, which is not installed: pip install triton, or take torch"
+                f"training_coeff.backend is triton, which is missing or older than {least}: install it "
+                "(newer torch brings it), or take torch"
             )
         elif cuda == interpreted:
             mend = "unset TRITON_INTERPRET" if cuda else "set it to torch"
@@ -113,6 +116,14 @@ def check_backends(options: Options) -> None:
         mistakes.append("eval.crf_backend is torch, must be pydensecrf on mps, which lacks an operation")
     if mistakes:
         raise UserError(mistakes)
+
+
+def _triton_version() -> tuple[int, ...] | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def _accelerator() -> str:

@@ -19,7 +19,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have
 
 def run_cases(**environment):
     """pytest on the cases in a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.3")
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)],

@@ -40,7 +40,7 @@ def test_backends__need_their_device_and_their_package(tiny_options, monkeypatch
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
-    monkeypatch.setattr(training, "find_spec", lambda name: name)
+    monkeypatch.setattr(training, "_triton_version", lambda: (3, 3))
     training.check_backends(tiny_options())
     with pytest.raises(
         UserError, match=r"training_coeff\.backend is triton, which needs CUDA.*set it to torch"
@@ -53,9 +53,10 @@ def test_backends__need_their_device_and_their_package(tiny_options, monkeypatch
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(UserError, match="unset TRITON_INTERPRET"):
         training.check_backends(triton)
-    monkeypatch.setattr(training, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install triton"):
-        training.check_backends(triton)
+    for found in (None, (3, 2)):
+        monkeypatch.setattr(training, "_triton_version", lambda found=found: found)
+        with pytest.raises(UserError, match=r"missing or older than 3\.3"):
+            training.check_backends(triton)
 
 
 def test_wandb__never_waits_for_login_or_network(monkeypatch, tmp_path):

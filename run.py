@@ -74,6 +74,8 @@ def train(options: Options, folder: Path) -> Trained:
     make_folder(folder)
     write_json(folder / "options.json", as_tree(options))
     write_json(folder / "provenance.json", provenance())
+    if data.damaged:
+        write_json(folder / "left_out.json", data.damaged)
     validated = len(data.validation_set) > 0
     keepers = checkpoint_keepers(folder, validated=validated)
     loggers = build_loggers(options, folder)

@@ -10,12 +10,17 @@ from pathlib import Path
 
 from torchvision.datasets import Cityscapes as TorchvisionCityscapes
 
-from dataset.source import RawItem, Source, class_rule, open_image, open_label
-from utils.errors import UserError
-from utils.labels import LabelSpace
+from dataset.source import INVALID, FileSource, class_rule, missing_data, not_there
+from utils.labels import IGNORE, LabelSpace
 from utils.options import DatasetOptions
 
 FIRST_ID, LAST_ID = 7, 33
+IGNORED_IDS = (*range(FIRST_ID), 255)
+OFFICIAL_SIZES = {"train": 2975, "val": 500}
+HOLDS = (
+    "leftImg8bit/<split>/<city>/*_leftImg8bit.png and gtFine/<split>/<city>/*_gtFine_labelIds.png, as "
+    "unpacked from leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip"
+)
 OFFICIAL = {kind.id: kind for kind in TorchvisionCityscapes.classes if FIRST_ID <= kind.id <= LAST_ID}
 
 
@@ -25,7 +30,7 @@ def labels(options: DatasetOptions) -> LabelSpace:
     return LabelSpace(tuple(kind.name for kind in kinds), tuple(kind.color for kind in kinds))
 
 
-class Cityscapes(Source):
+class Cityscapes(FileSource):
     """One split of Cityscapes.
 
     Args:
@@ -33,41 +38,26 @@ class Cityscapes(Source):
         split: "train" or "val".
 
     Raises:
-        UserError: the folders are not there.
+        UserError: the split holds no image, or, unless damaged files are to be left out, a label is not
+            there.
     """
 
     def __init__(self, options: DatasetOptions, split: str) -> None:
         root = Path(options.data_path)
-        missing = [folder for folder in ("leftImg8bit", "gtFine") if not (root / folder / split).is_dir()]
-        if missing:
-            places = ", ".join(f"{folder}/{split}" for folder in missing)
-            raise UserError(
-                f"dataset.data_path is {root}: {places} is missing; the folder must hold leftImg8bit/ and "
-                "gtFine/ as unpacked from leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip"
-            )
-        self.images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
-        if split == "train" and not self.images:
-            raise UserError(
-                f"dataset.data_path is {root}: no <city>/*_leftImg8bit.png in leftImg8bit/{split}"
-            )
-        self.targets = [
+        prepare = (
+            f"say what to fetch, and unpack it: python dataset/dataset_download.py cityscapes --root {root}"
+        )
+        images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+        targets = [
             root / "gtFine" / split / path.parent.name / path.name.replace("_leftImg8bit", "_gtFine_labelIds")
-            for path in self.images
+            for path in images
         ]
-        self.rule = class_rule({label_id: label_id - FIRST_ID for label_id in OFFICIAL})
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, index: int) -> RawItem:
-        """The image and its official label ids."""
-        image = open_image(self.images[index])
-        return RawItem(image, open_label(self.targets[index], image.size))
-
-    def label_path(self, index: int) -> Path:
-        """The file of its label."""
-        return self.targets[index]
-
-    def name(self, index: int) -> str:
-        """The image's file."""
-        return str(self.images[index])
+        missing = (
+            not_there(targets) if images else [root / "leftImg8bit" / split / "<city>/*_leftImg8bit.png"]
+        )
+        if missing and not (images and options.skip_damaged):
+            raise missing_data(root, missing, holds=HOLDS, prepare=prepare)
+        classes = {label_id: label_id - FIRST_ID for label_id in OFFICIAL}
+        rule = class_rule(classes | dict.fromkeys(IGNORED_IDS, IGNORE), other=INVALID)
+        super().__init__(images, targets, rule=rule)
+        self.official = OFFICIAL_SIZES[split]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dataset.source import RawItem, Source, class_rule, open_image, open_label
+from dataset.source import INVALID, FileSource, class_rule, missing_data, not_there
 from utils.errors import UserError
-from utils.labels import LabelSpace
+from utils.labels import IGNORE, LabelSpace
 from utils.options import DatasetOptions
 
 NAMES = (
@@ -38,6 +38,9 @@ LISTS = {
     ("cocostuff3", "train"): "Coco164kFew_Stuff_6.txt",
     ("cocostuff3", "val"): "Coco164kFew_Stuff_6.txt",
 }
+IGNORED_ID = 255
+OFFICIAL_SIZES = {("cocostuff27", "val"): 2175, ("cocostuff15", "val"): 2175}
+HOLDS = "curated/<split>/<list>.txt, images/<split>/<id>.jpg and annotations/<split>/<id>.png of COCO-Stuff"
 
 
 def coarse_rule(data_type: str) -> dict[int, int]:
@@ -57,7 +60,7 @@ def labels(options: DatasetOptions) -> LabelSpace:
     return LabelSpace.with_spread_colours(names[options.data_type])
 
 
-class CocoStuff(Source):
+class CocoStuff(FileSource):
     """One split of COCO-Stuff.
 
     Args:
@@ -65,36 +68,25 @@ class CocoStuff(Source):
         split: "train" or "val".
 
     Raises:
-        UserError: the curated list or the first image is not there.
+        UserError: the curated list is missing or empty, or, unless damaged files are to be left out, a file
+            that it names is not there.
     """
 
     def __init__(self, options: DatasetOptions, split: str) -> None:
         root, folder = Path(options.data_path), f"{split}2017"
         listing = root / "curated" / folder / LISTS[options.data_type, split]
+        prepare = f"fetch it with: python dataset/dataset_download.py cocostuff --root {root}"
         if not listing.is_file():
-            raise UserError(
-                f"dataset.data_path is {root}: {listing} is missing; the folder must hold curated/, images/ "
-                "and annotations/ of COCO-Stuff"
-            )
-        self.ids = listing.read_text().split()
-        self.images, self.annotations = root / "images" / folder, root / "annotations" / folder
-        first = self.images / f"{self.ids[0]}.jpg" if self.ids else listing
-        if not (self.ids and first.is_file()):
-            raise UserError(f"dataset.data_path is {root}: {first} is missing or empty")
-        self.rule = class_rule(coarse_rule(options.data_type))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def read(self, index: int) -> RawItem:
-        """The image and its fine labels."""
-        image = open_image(self.images / f"{self.ids[index]}.jpg")
-        return RawItem(image, open_label(self.annotations / f"{self.ids[index]}.png", image.size))
-
-    def label_path(self, index: int) -> Path:
-        """The file of its label."""
-        return self.annotations / f"{self.ids[index]}.png"
-
-    def name(self, index: int) -> str:
-        """The image's file."""
-        return str(self.images / f"{self.ids[index]}.jpg")
+            raise missing_data(root, [listing], holds=HOLDS, prepare=prepare)
+        ids = listing.read_text().split()
+        if not ids:
+            raise UserError(f"{listing}: names no image, must hold one id a line; {prepare}")
+        images = [root / "images" / folder / f"{name}.jpg" for name in ids]
+        targets = [root / "annotations" / folder / f"{name}.png" for name in ids]
+        missing = not_there([*images, *targets])
+        if missing and not options.skip_damaged:
+            raise missing_data(root, missing, holds=HOLDS, prepare=prepare)
+        ignored = dict.fromkeys((*range(len(COARSE_OF_FINE)), IGNORED_ID), IGNORE)
+        rule = class_rule(ignored | coarse_rule(options.data_type), other=INVALID)
+        super().__init__(images, targets, rule=rule)
+        self.official = OFFICIAL_SIZES.get((options.data_type, split))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dataset.source import RawItem, Source, class_rule, open_image, open_label
+from dataset.source import INVALID, FileSource, RawItem, Source, class_rule
 from utils.errors import UserError
+from utils.labels import IGNORE
 from utils.randomness import derived_seed
 from utils.transforms import center_box
 
@@ -55,7 +56,8 @@ class CropSource(Source):
     def read(self, index: int) -> RawItem:
         """The whole image and label, cut to the crop."""
         raw = self.whole.read(index // CROPS)
-        box = crop_boxes(raw.image.size, self.ratio, self.kind, index // CROPS)[index % CROPS]
+        place = self.whole.place(index // CROPS)
+        box = crop_boxes(raw.image.size, self.ratio, self.kind, place)[index % CROPS]
         return RawItem(raw.image.crop(box), None if raw.label is None else raw.label.crop(box))
 
     def name(self, index: int) -> str:
@@ -72,7 +74,7 @@ def prepared_folder(data_path: Path, data_type: str, kind: str, ratio: float) ->
     return data_path / "cropped" / f"{data_type}_{kind}_crop_{ratio}"
 
 
-class PreparedCrops(Source):
+class PreparedCrops(FileSource):
     """Crops stored as img/<split>/<5*index+k>.jpg and label/<split>/<5*index+k>.png (class + 1, 0 = ignore).
 
     Args:
@@ -84,31 +86,16 @@ class PreparedCrops(Source):
         UserError: the folder holds no crop.
     """
 
+    cropped = True
+
     def __init__(self, folder: Path, split: str, n_classes: int) -> None:
-        self.images = sorted(
+        images = sorted(
             (path for path in (folder / "img" / split).glob("*.jpg") if path.stem.isdecimal()),
             key=lambda path: int(path.stem),
         )
-        if not self.images:
+        if not images:
             raise UserError(f"{folder / 'img' / split}: holds no <number>.jpg; prepare it or remove {folder}")
-        self.labels = folder / "label" / split
-        self.labelled = self.labels.is_dir()
-        self.rule = class_rule({class_id + 1: class_id for class_id in range(n_classes)})
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, index: int) -> RawItem:
-        """The stored crop and its label."""
-        image = open_image(self.images[index])
-        if not self.labelled:
-            return RawItem(image, None)
-        return RawItem(image, open_label(self.labels / f"{self.images[index].stem}.png", image.size))
-
-    def label_path(self, index: int) -> Path:
-        """The file of its label."""
-        return self.labels / f"{self.images[index].stem}.png"
-
-    def name(self, index: int) -> str:
-        """The crop's file."""
-        return str(self.images[index])
+        labels = folder / "label" / split
+        targets = [labels / f"{path.stem}.png" if labels.is_dir() else None for path in images]
+        classes = {class_id + 1: class_id for class_id in range(n_classes)}
+        super().__init__(images, targets, rule=class_rule({0: IGNORE} | classes, other=INVALID))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from dataset.cache import TokenDataset, cached
+from dataset.check import check_splits
 from dataset.crops import CropSource, PreparedCrops, prepared_folder
 from dataset.source import SegmentationDataset, Source
 from utils.errors import UserError
@@ -64,8 +65,12 @@ class SegmentationData(LightningDataModule):
         kind: the entry of the registry that `dataset.data_type` names.
         train: whether train data is wanted (evaluation needs none).
 
+    Attributes:
+        damaged: what is wrong with each item that was left out.
+
     Raises:
-        UserError: the data is not where the options say, or has fewer train items than a batch.
+        UserError: the data is not where the options say, damaged (where that is checked), or has fewer
+            train items than a batch.
     """
 
     def __init__(self, options: Options, kind: DataSetKind, *, train: bool = True) -> None:
@@ -73,14 +78,24 @@ class SegmentationData(LightningDataModule):
         self.options = options
         chosen = options.dataset
         self.labels: LabelSpace = kind.labels(chosen)
+        sources = {"train": train_source(chosen, kind, self.labels.n_classes)} if train else {}
+        sources["val"] = kind.source(chosen, "val")
+        for split, source in sources.items():
+            if source.official not in (None, len(source)):
+                print(f"{split}: {len(source):,} images; the official split has {source.official:,}")
+        self.damaged: tuple[str, ...] = ()
+        if chosen.check_files or chosen.skip_damaged:
+            checked = check_splits(sources, skip=chosen.skip_damaged, workers=options.dataloader.num_workers)
+            sources = {split: found.source for split, found in checked.items()}
+            self.damaged = tuple(line for found in checked.values() for line in found.damaged)
         self.validation_set: SegmentationDataset | TokenDataset = SegmentationDataset(
-            kind.source(chosen, "val"), Geometry(chosen.val_res, "center", chosen.interpolation)
+            sources["val"], Geometry(chosen.val_res, "center", chosen.interpolation)
         )
         self.train_set: SegmentationDataset | TokenDataset | None = None
         if train:
-            source = train_source(chosen, kind, self.labels.n_classes)
             geometry = Geometry(chosen.res, chosen.loader_crop_type, chosen.interpolation)
-            self.train_set = SegmentationDataset(source, geometry, seed=options.train.seed)
+            items = cut_on_the_fly(chosen, sources["train"])
+            self.train_set = SegmentationDataset(items, geometry, seed=options.train.seed)
             self._check_batch()
 
     def keep_tokens(self, encode: Callable[[Tensor], Tensor], *, backbone: Any, precision: str) -> None:
@@ -160,24 +175,28 @@ class SegmentationData(LightningDataModule):
 
 
 def train_source(options: DatasetOptions, kind: DataSetKind, n_classes: int) -> Source:
-    """The train split, as five crops an image where `crop_type` asks for them.
-
-    Prepared crops are taken where their folder is; otherwise crops are cut on the fly, from the same boxes
-    and without a second JPEG pass.
-    """
-    if options.crop_type is None:
-        return kind.source(options, "train")
-    if options.data_type not in CROPPED:
+    """The train split: prepared crops where they are wanted and their folder is there, else whole images."""
+    if options.crop_type is not None and options.data_type not in CROPPED:
         print(
             f"dataset.crop_type is {options.crop_type}: ignored, {options.data_type} trains on whole images"
         )
-        return kind.source(options, "train")
-    folder = prepared_folder(
-        Path(options.data_path), options.data_type, options.crop_type, options.crop_ratio
-    )
-    if options.data_type != "synthetic" and folder.is_dir():
-        crops = PreparedCrops(folder, "train", n_classes)
-        print(f"train crops: {len(crops)} in {folder}")
-        return crops
+    elif options.crop_type is not None and options.data_type != "synthetic":
+        folder = prepared_folder(
+            Path(options.data_path), options.data_type, options.crop_type, options.crop_ratio
+        )
+        if folder.is_dir():
+            crops = PreparedCrops(folder, "train", n_classes)
+            print(f"train crops: {len(crops)} in {folder}")
+            return crops
+    return kind.source(options, "train")
+
+
+def cut_on_the_fly(options: DatasetOptions, source: Source) -> Source:
+    """Five crops an image where `crop_type` asks for them and they are not prepared.
+
+    The boxes are those of prepared crops; the second JPEG pass is missing.
+    """
+    if options.crop_type is None or options.data_type not in CROPPED or source.cropped:
+        return source
     print(f"train crops: {options.crop_type}, ratio {options.crop_ratio}, cut on the fly")
-    return CropSource(kind.source(options, "train"), options.crop_ratio, options.crop_type)
+    return CropSource(source, options.crop_ratio, options.crop_type)

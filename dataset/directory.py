@@ -1,21 +1,23 @@
 """Any folder of photographs: imgs/{train,val}, and labels/{train,val} where there are labels.
 
-Labels are 8-bit PNGs of class ids named as the images; 255, or what classes.json says, is ignored.
+A folder without imgs/ is taken as photographs to train on, all of it. Folders may be nested. Labels are 8-bit
+PNGs of class ids, placed and named as the images; 255, or what classes.json says, is ignored.
 classes.json, optional: {"n_classes": 2, "classes": ["sky", "road"], "ignore": 255}.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dataset.source import INVALID, RawItem, Source, class_rule, open_image, open_label
+from dataset.source import INVALID, FileSource, class_rule
 from utils.errors import UserError
 from utils.files import read_json_object
+from utils.images import IMAGE_ENDINGS, find_images
 from utils.labels import IGNORE, LabelSpace
 from utils.options import DatasetOptions
 
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 DEFAULT_IGNORE = 255
 EXAMPLE = '{"n_classes": 2, "classes": ["sky", "road"], "ignore": 255}'
 
@@ -62,7 +64,7 @@ def labels(options: DatasetOptions) -> LabelSpace:
     return LabelSpace.with_spread_colours(tuple(names))
 
 
-class Directory(Source):
+class Directory(FileSource):
     """One split of a folder of photographs.
 
     Args:
@@ -70,41 +72,52 @@ class Directory(Source):
         split: "train" or "val"; without images in imgs/val the split is empty.
 
     Raises:
-        UserError: there is no train image.
+        UserError: there is no train image, or labels that are there fit no image, or more than one.
     """
 
     def __init__(self, options: DatasetOptions, split: str) -> None:
         root = Path(options.data_path)
-        folder = root / "imgs" / split
-        self.images = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_ENDINGS)
-        if split == "train" and not self.images:
+        plain = not (root / "imgs").is_dir()
+        folder = root if plain else root / "imgs" / split
+        found = find_images(folder) if split == "train" or not plain else None
+        images = found.images if found else []
+        passed_over = found.passed_over() if found else ""
+        if split == "train" and not images:
             endings = ", ".join(sorted(IMAGE_ENDINGS))
             raise UserError(
                 f"dataset.data_path is {root}: {folder} holds no image ({endings}); put yours there"
+                + (f"; {passed_over}" if passed_over else "")
             )
-        self.targets = [root / "labels" / split / f"{path.stem}.png" for path in self.images]
-        self.has_target = [path.is_file() for path in self.targets]
-        self.labelled = any(self.has_target)
+        if plain and split == "train":
+            print(f"{root} has no folder imgs: trains on all {len(images)} images in it, without labels")
+        if passed_over:
+            print(f"{folder}: left out: {passed_over}")
+        targets = [None] * len(images) if plain else _targets(images, folder, root / "labels" / split)
         ignore, n_classes = _about(options).get("ignore", DEFAULT_IGNORE), labels(options).n_classes
         if ignore < n_classes:
             raise UserError(
                 f"{root / 'classes.json'}: ignore is {ignore}, must be none of the {n_classes} class ids"
             )
         classes = {class_id: class_id for class_id in range(n_classes)}
-        self.rule = class_rule(classes | {ignore: IGNORE}, other=INVALID)
+        super().__init__(images, targets, rule=class_rule(classes | {ignore: IGNORE}, other=INVALID))
 
-    def __len__(self) -> int:
-        return len(self.images)
 
-    def read(self, index: int) -> RawItem:
-        """The photograph and its label, if it has one."""
-        image = open_image(self.images[index])
-        return RawItem(image, open_label(self.targets[index], image.size) if self.has_target[index] else None)
+def _targets(images: list[Path], folder: Path, below: Path) -> list[Path | None]:
+    """The label of each image, or None where there is none.
 
-    def label_path(self, index: int) -> Path:
-        """The file of its label."""
-        return self.targets[index]
-
-    def name(self, index: int) -> str:
-        """The photograph's file."""
-        return str(self.images[index])
+    Raises:
+        UserError: there are labels, but none belongs to an image, or one belongs to several.
+    """
+    wanted = [below / image.relative_to(folder).with_suffix(".png") for image in images]
+    there = {path for path in below.rglob("*.png") if not path.name.startswith(".")}
+    shared = [path for path, count in Counter(wanted).items() if count > 1 and path in there]
+    if shared:
+        several = [str(image) for image, path in zip(images, wanted, strict=True) if path == shared[0]]
+        raise UserError(f"{shared[0]}: belongs to {' and '.join(several)}; rename one image and its label")
+    unused = sorted(there - set(wanted))
+    if unused:
+        told = f"{below}: {len(unused)} of {len(there)} labels belong to no image, such as {unused[0]}"
+        if images and len(unused) == len(there):
+            raise UserError(f"{told}; a label is placed and named as its image, as in {wanted[0]}")
+        print(told)
+    return [path if path in there else None for path in wanted]

@@ -12,13 +12,19 @@ import numpy as np
 from PIL import Image
 from scipy.io import loadmat
 
-from dataset.source import RawItem, Source, class_rule
+from dataset.source import INVALID, FileSource, RawItem, class_rule, missing_data, not_there
 from utils.errors import UserError, first_line
-from utils.labels import LabelSpace
+from utils.labels import IGNORE, LabelSpace
 from utils.options import DatasetOptions
 
 COARSE_OF_FINE = {0: 0, 4: 0, 1: 1, 5: 1, 2: 2, 3: 2}
+IGNORED_ID = 255
 LISTS = {"train": "labelled_train.txt", "val": "labelled_test.txt"}
+OFFICIAL_SIZES = {"train": 4545, "val": 855, "raw": 38 * 15 * 15}
+HOLDS = {
+    "potsdam": "labelled_train.txt, labelled_test.txt, imgs/<id>.mat and gt/<id>.mat of Potsdam",
+    "potsdamraw": "processed/imgs/<tile>_<row>_<col>.mat and processed/gt/<tile>_<row>_<col>.mat of Potsdam",
+}
 
 
 def labels(options: DatasetOptions) -> LabelSpace:
@@ -27,7 +33,7 @@ def labels(options: DatasetOptions) -> LabelSpace:
     return LabelSpace(names, ((128, 64, 128), (222, 184, 60), (60, 160, 70)))
 
 
-class Potsdam(Source):
+class Potsdam(FileSource):
     """One split of Potsdam.
 
     Args:
@@ -35,45 +41,61 @@ class Potsdam(Source):
         split: "train" or "val".
 
     Raises:
-        UserError: the list or the patches are not there.
+        UserError: the list or the patches are missing or, unless damaged files are to be left out, one of
+            them is.
     """
 
     def __init__(self, options: DatasetOptions, split: str) -> None:
-        root = Path(options.data_path)
-        if options.data_type == "potsdamraw":
-            root = root / "processed"
-            self.ids = sorted(path.stem for path in (root / "imgs").glob("*.mat"))
-            first = root / "imgs" / "*.mat"
+        root, kind = Path(options.data_path), options.data_type
+        words = {
+            "holds": HOLDS[kind],
+            "prepare": f"fetch it with: python dataset/dataset_download.py {kind} --root {root}",
+        }
+        if kind == "potsdamraw":
+            below, first = root / "processed", root / "processed/imgs/*.mat"
+            ids = sorted(path.stem for path in (below / "imgs").glob("*.mat"))
         else:
-            first = root / LISTS[split]
-            self.ids = first.read_text().split() if first.is_file() else []
-        if not self.ids:
-            raise UserError(
-                f"dataset.data_path is {options.data_path}: {first} is missing or empty; the folder must "
-                "hold the lists, imgs/ and gt/ of Potsdam"
-            )
-        self.images, self.targets = root / "imgs", root / "gt"
-        self.rule = class_rule(COARSE_OF_FINE)
-
-    def __len__(self) -> int:
-        return len(self.ids)
+            below, first = root, root / LISTS[split]
+            if first.is_file() and not first.read_text().split():
+                raise UserError(f"{first}: names no patch, must hold one id a line; {words['prepare']}")
+            ids = first.read_text().split() if first.is_file() else []
+        images = [below / "imgs" / f"{name}.mat" for name in ids]
+        targets = [below / "gt" / f"{name}.mat" for name in ids]
+        missing = not_there([*images, *targets]) if ids else [first]
+        if missing and not (ids and options.skip_damaged):
+            raise missing_data(root, missing, **words)
+        rule = class_rule(COARSE_OF_FINE | {IGNORED_ID: IGNORE}, other=INVALID)
+        super().__init__(images, targets, rule=rule)
+        self.official = OFFICIAL_SIZES["raw" if kind == "potsdamraw" else split]
 
     def read(self, index: int) -> RawItem:
         """The patch and its fine labels."""
-        image = _read(self.images / f"{self.ids[index]}.mat", "img", ndim=3)[:, :, :3].astype(np.uint8)
-        target = _read(self.targets / f"{self.ids[index]}.mat", "gt", ndim=2)
+        image, target = _image(self.images[index]), _target(self.targets[index])
         if target.shape != image.shape[:2]:
-            raise UserError(f"{self.name(index)}: image is {image.shape[:2]}, its label {target.shape}")
-        target = np.where((target < 0) | (target > 255), 255, target).astype(np.uint8)
-        return RawItem(Image.fromarray(np.ascontiguousarray(image)), Image.fromarray(target))
+            raise UserError(
+                f"{self.targets[index]}: label is {target.shape} (rows, columns), its image is "
+                f"{image.shape[:2]}; make them equal"
+            )
+        return RawItem(Image.fromarray(image), Image.fromarray(target))
 
-    def label_path(self, index: int) -> Path:
-        """The file of its label."""
-        return self.targets / f"{self.ids[index]}.mat"
 
-    def name(self, index: int) -> str:
-        """The patch's file."""
-        return str(self.images / f"{self.ids[index]}.mat")
+def _image(path: Path) -> np.ndarray:
+    """The first three of its channels, (H, W, 3) uint8."""
+    found = _read(path, "img", ndim=3)
+    if found.shape[2] < 3 or found.min() < 0 or found.max() > 255:
+        raise UserError(
+            f"{path}: entry 'img' is {found.shape} with values {found.min()} to {found.max()}, must be "
+            "(H, W, 3 or 4) with values 0 to 255; mend or remove it"
+        )
+    return np.ascontiguousarray(found[:, :, :3].astype(np.uint8))
+
+
+def _target(path: Path) -> np.ndarray:
+    """The fine ids, (H, W) uint8; negative ones are ignored, as 255 is."""
+    found = _read(path, "gt", ndim=2)
+    if found.max() > IGNORED_ID:
+        raise UserError(f"{path}: the label holds {found.max()}, must hold 0 to 5, 255; mend or remove it")
+    return np.where(found < 0, IGNORED_ID, found).astype(np.uint8)
 
 
 def _read(path: Path, key: str, *, ndim: int) -> np.ndarray:
@@ -82,7 +104,7 @@ def _read(path: Path, key: str, *, ndim: int) -> np.ndarray:
     except Exception as error:  # a damaged file raises zlib's, struct's and scipy's own errors
         raise UserError(f"{path}: not a readable .mat file ({first_line(error)})") from None
     found = content.get(key)
-    if found is None or found.ndim != ndim:
-        shape = "missing" if found is None else f"of shape {found.shape}"
-        raise UserError(f"{path}: entry {key!r} is {shape}, must be an array of {ndim} axes")
+    if found is None or found.ndim != ndim or not found.size or found.dtype.kind not in "uif":
+        shape = "missing" if found is None else f"of shape {found.shape} and type {found.dtype}"
+        raise UserError(f"{path}: entry {key!r} is {shape}, must be an array of numbers with {ndim} axes")
     return found

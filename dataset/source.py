@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.errors import UserError
+from utils.images import open_image, open_label
 from utils.labels import IGNORE
 from utils.randomness import generator
 from utils.transforms import Geometry
 
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 INVALID = -2  # a raw label value that the data set's rule does not know
 
 
@@ -35,11 +37,15 @@ class Source(ABC):
 
     Attributes:
         labelled: whether any item has a label.
-        rule: (256,) int64, class of each raw label value, -1 = ignore.
+        rule: (256,) int64, class of each raw label value, -1 = ignore, `INVALID` = the rule knows it not.
+        cropped: whether the items are crops that were prepared.
+        official: number of items that the split officially has, where that is known.
     """
 
     labelled: bool = True
     rule: np.ndarray
+    cropped: bool = False
+    official: int | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -55,6 +61,10 @@ class Source(ABC):
     def label_path(self, index: int) -> Path | None:
         """The file of the item's label, where there is one."""
         return None
+
+    def place(self, index: int) -> int:
+        """The item's place in the whole split, which differs from `index` where items were left out."""
+        return index
 
     def stamp(self, index: int) -> str:
         """Names, sizes and times of change of the item's files: what a cache is held against."""
@@ -77,47 +87,123 @@ def class_rule(mapping: dict[int, int], *, other: int = IGNORE) -> np.ndarray:
     return rule
 
 
-def open_image(path: Path) -> Image.Image:
-    """An image file as RGB, upright.
-
-    Raises:
-        UserError: the file is missing or damaged; names it.
-    """
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable image ({error}); mend or remove it") from None
-    if mode.startswith(("I", "F")):
-        raise UserError(f"{path}: image mode is {mode}, must have 8 bits a channel; convert it")
-    return upright
-
-
-def open_label(path: Path, size: tuple[int, int]) -> Image.Image:
-    """A label file as 8-bit class values.
+class FileSource(Source):
+    """A split whose items are an image file and, where there is one, a label file each.
 
     Args:
-        path: an 8-bit greyscale or palette image.
-        size: (W, H) of its image.
+        images: image files.
+        targets: the label file of each, or None.
+        rule: see `Source`.
+    """
+
+    def __init__(self, images: Sequence[Path], targets: Sequence[Path | None], *, rule: np.ndarray) -> None:
+        self.images, self.targets, self.rule = images, targets, rule
+        self.labelled = any(target is not None for target in targets)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> RawItem:
+        """The image and its label, if it has one."""
+        image, target = open_image(self.images[index]), self.targets[index]
+        return RawItem(image, None if target is None else open_label(target, image.size))
+
+    def label_path(self, index: int) -> Path | None:
+        """The file of its label."""
+        return self.targets[index]
+
+    def name(self, index: int) -> str:
+        """The image's file."""
+        return str(self.images[index])
+
+
+class Kept(Source):
+    """Some items of another source, in its order.
+
+    Args:
+        whole: the other source.
+        places: which of its items.
+    """
+
+    def __init__(self, whole: Source, places: Sequence[int]) -> None:
+        self.whole, self.places = whole, places
+        self.rule, self.labelled, self.cropped = whole.rule, whole.labelled, whole.cropped
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def read(self, index: int) -> RawItem:
+        """The item."""
+        return self.whole.read(self.places[index])
+
+    def name(self, index: int) -> str:
+        """Its name."""
+        return self.whole.name(self.places[index])
+
+    def label_path(self, index: int) -> Path | None:
+        """The file of its label."""
+        return self.whole.label_path(self.places[index])
+
+    def place(self, index: int) -> int:
+        """Its place in the whole split."""
+        return self.whole.place(self.places[index])
+
+
+def missing_data(root: str | Path, missing: Sequence[str | Path], *, holds: str, prepare: str) -> UserError:
+    """The error for a data set that is not where the options say.
+
+    Args:
+        root: `dataset.data_path`.
+        missing: files or folders that are not there; the first one is named.
+        holds: what the folder must hold.
+        prepare: what to do, such as the command that fetches it.
+    """
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    return UserError(
+        f"dataset.data_path is {root}: {missing[0]} is missing{more}; the folder must hold {holds}; {prepare}"
+    )
+
+
+def not_there(paths: Sequence[Path]) -> list[Path]:
+    """Those of many files that do not exist; each folder is listed once, which is quicker than asking."""
+    listed: dict[Path, set[str]] = {}
+    missing = []
+    for path in paths:
+        if path.parent not in listed:
+            folder = path.parent
+            listed[folder] = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
+        if path.name not in listed[path.parent]:
+            missing.append(path)
+    return missing
+
+
+def classes_of(label: Image.Image, source: Source, index: int) -> np.ndarray:
+    """Classes (H, W) int64, -1 = ignore, of the raw label of item `index`.
 
     Raises:
-        UserError: missing, damaged, of another size or mode.
+        UserError: a value that the data set's rule does not know; names the item.
     """
-    try:
-        with Image.open(path) as label:
-            label.load()
-    except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable label ({error}); mend or remove it") from None
-    if label.mode not in ("L", "P"):
+    raw = np.asarray(label)  # (H, W)
+    classes = source.rule[raw]
+    if (classes == INVALID).any():
+        values = np.unique(raw[classes == INVALID]).tolist()
         raise UserError(
-            f"{path}: label mode is {label.mode}, must be 8-bit greyscale or palette, one id a pixel"
+            f"{source.label_path(index) or source.name(index)}: the label holds {_ranges(values)}, must hold "
+            f"{_ranges(np.flatnonzero(source.rule != INVALID).tolist())}; mend the label or the number of "
+            "classes"
         )
-    if label.size != size:
-        raise UserError(
-            f"{path}: label is {label.size} (width, height), its image is {size}; make them equal"
-        )
-    return label if label.mode == "L" else Image.frombytes("L", label.size, label.tobytes())
+    return classes
+
+
+def _ranges(values: Sequence[int]) -> str:
+    """Ascending numbers in words: 0 to 5, 7, 255."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and value == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], value]
+        else:
+            runs.append([value])
+    return ", ".join(" to ".join(map(str, run)) for run in runs)
 
 
 class Batch(NamedTuple):
@@ -157,18 +243,8 @@ class SegmentationDataset(Dataset):
         drawn = generator(self.seed, "crop", epoch, index) if self.geometry.crop == "random" else None
         image, label = self.geometry(raw.image, raw.label, drawn)
         pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # (3, H, W)
-        return Batch(pixels, self._classes(label, index), torch.tensor(index))
-
-    def _classes(self, label: Image.Image | None, index: int) -> Tensor:
         if label is None:
-            return torch.full((self.geometry.res, self.geometry.res), IGNORE)
-        raw = np.asarray(label)  # (H, W)
-        classes = self.source.rule[raw]
-        if (classes == INVALID).any():
-            value = int(raw[classes == INVALID][0])
-            known = np.flatnonzero(self.source.rule != INVALID).tolist()
-            raise UserError(
-                f"{self.source.name(index)}: its label holds {value}, must be one of {known}; mend the label "
-                "or the number of classes"
-            )
-        return torch.from_numpy(classes)
+            classes = torch.full((self.geometry.res, self.geometry.res), IGNORE)
+        else:
+            classes = torch.from_numpy(classes_of(label, self.source, index))
+        return Batch(pixels, classes, torch.tensor(index))

@@ -58,6 +58,7 @@ def parse_arguments(argv: Sequence[str] | None, *, description: str, training: b
     parser.add_argument("--test", action="store_true", help="evaluate only (eval.py does nothing else)")
     parser.add_argument("--checkpoint", help="a file, a folder or the name of a run")
     parser.add_argument("--data_path", help="folder of the data set")
+    parser.add_argument("--check", action="store_true", help="first read every file, stop if one is damaged")
     if training:
         parser.add_argument("--frozen", action="store_true", help="baseline: never update the head")
         parser.add_argument("--variants", help="JSON file of named overrides, each a run: ablation.json")
@@ -88,6 +89,7 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     flags = {
         "checkpoint": "" if getattr(arguments, "measure_sets", False) else arguments.checkpoint,
         "dataset.data_path": arguments.data_path,
+        "dataset.check_files": True if arguments.check else None,
         "wandb.mode": "disabled" if arguments.debug else None,
         "train.frozen": True if getattr(arguments, "frozen", False) else None,
     }

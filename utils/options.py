@@ -106,6 +106,12 @@ class DatasetOptions:
         None, "directory: number of classes; null: as classes.json says", least=2, most=255
     )
     class_names: list[str] | None = option(None, "directory: class names; null: as classes.json says")
+    check_files: bool = option(
+        False, "read every file before the run, and stop there if one is damaged (`--check`)"
+    )
+    skip_damaged: bool = option(
+        False, "read every file before the run, and leave out those that are damaged or missing"
+    )
     cache_features: str | None = option(
         None,
         "compute the backbone's tokens once: in memory, or in files below `<output_dir>/tokens`",

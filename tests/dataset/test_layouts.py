@@ -1,12 +1,10 @@
-"""Each data set on a miniature in its published layout, real files made here."""
+"""Each data set of the paper on a miniature in its official layout."""
 
 import json
 import shutil
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 from scipy.io import savemat
 
 from dataset import DATA_SETS
@@ -14,55 +12,6 @@ from dataset.cityscapes import OFFICIAL
 from dataset.cocostuff import COARSE_OF_FINE, NAMES
 from tests.dataset.files import SIZE, picture, save
 from utils.errors import UserError
-
-
-@pytest.fixture
-def coco(tmp_path):
-    """Three images a split; the first label holds every fine id and 255 in its columns."""
-    for split, lists in (
-        (
-            "train2017",
-            ["Coco164kFull_Stuff_Coarse.txt", "Coco164kFull_Stuff_Coarse_7.txt", "Coco164kFew_Stuff_6.txt"],
-        ),
-        ("val2017", ["Coco164kFull_Stuff_Coarse_7.txt", "Coco164kFew_Stuff_6.txt"]),
-    ):
-        ids = [f"{number:012d}" for number in range(3)]
-        for number, name in enumerate(ids):
-            label = np.resize(np.r_[np.arange(182), 255], (SIZE[1], SIZE[0]))
-            save(tmp_path / "images" / split / f"{name}.jpg", picture(number))
-            save(tmp_path / "annotations" / split / f"{name}.png", label)
-        (tmp_path / "curated" / split).mkdir(parents=True)
-        for listing in lists:
-            (tmp_path / "curated" / split / listing).write_text("\n".join(ids) + "\n")
-    return tmp_path
-
-
-@pytest.fixture
-def cityscapes(tmp_path):
-    for split in ("train", "val"):
-        for number, city in enumerate(("ulm", "aachen")):
-            name = f"{city}_00000{number}_000019"
-            save(tmp_path / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", picture(number))
-            label = np.resize(np.r_[np.arange(34), 255], (SIZE[1], SIZE[0]))
-            save(tmp_path / "gtFine" / split / city / f"{name}_gtFine_labelIds.png", label)
-    return tmp_path
-
-
-@pytest.fixture
-def potsdam(tmp_path):
-    rng = np.random.default_rng(0)
-    for root in (tmp_path, tmp_path / "processed"):
-        (root / "imgs").mkdir(parents=True)
-        (root / "gt").mkdir()
-        for name in ("2_10_0_0", "2_10_0_1"):
-            savemat(
-                root / "imgs" / f"{name}.mat", {"img": rng.integers(0, 256, (200, 200, 4), dtype=np.uint8)}
-            )
-            gt = np.resize(np.r_[np.arange(6), 255], (200, 200)).astype(np.uint8)
-            savemat(root / "gt" / f"{name}.mat", {"gt": gt})
-    for listing in ("labelled_train.txt", "labelled_test.txt"):
-        (tmp_path / listing).write_text("2_10_0_0\n2_10_0_1\n")
-    return tmp_path
 
 
 def expected_classes(source, rule):
@@ -123,65 +72,6 @@ def test_potsdam__six_classes_to_three(data_of, potsdam, data_type, capsys):
     assert data.validation_set.source.read(0).image.mode == "RGB"
 
 
-def test_directory__items(data_of, directory):
-    data = data_of("directory", directory)
-    item = data.validation_set[1]
-    assert item.image.shape == (3, 32, 32)
-    assert item.image.dtype == torch.uint8
-    assert set(item.label.unique().tolist()) == {-1, 0, 1, 2}
-    assert data.labels.names == ("a", "b", "c")
-
-
-def test_directory__labels_and_validation_are_optional(data_of, directory):
-    shutil.rmtree(directory / "labels")
-    shutil.rmtree(directory / "imgs/val")
-    data = data_of("directory", directory)
-    assert not data.train_labelled
-    assert not data.validation_labelled
-    assert len(data.validation_set) == 0
-    assert (data.train_set[0].label == -1).all()
-
-
-def test_directory__class_count_from_the_options(data_of, directory):
-    (directory / "classes.json").unlink()
-    with pytest.raises(UserError, match=r"dataset\.n_classes is null"):
-        data_of("directory", directory)
-    assert data_of("directory", directory, dataset__n_classes=3).labels.names == (
-        "class 0",
-        "class 1",
-        "class 2",
-    )
-    with pytest.raises(UserError, match="2 class names"):
-        data_of("directory", directory, dataset__n_classes=3, dataset__class_names=["x", "y"])
-
-
-@pytest.mark.parametrize(
-    ("about", "word"),
-    [
-        ({"n_classes": "3"}, "n_classes is '3'"),
-        ({"n_classes": 300}, "n_classes is 300"),
-        ({"n_classes": True}, "n_classes is True"),
-        ({"classes": [1, 1]}, "classes is"),
-        ({"n_classes": 3, "ignore": -1}, "ignore is -1"),
-        ({"n_classes": 3, "ignore": 0}, "ignore is 0"),
-        ({"n_classes": 3, "ignore": "x"}, "ignore is 'x'"),
-        ([], "must hold an object"),
-    ],
-)
-def test_directory__classes_json_is_checked(data_of, directory, about, word):
-    (directory / "classes.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match=r"classes\.json") as error:
-        data_of("directory", directory)
-    assert word in str(error.value)
-
-
-def test_directory__sixteen_bit_photograph_is_refused(data_of, directory):
-    (directory / "imgs/val/0.jpg").unlink()
-    Image.fromarray(np.full((8, 8), 900, dtype=np.uint16)).save(directory / "imgs/val/0.png")
-    with pytest.raises(UserError, match=r"0\.png: image mode is I"):
-        data_of("directory", directory).validation_set[0]
-
-
 @pytest.mark.parametrize("content", [b"", b"MATLAB 5.0 nonsense" * 20])
 def test_potsdam__damaged_mat_is_named(data_of, potsdam, content):
     (potsdam / "imgs/2_10_0_0.mat").write_bytes(content)
@@ -189,32 +79,124 @@ def test_potsdam__damaged_mat_is_named(data_of, potsdam, content):
         data_of("potsdam", potsdam).validation_set[0]
 
 
-def test_directory__label_value_outside_the_rule_is_named(data_of, directory):
-    save(directory / "labels/val/0.png", np.full((SIZE[1], SIZE[0]), 9))
-    with pytest.raises(UserError, match=r"0\.jpg: its label holds 9, must be one of \[0, 1, 2, 255\]"):
-        data_of("directory", directory).validation_set[0]
+PREPARATION = {
+    "cocostuff27": (r"Coco164kFull_Stuff_Coarse\.txt is missing", "dataset_download.py cocostuff --root"),
+    "cocostuff15": (r"Coco164kFull_Stuff_Coarse_7\.txt is missing", "dataset_download.py cocostuff --root"),
+    "cocostuff3": (r"Coco164kFew_Stuff_6\.txt is missing", "dataset_download.py cocostuff --root"),
+    "cityscapes": ("leftImg8bit/train/<city>/.* is missing", "dataset_download.py cityscapes --root"),
+    "potsdam": (r"labelled_train\.txt is missing", "dataset_download.py potsdam --root"),
+    "potsdamraw": (r"processed/imgs/\*\.mat is missing", "dataset_download.py potsdamraw --root"),
+    "directory": ("holds no image", "put yours there"),
+}
 
 
-def test_directory__damaged_and_mismatched_files_are_named(data_of, directory):
-    (directory / "imgs/val/0.jpg").write_bytes(b"no image")
-    save(directory / "labels/val/1.png", np.zeros((5, 5)))
-    data = data_of("directory", directory)
-    with pytest.raises(UserError, match=r"0\.jpg: not a readable image"):
-        data.validation_set[0]
-    with pytest.raises(UserError, match=r"1\.png: label is \(5, 5\)"):
-        data.validation_set[1]
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
-def test_directory__other_image_modes(data_of, directory, mode):
-    image = Image.fromarray(picture(0).astype(np.uint8)).convert(mode)
-    (directory / "imgs/val/0.jpg").unlink()
-    image.save(directory / "imgs/val" / ("0.tif" if mode == "CMYK" else "0.png"))
-    assert data_of("directory", directory).validation_set[0].image.shape == (3, 32, 32)
-
-
-@pytest.mark.parametrize("data_type", [name for name in DATA_SETS if name != "synthetic"])
-def test_missing__names_the_folder_and_what_it_should_hold(data_of, tmp_path, data_type):
-    with pytest.raises(UserError) as error:
+@pytest.mark.parametrize("data_type", PREPARATION)
+def test_missing__names_the_folder_what_it_should_hold_and_the_command(data_of, tmp_path, data_type):
+    first, command = PREPARATION[data_type]
+    with pytest.raises(UserError, match=first) as error:
         data_of(data_type, tmp_path, dataset__n_classes=2)
-    assert str(tmp_path) in str(error.value)
+    assert f"dataset.data_path is {tmp_path}: " in str(error.value)
+    assert command in str(error.value)
+
+
+def test_missing__covers_every_data_set_of_files():
+    assert set(PREPARATION) == set(DATA_SETS) - {"synthetic"}
+
+
+@pytest.mark.parametrize(
+    ("data_type", "folder", "files", "named"),
+    [
+        ("cocostuff27", "coco", ["images/train2017/000000000001.jpg"], r"train2017/000000000001\.jpg is"),
+        ("cocostuff27", "coco", ["annotations/val2017/*.png"], r"0000000\.png is missing \(and 2 more\)"),
+        ("cityscapes", "cityscapes", ["gtFine/val/ulm/*"], r"ulm_000000_000019_gtFine_labelIds\.png is"),
+        ("potsdam", "potsdam", ["gt/2_10_0_1.mat"], r"gt/2_10_0_1\.mat is missing;"),
+        ("potsdamraw", "potsdam", ["processed/gt/*"], r"gt/2_10_0_0\.mat is missing \(and 1 more\)"),
+    ],
+)
+def test_missing__first_file_of_a_list(data_of, request, data_type, folder, files, named):
+    root = request.getfixturevalue(folder)
+    for pattern in files:
+        for path in root.glob(pattern):
+            path.unlink()
+    with pytest.raises(UserError, match=named):
+        data_of(data_type, root)
+
+
+@pytest.mark.parametrize(
+    ("data_type", "folder", "listing"),
+    [
+        ("cocostuff27", "coco", "curated/train2017/Coco164kFull_Stuff_Coarse.txt"),
+        ("potsdam", "potsdam", "labelled_train.txt"),
+    ],
+)
+def test_empty_split__is_named(data_of, request, data_type, folder, listing):
+    root = request.getfixturevalue(folder)
+    (root / listing).write_text("\n")
+    with pytest.raises(UserError, match=rf"{listing}: names no"):
+        data_of(data_type, root)
+
+
+def test_empty_split__of_cityscapes_is_named(data_of, cityscapes):
+    shutil.rmtree(cityscapes / "leftImg8bit/val")
+    with pytest.raises(UserError, match="leftImg8bit/val/<city>"):
+        data_of("cityscapes", cityscapes)
+
+
+def test_extra_files__are_passed_over(data_of, coco, cityscapes, potsdam):
+    """The three layouts lie in one folder here; more files lie beside those that count."""
+    save(coco / "images/train2017/000000000099.jpg", picture(9))
+    save(cityscapes / "gtFine/train/ulm/ulm_000000_000019_gtFine_color.png", picture(9))
+    (potsdam / "imgs/9_9_9_9.mat").write_bytes(b"")
+    for data_type, count in (("cocostuff27", 3), ("cityscapes", 2), ("potsdam", 2)):
+        assert len(data_of(data_type, coco).train_set) == count
+
+
+def test_official_sizes__are_told_where_they_differ(data_of, cityscapes, capsys):
+    data_of("cityscapes", cityscapes)
+    told = capsys.readouterr().out
+    assert "train: 2 images; the official split has 2,975" in told
+    assert "val: 2 images; the official split has 500" in told
+
+
+@pytest.mark.parametrize("data_type", ["cocostuff27", "cocostuff15", "cocostuff3", "cityscapes", "potsdam"])
+def test_palette__tells_every_class_apart(tiny_options, data_type):
+    labels = DATA_SETS[data_type].labels(tiny_options(dataset__data_type=data_type).dataset)
+    assert len(set(labels.palette)) == labels.n_classes or data_type == "cityscapes"  # official ones repeat
+
+
+@pytest.mark.parametrize(
+    ("data_type", "folder", "label", "values"),
+    [
+        ("cocostuff3", "coco", "annotations/val2017/000000000000.png", "183, 200 to 201"),
+        ("cityscapes", "cityscapes", "gtFine/val/aachen/aachen_000001_000019_gtFine_labelIds.png", "34, 77"),
+    ],
+)
+def test_label_values__outside_the_rule_are_named(data_of, request, data_type, folder, label, values):
+    root = request.getfixturevalue(folder)
+    wrong = {"cocostuff3": [183, 200, 201], "cityscapes": [34, 77]}[data_type]
+    save(root / label, np.resize([0, 255, *wrong], (SIZE[1], SIZE[0])))
+    with pytest.raises(UserError, match=rf"{label}: the label holds {values}, must hold 0 to"):
+        data_of(data_type, root).validation_set[0]
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "word"),
+    [
+        ("imgs", {"img": np.zeros((200, 200, 2), np.uint8)}, r"entry 'img' is \(200, 200, 2\)"),
+        ("imgs", {"img": np.full((200, 200, 4), 300)}, "with values 300 to 300"),
+        ("imgs", {"other": np.zeros(3)}, "entry 'img' is missing"),
+        ("gt", {"gt": np.full((200, 200), 7)}, "the label holds 7, must hold 0 to 5, 255"),
+        ("gt", {"gt": np.full((200, 200), 700)}, "the label holds 700"),
+        ("gt", {"gt": np.zeros((100, 200))}, r"label is \(100, 200\) \(rows, columns\), its image"),
+        ("gt", {"gt": "text"}, "must be an array of numbers"),
+    ],
+)
+def test_potsdam__entries_are_checked(data_of, potsdam, entry, value, word):
+    savemat(potsdam / entry / "2_10_0_0.mat", value)
+    with pytest.raises(UserError, match=rf"{entry}/2_10_0_0\.mat: .*{word}"):
+        data_of("potsdam", potsdam).validation_set[0]
+
+
+def test_potsdam__negative_ids_are_ignored(data_of, potsdam):
+    savemat(potsdam / "gt/2_10_0_0.mat", {"gt": np.full((200, 200), -1, np.int16)})
+    assert (data_of("potsdam", potsdam).validation_set[0].label == -1).all()

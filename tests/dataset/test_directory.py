@@ -1,0 +1,149 @@
+"""Folders of photographs: layout, labels, and every kind of image file."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.dataset.files import SIZE, picture, save
+from utils.errors import UserError
+
+
+def test_directory__items(data_of, directory):
+    data = data_of("directory", directory)
+    item = data.validation_set[1]
+    assert item.image.shape == (3, 32, 32)
+    assert item.image.dtype == torch.uint8
+    assert set(item.label.unique().tolist()) == {-1, 0, 1, 2}
+    assert data.labels.names == ("a", "b", "c")
+
+
+def test_directory__labels_and_validation_are_optional(data_of, directory):
+    shutil.rmtree(directory / "labels")
+    shutil.rmtree(directory / "imgs/val")
+    data = data_of("directory", directory)
+    assert not data.train_labelled
+    assert not data.validation_labelled
+    assert len(data.validation_set) == 0
+    assert (data.train_set[0].label == -1).all()
+
+
+def test_directory__class_count_from_the_options(data_of, directory):
+    (directory / "classes.json").unlink()
+    with pytest.raises(UserError, match=r"dataset\.n_classes is null"):
+        data_of("directory", directory)
+    assert data_of("directory", directory, dataset__n_classes=3).labels.names == (
+        "class 0",
+        "class 1",
+        "class 2",
+    )
+    with pytest.raises(UserError, match="2 class names"):
+        data_of("directory", directory, dataset__n_classes=3, dataset__class_names=["x", "y"])
+
+
+@pytest.mark.parametrize(
+    ("about", "word"),
+    [
+        ({"n_classes": "3"}, "n_classes is '3'"),
+        ({"n_classes": 300}, "n_classes is 300"),
+        ({"n_classes": True}, "n_classes is True"),
+        ({"classes": [1, 1]}, "classes is"),
+        ({"n_classes": 3, "ignore": -1}, "ignore is -1"),
+        ({"n_classes": 3, "ignore": 0}, "ignore is 0"),
+        ({"n_classes": 3, "ignore": "x"}, "ignore is 'x'"),
+        ([], "must hold an object"),
+    ],
+)
+def test_directory__classes_json_is_checked(data_of, directory, about, word):
+    (directory / "classes.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"classes\.json") as error:
+        data_of("directory", directory)
+    assert word in str(error.value)
+
+
+def test_directory__label_value_outside_the_rule_is_named(data_of, directory):
+    save(directory / "labels/val/0.png", np.full((SIZE[1], SIZE[0]), 9))
+    with pytest.raises(UserError, match=r"0\.png: the label holds 9, must hold 0 to 2, 255; mend"):
+        data_of("directory", directory).validation_set[0]
+
+
+def test_directory__damaged_and_mismatched_files_are_named(data_of, directory):
+    (directory / "imgs/val/0.jpg").write_bytes(b"no image")
+    save(directory / "labels/val/1.png", np.zeros((5, 5)))
+    data = data_of("directory", directory)
+    with pytest.raises(UserError, match=r"0\.jpg: not a readable image"):
+        data.validation_set[0]
+    with pytest.raises(UserError, match=r"1\.png: label is \(5, 5\)"):
+        data.validation_set[1]
+
+
+def test_directory__plain_folder_is_trained_on(data_of, tmp_path, capsys):
+    save(tmp_path / "2019/summer/a.jpg", picture(0))
+    save(tmp_path / "b.png", picture(1))
+    save(tmp_path / ".thumbnails/b.png", picture(1))
+    data = data_of("directory", tmp_path, dataset__n_classes=4)
+    assert [path.name for path in data.train_set.source.images] == ["a.jpg", "b.png"]
+    assert len(data.validation_set) == 0
+    assert not data.train_labelled
+    assert "trains on all 2 images" in capsys.readouterr().out
+
+
+def test_directory__nested_folders_and_a_subset_of_labels(data_of, directory):
+    save(directory / "imgs/val/rome/day.1/0.jpg", picture(3))
+    save(directory / "imgs/val/rome/1.jpg", picture(4))
+    save(directory / "labels/val/rome/day.1/0.png", np.ones((SIZE[1], SIZE[0])))
+    data = data_of("directory", directory)
+    names = [str(path.relative_to(directory)) for path in data.validation_set.source.images]
+    assert names == [f"imgs/val/{name}.jpg" for name in ("0", "1", "rome/1", "rome/day.1/0")]
+    assert (data.validation_set[2].label == -1).all()
+    assert (data.validation_set[3].label == 1).all()
+
+
+def test_directory__links_to_folders_are_followed_and_circles_end(data_of, directory, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    save(elsewhere / "far.jpg", picture(0))
+    (directory / "imgs/train/link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(directory / "imgs/train")
+    names = [path.name for path in data_of("directory", directory).train_set.source.images]
+    assert names.count("far.jpg") == 1
+
+
+def test_directory__labels_that_fit_no_image(data_of, directory, capsys):
+    save(directory / "labels/val/2_label.png", np.zeros((SIZE[1], SIZE[0])))
+    assert len(data_of("directory", directory).validation_set) == 2
+    assert "1 of 3 labels belong to no image" in capsys.readouterr().out
+    for number in range(2):
+        (directory / f"labels/val/{number}.png").unlink()
+    with pytest.raises(UserError, match=r"as in .*labels/val/0\.png"):
+        data_of("directory", directory)
+
+
+def test_directory__two_images_with_one_label(data_of, directory):
+    save(directory / "imgs/val/0.png", picture(0))
+    with pytest.raises(UserError, match=r"labels/val/0\.png: belongs to .*0\.jpg and .*0\.png; rename"):
+        data_of("directory", directory)
+
+
+def test_directory__videos_are_refused_with_a_hint(data_of, tmp_path, directory, capsys):
+    (directory / "imgs/train/walk.mp4").touch()
+    (directory / "imgs/train/a.heic").touch()
+    assert len(data_of("directory", directory).train_set) == 4
+    told = capsys.readouterr().out
+    assert "1 .heic" in told
+    assert "ffmpeg -i walk.mp4" in told
+    alone = tmp_path / "alone"
+    (alone / "imgs/train").mkdir(parents=True)
+    (alone / "imgs/train/walk.MOV").touch()
+    with pytest.raises(UserError, match=r"holds no image .*ffmpeg -i walk\.MOV"):
+        data_of("directory", alone, dataset__n_classes=3)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_directory__other_image_modes(data_of, directory, mode):
+    image = Image.fromarray(picture(0).astype(np.uint8)).convert(mode)
+    (directory / "imgs/val/0.jpg").unlink()
+    image.save(directory / "imgs/val" / ("0.tif" if mode == "CMYK" else "0.png"))
+    assert data_of("directory", directory).validation_set[0].image.shape == (3, 32, 32)

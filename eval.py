@@ -17,6 +17,8 @@ from utils.files import find_checkpoint
 from utils.options import Options
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     import numpy as np
 
     from dataset.datamodule import SegmentationData
@@ -253,9 +255,34 @@ def sets_of(options: Options, module: PPAPModule, *, data: SegmentationData) -> 
     return [quality.means() for quality in total]
 
 
+def export_published(arguments: Namespace) -> None:
+    """Writes the checkpoint that the command line names in the published format.
+
+    Raises:
+        UserError: there is none, or it cannot be written.
+    """
+    from model.checkpoint import export, read_checkpoint
+
+    output_dir, name = Options().output_dir, arguments.checkpoint
+    if arguments.opt is not None:
+        options = plan_jobs(arguments)[0].options  # a sweep's jobs differ in what a checkpoint has not
+        output_dir, name = options.output_dir, options.checkpoint
+    found = find_checkpoint(name, output_dir)
+    export(read_checkpoint(found), Path(arguments.export))
+    print(f"{found} written in the published format: {arguments.export}")
+
+
 def main(argv: Sequence[str] | None = None) -> list[Any]:
     """Evaluates what the command line asks for, one job after another."""
     arguments = parse_arguments(argv, description="Evaluate a PPAP checkpoint.", training=False)
+    if arguments.list_backbones:
+        from model.official import described
+
+        print(described())
+        return []
+    if arguments.export:
+        export_published(arguments)
+        return []
     jobs = plan_jobs(arguments)
     if arguments.measure_sets:
         from utils.report import sets_table

@@ -245,6 +245,7 @@ class PPAPModule(LightningModule):
             "metrics": evaluation.metrics() if evaluation is not None else {},
             "train_labelled": self.train_labelled,
             "step": self.iters,
+            "epoch": self.current_epoch,
             "options": as_tree(self.options),
             **provenance(),
         }

@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.backbone import BackboneSpec, FrozenViT
+from model.official import NATIVE_RES, official_backbone, official_file
 from utils.errors import UserError, first_line
 from utils.files import weights_file
 from utils.options import FULL_DEPTH, WIDTH_AND_HEADS, Options
 
-DINO = "https://dl.fbaipublicfiles.com/dino"
-DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
-OFFICIAL = {  # (arch, model_type, patch, registers) -> address; the 300-epoch S/8 file is the paper's
-    (
-        "dino",
-        "vit_small",
-        8,
-        False,
-    ): f"{DINO}/dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth",
-    ("dino", "vit_small", 16, False): f"{DINO}/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
-    ("dino", "vit_base", 8, False): f"{DINO}/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
-    ("dino", "vit_base", 16, False): f"{DINO}/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
-    ("dinov2", "vit_small", 14, False): f"{DINOV2}/dinov2_vits14/dinov2_vits14_pretrain.pth",
-    ("dinov2", "vit_small", 14, True): f"{DINOV2}/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
-    ("dinov2", "vit_base", 14, False): f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
-    ("dinov2", "vit_base", 14, True): f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
-}
-# SHA-256 of the DINOv2 files as public projects pin them (finegrain's refiners among them); those of the
-# DINO files are published nowhere that we know, so these are not checked.
-SHA256 = {
-    "dinov2_vits14_pretrain.pth": "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
-    "dinov2_vits14_reg4_pretrain.pth": "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb",
-    "dinov2_vitb14_pretrain.pth": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
-    "dinov2_vitb14_reg4_pretrain.pth": "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
-}
-NATIVE_RES = {"dino": 224, "dinov2": 518}
 _numpy_scalar = np.float64(0).__reduce__()[0]
 NUMPY_SCALARS = [  # under the names that NumPy 1 and NumPy 2 write
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
@@ -72,7 +45,9 @@ def backbone_spec(options: Options) -> BackboneSpec:
         native_res=NATIVE_RES[arch],
         registers=4 if chosen.registers else 0,
         layer_scale=arch == "dinov2",
-        address=OFFICIAL[arch, chosen.model_type, chosen.dino_patch_size, chosen.registers],
+        official=official_backbone(
+            arch, chosen.model_type, chosen.dino_patch_size, registers=chosen.registers
+        ),
     )
 
 
@@ -89,35 +64,11 @@ def load_backbone(backbone: FrozenViT, weights: str | None) -> str:
     Raises:
         UserError: no file and no network, a damaged file, or keys and shapes that do not fit.
     """
-    if weights is None and backbone.spec.address is None:
+    if weights is None and backbone.spec.official is None:
         return "no weights (the backbone is untrained)"
-    path = weights_file(weights) if weights is not None else official_file(backbone.spec.address)
+    path = weights_file(weights) if weights is not None else official_file(backbone.spec.official)
     load_strictly(backbone, clean_state(read_state(path), backbone.spec.depth), str(path))
     return str(path)
-
-
-def official_file(address: str) -> Path:
-    """The cached file of an official address, downloaded with a progress bar if it is not there.
-
-    It lies in torch.hub's checkpoints folder and is checked by SHA-256 where the digest is known.
-    """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / address.rsplit("/", 1)[-1]
-    if path.is_file():
-        wanted = SHA256.get(path.name)
-        if wanted and hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
-            raise UserError(f"{path}: its SHA-256 is not {wanted}; delete it, and it is fetched again")
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(address, str(path), hash_prefix=SHA256.get(path.name))
-    except (URLError, OSError) as error:
-        raise UserError(
-            f"{address}: could not be downloaded ({error}); fetch it elsewhere and put it at {path}, "
-            "or name a file with model.pretrained.pretrained_weights"
-        ) from None
-    except RuntimeError as error:  # torch.hub's word for a wrong digest
-        raise UserError(f"{address}: damaged on the way ({error}); run the command again") from None
-    return path
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

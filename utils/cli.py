@@ -69,13 +69,23 @@ def parse_arguments(argv: Sequence[str] | None, *, description: str, training: b
         parser.add_argument(
             "--measure-sets", action="store_true", help="hold positives and negatives against labels"
         )
+        parser.add_argument("--export", help="write the checkpoint in the published format, to this file")
+        parser.add_argument(
+            "--list-backbones", action="store_true", help="list the published backbones and their options"
+        )
     parser.add_argument("overrides", nargs="*", help="key=value, or key=a,b,c for a sweep")
     arguments = parser.parse_intermixed_args(argv)
-    if arguments.opt is None:
-        if not getattr(arguments, "make_demo_weights", False):
-            parser.error("--opt is missing: name an option file, such as --opt demo.json")
-        arguments.opt = DEMO
+    if arguments.opt is None and not _needs_no_options(arguments):
+        parser.error("--opt is missing: name an option file, such as --opt demo.json")
+    arguments.opt = arguments.opt or DEMO
     return arguments
+
+
+def _needs_no_options(arguments: argparse.Namespace) -> bool:
+    exporting = getattr(arguments, "export", None) and arguments.checkpoint
+    return exporting or any(
+        getattr(arguments, flag, False) for flag in ("make_demo_weights", "list_backbones")
+    )
 
 
 def plan_jobs(arguments: argparse.Namespace) -> list[Job]:

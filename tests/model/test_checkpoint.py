@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
+import run
 from dataset import DATA_SETS
 from model import PPAPModule, build_module
 from model.backbone import FrozenViT
-from model.checkpoint import read_checkpoint, restore
+from model.checkpoint import CheckpointFile, export, read_checkpoint, restore
 from model.pretrained import backbone_spec
 from model.segmenter import Segmenter
 from utils.errors import UserError
@@ -56,7 +58,8 @@ def test_published_format__other_number_of_classes_names_both_shapes(tiny_option
     two = LabelSpace.with_spread_colours(("a", "b"))
     with pytest.raises(UserError) as error:
         build_module(tiny_options(), two, checkpoint=str(tmp_path / "ckpt.pth"))
-    assert "cluster_probe.clusters: (3, 24) in the file, (2, 24) in the model" in str(error.value)
+    assert "3 classes and 3 clusters; the options describe" in str(error.value)
+    assert "2 classes and 2 clusters" in str(error.value)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -109,7 +112,70 @@ def test_read__damaged(tmp_path):
 
 def test_restore__other_classes_are_named(tiny_options):
     module = build_module(tiny_options(), LABELS)
-    from model.checkpoint import CheckpointFile
+    about = {"class_names": ["x", "y"]}
+    with pytest.raises(UserError, match=r"2 classes x, y.*\(synthetic\) has the 3 classes a, b, c"):
+        restore(module, CheckpointFile(Path("best.ckpt"), module.state_dict(), about))
 
-    with pytest.raises(UserError, match=r"2 classes x, y.*3 classes a, b, c"):
-        restore(module, CheckpointFile("best.ckpt", module.state_dict(), {"class_names": ["x", "y"]}))
+
+@pytest.mark.parametrize(
+    ("change", "theirs", "ours"),
+    [
+        ({"model__dim": 12}, "width 12, patch 8 and 2 blocks", "width 24, patch 8 and 2 blocks"),
+        ({"model__pretrained__depth": 3}, "3 blocks with 3 classes", "2 blocks with 3 classes"),
+        ({"model__pretrained__dino_patch_size": 4}, "patch 4", "patch 8"),
+        ({"model__extra_clusters": 2, "eval__extra_clusters": 2}, "and 5 clusters", "and 3 clusters"),
+    ],
+)
+def test_restore__other_network_is_told_in_words(tiny_options, tmp_path, change, theirs, ours):
+    """Both sides, in either format."""
+    other = build_module(tiny_options(**change), LABELS)
+    torch.save(published(other), tmp_path / "ckpt.pth")
+    with pytest.raises(UserError) as error:
+        build_module(tiny_options(), LABELS, checkpoint=str(tmp_path))
+    found, wanted = str(error.value).split("; the options describe ")
+    assert theirs in found
+    assert ours in wanted
+
+
+def test_export__round_trip_is_exact(tiny_file, tmp_path, capsys):
+    """Ours, written in the published format: the same parameters, the same metrics."""
+    path = tiny_file(eval__is_crf=False)
+    (trained,) = run.main(["--opt", path])
+    target = tmp_path / "output/released/ckpt.pth"
+    checkpoint = str(tmp_path / "output/tiny")
+    evaluation.main(["--export", str(target), "--checkpoint", checkpoint])
+    assert f"written in the published format: {target}" in capsys.readouterr().out
+    ours, theirs = read_checkpoint(tmp_path / "output/tiny/best.ckpt"), read_checkpoint(target)
+    assert ours.state.keys() == theirs.state.keys()
+    assert all(torch.equal(value, theirs.state[name]) for name, value in ours.state.items())
+    (evaluated,) = evaluation.main(["--opt", path, "--checkpoint", "released", "wandb.name=again"])
+    assert evaluated["before_crf"] == trained["before_crf"]
+    again = tmp_path / "again.pth"
+    evaluation.main(["--export", str(again), "--opt", path, "--checkpoint", "released"])
+    assert read_checkpoint(again).state.keys() == theirs.state.keys()
+
+
+def test_export__has_the_entries_of_the_released_files(shared, tmp_path):
+    listed = json.loads((shared / "reference/checkpoint_keys.json").read_text())["cocostuff_vits8"]
+    options = load_options(Path("json/server/cocostuff.json"))
+    labels = DATA_SETS["cocostuff27"].labels(options.dataset)
+    module = PPAPModule(options, labels, Segmenter(FrozenViT(backbone_spec(options))))
+    about = {"step": 300, "epoch": 2, "metrics": {"Cluster_mIoU": 12.5, "Linear_mIoU": 30.0}}
+    export(CheckpointFile(tmp_path / "best.ckpt", module.state_dict(), about), tmp_path / "ckpt.pth")
+    content = torch.load(tmp_path / "ckpt.pth", weights_only=True)
+    assert set(content) == set(listed["top_level"])
+    assert [content[key] for key in ("iter", "epoch", "best", "net_optimizer_state_dict")] == [
+        300,
+        2,
+        42.5,
+        None,
+    ]
+    for part in ("net_model_state_dict", "linear_model_state_dict", "cluster_model_state_dict"):
+        assert {key: list(value.shape) for key, value in content[part].items()} == listed[part]
+
+
+def test_export__place_that_cannot_be_written(tmp_path, tiny_options):
+    module = build_module(tiny_options(), LABELS)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"ckpt\.pth: cannot be written"):
+        export(CheckpointFile(Path("x"), module.state_dict(), {}), tmp_path / "file" / "ckpt.pth")

@@ -1,13 +1,8 @@
-import hashlib
-import http.server
-import threading
-
 import pytest
 import torch
 
-from model import pretrained
 from model.backbone import FrozenViT
-from model.pretrained import backbone_spec, clean_state, load_backbone, official_file
+from model.pretrained import backbone_spec, clean_state, load_backbone
 from utils.errors import UserError
 
 
@@ -26,31 +21,6 @@ def random_state(spec, seed=0):
 
 def same(module, state):
     return all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
-
-
-@pytest.fixture
-def server(tmp_path):
-    """An HTTP server on 127.0.0.1 for the files of a folder; gives its address."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, directory=str(folder))
-
-        def log_message(self, *arguments):
-            pass
-
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{running.server_port}"
-    running.shutdown()
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    return tmp_path / "hub" / "checkpoints"
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone."])
@@ -128,41 +98,6 @@ def test_load__code_in_a_file_is_not_run(spec, tmp_path):
     with pytest.raises(UserError, match="not a readable weights file"):
         load_backbone(FrozenViT(spec), str(tmp_path / "w.pth"))
     assert not (tmp_path / "executed").exists()
-
-
-def test_official__downloads_once_and_checks_the_digest(server, hub, monkeypatch):
-    folder, address = server
-    torch.save({"a": torch.ones(3)}, folder / "dino.pth")
-    digest = hashlib.sha256((folder / "dino.pth").read_bytes()).hexdigest()
-    monkeypatch.setitem(pretrained.SHA256, "dino.pth", digest)
-    path = official_file(f"{address}/dino.pth")
-    assert path == hub / "dino.pth"
-    (folder / "dino.pth").unlink()
-    assert official_file(f"{address}/dino.pth") == path  # from the cache
-
-
-def test_official__cached_file_is_checked_too(hub, monkeypatch):
-    hub.mkdir(parents=True)
-    (hub / "dino.pth").write_bytes(b"truncated")
-    monkeypatch.setitem(pretrained.SHA256, "dino.pth", "0" * 64)
-    with pytest.raises(UserError, match="delete it"):
-        official_file("http://127.0.0.1:9/dino.pth")
-
-
-def test_official__wrong_digest_leaves_nothing_behind(server, hub, monkeypatch):
-    folder, address = server
-    (folder / "dino.pth").write_bytes(b"other bytes")
-    monkeypatch.setitem(pretrained.SHA256, "dino.pth", "0" * 64)
-    with pytest.raises(UserError, match="damaged on the way"):
-        official_file(f"{address}/dino.pth")
-    assert list(hub.iterdir()) == []
-
-
-def test_official__no_network_says_which_file_goes_where(hub):
-    with pytest.raises(UserError) as error:
-        official_file("http://127.0.0.1:9/dino_vitbase8_pretrain.pth")
-    assert str(hub / "dino_vitbase8_pretrain.pth") in str(error.value)
-    assert "model.pretrained.pretrained_weights" in str(error.value)
 
 
 def test_real_weights__load_and_their_features_tell_classes_apart(shared, tiny_options):

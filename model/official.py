@@ -131,9 +131,8 @@ def described() -> str:
     parts = [markdown(COLUMNS, [backbone.row() for backbone in BACKBONES])]
     for backbone in BACKBONES:
         checked = f"SHA-256 {backbone.sha256}" if backbone.sha256 else "names and shapes on loading"
-        parts.append(
-            f"{backbone.name}\n  address: {backbone.address}\n  checked: {checked}\n  options: {backbone.options}"
-        )
+        lines = (f"address: {backbone.address}", f"checked: {checked}", f"options: {backbone.options}")
+        parts.append("\n  ".join([backbone.name, *lines]))
     return "\n\n".join(parts)
 
 

@@ -1,0 +1,162 @@
+"""Every data set and every experiment of the paper on miniatures, through run.py's and eval.py's functions."""
+
+import json
+
+import pytest
+import torch
+
+import eval as evaluation
+import run
+from dataset import DATA_SETS
+from dataset.datamodule import CROPPED
+from model.backbone import FrozenViT
+from model.official import BACKBONES
+from model.pretrained import backbone_spec
+from tests.dataset import miniatures
+from utils.optionfile import find_option_file, load_options
+from utils.options import FULL_DEPTH
+
+METRICS = {"Cluster_Accuracy", "Cluster_mIoU", "Linear_Accuracy", "Linear_mIoU"}
+MAKERS = {
+    "cocostuff27": miniatures.make_cocostuff,
+    "cocostuff15": miniatures.make_cocostuff,
+    "cocostuff3": miniatures.make_cocostuff,
+    "cityscapes": miniatures.make_cityscapes,
+    "potsdam": miniatures.make_potsdam,
+    "potsdamraw": miniatures.make_potsdam,
+    "directory": miniatures.make_directory,
+    "synthetic": lambda root, counts: root,
+}
+PUBLISHED = ("cocostuff8", "cocostuff16", "cityscapes_base", "cityscapes_small", "potsdam")
+RELEASED = {
+    "cocostuff_vits8": "cocostuff8",
+    "cocostuff_vits16": "cocostuff16",
+    "cityscapes_vitb8": "cityscapes_base",
+    "potsdam_vitb8": "potsdam",
+}
+SMALL = [
+    "dataset.res=32",
+    "dataset.val_res=32",
+    "dataloader.batch_size=4",
+    "dataloader.num_workers=0",
+    "train.epoch=1",
+]
+
+
+def test_makers__cover_the_registry():
+    assert set(MAKERS) == set(DATA_SETS)
+
+
+@pytest.mark.parametrize(
+    ("data_type", "crop_type"),
+    [
+        (kind, crop)
+        for kind in DATA_SETS
+        for crop in (None, "five", "random")
+        if crop != "random" or kind in CROPPED
+    ],
+)
+def test_data_set__trains_and_evaluates(data_type, crop_type, tiny_file, tmp_path):
+    root = MAKERS[data_type](tmp_path, counts=(6, 2))
+    changed = {
+        "dataset__data_type": data_type,
+        "dataset__data_path": str(root),
+        "dataset__crop_type": crop_type,
+    }
+    (trained,) = run.main(["--opt", tiny_file(**changed, eval__crf_backend="torch", eval__pictures=1)])
+    assert set(trained["before_crf"]) == set(trained["after_crf"]) == METRICS
+    assert trained["images"] == (6 if data_type in ("synthetic", "potsdamraw") else 2)
+    names = DATA_SETS[data_type].labels(load_options(tmp_path / "tiny.json").dataset).names
+    assert list(trained["class_iou"]["before_crf"]["cluster"]) == list(names)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """torch.hub's folder with a random file for every DINO backbone that is asked for."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+
+    def fill(options):
+        spec = backbone_spec(options)
+        assert spec.official in BACKBONES
+        torch.save(random_state(FrozenViT(spec).state_dict()), spec.official.file)
+
+    return fill
+
+
+def random_state(like):
+    drawn = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(tuple(value), generator=drawn).mul_(0.05) for name, value in shapes(like).items()
+    }
+
+
+def shapes(like):
+    return {name: getattr(value, "shape", value) for name, value in like.items()}
+
+
+def published_file(shared, name):
+    """The published option file: as it was, from the reference."""
+    return shared / "reference/options" / f"{name}.json"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_options__train_on_a_miniature(shared, name, hub, tmp_path, monkeypatch):
+    """The files as published, but for the folder and, to be quick, sizes and depth."""
+    monkeypatch.chdir(tmp_path)
+    path = published_file(shared, name)
+    data_type = load_options(path).dataset.data_type
+    root = MAKERS[data_type](tmp_path / "data", counts=(4, 1))
+    depth = "model.pretrained.depth=2"
+    hub(load_options(path, {"model.pretrained.depth": 2}))
+    (trained,) = run.main(["--opt", str(path), "--data_path", str(root), "--debug", depth, *SMALL])
+    assert set(trained["after_crf"]) == METRICS
+    assert trained["step"] == (5 if data_type in ("cocostuff27", "cityscapes") else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_options__train_unchanged(shared, name, hub, tmp_path, monkeypatch):
+    """The files as published, but for the folder; the network has two blocks, which no option says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(FULL_DEPTH, "dino", 2)
+    path = published_file(shared, name)
+    options = load_options(path)
+    hub(options)
+    whole = options.dataset.data_type == "potsdam"
+    root = MAKERS[options.dataset.data_type](tmp_path / "data", counts=(64 if whole else 13, 1))
+    (trained,) = run.main(["--opt", str(path), "--data_path", str(root), "--debug"])
+    assert set(trained["after_crf"]) == METRICS
+
+
+@pytest.mark.parametrize(
+    ("released", "place"), [*((name, "ckpt.pth") for name in RELEASED), ("cocostuff_vits16", "best.pth")]
+)
+def test_released_checkpoints__are_evaluated(shared, released, place, tmp_path, monkeypatch):
+    """A file with the names and shapes of a released one, by its evaluation file; the folder is changed."""
+    monkeypatch.chdir(tmp_path)
+    listed = json.loads((shared / "reference/checkpoint_keys.json").read_text())[released]
+    path = published_file(shared, f"{RELEASED[released]}_eval")
+    options = load_options(path)
+    content = {
+        key: random_state(listed[key]) if isinstance(listed.get(key), dict) else None
+        for key in listed["top_level"]
+    }
+    folder = tmp_path / options.output_dir / options.checkpoint
+    folder.mkdir(parents=True)
+    torch.save(content, folder / place)
+    root = MAKERS[options.dataset.data_type](tmp_path / "data", counts=(1, 1))
+    (evaluated,) = evaluation.main(["--opt", str(path), "--data_path", str(root), "--debug"])
+    assert evaluated["checkpoint"].endswith(f"{options.checkpoint}/{place}")
+    assert set(evaluated["after_crf"]) == METRICS
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_options__are_ours(shared, name):
+    """json/server holds the same experiments: every option equal, names and folders aside."""
+    theirs, ours = load_options(published_file(shared, name)), load_options(find_option_file(f"{name}.json"))
+    for options in (theirs, ours):
+        options.dataset.data_path = options.wandb.entity = ""
+        if options.dataset.data_type == "potsdam":  # where it is ignored
+            options.dataset.crop_type = None
+    assert theirs == ours

@@ -218,6 +218,10 @@ def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
             f"dataset.data_path is {options.dataset.data_path}: its validation split has no labels, "
             "so there is nothing to hold the sets against; add labels"
         )
+    if options.training_coeff.loss != "ppap":
+        raise UserError(
+            f"training_coeff.loss is {options.training_coeff.loss}, must be ppap for --measure-sets"
+        )
     rows = sets_of(options, build_module(options, data.labels), data=data)
     make_folder(folder)
     write_json(folder / "sets.json", rows)

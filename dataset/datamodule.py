@@ -19,19 +19,24 @@ from dataset.source import SegmentationDataset, Source
 from utils.errors import UserError
 from utils.files import TOKENS_FOLDER
 from utils.labels import LabelSpace
-from utils.options import DatasetOptions, Options
+from utils.options import WITHOUT_FOLDER, DatasetOptions, Options
 from utils.randomness import generator
 from utils.transforms import Geometry
-
-CROPPED = ("cocostuff27", "cityscapes", "directory", "synthetic")  # data sets that crop_type acts on
 
 
 @dataclass(frozen=True)
 class DataSetKind:
-    """A data set as the registry holds it: its classes and its source, each made from `dataset.*`."""
+    """A data set as the registry holds it.
 
-    labels: Any
-    source: Any
+    Attributes:
+        labels: from `dataset.*` to its classes.
+        source: from `dataset.*` and a split to its items.
+        cropped: whether `dataset.crop_type` acts on it.
+    """
+
+    labels: Callable[[DatasetOptions], LabelSpace]
+    source: Callable[[DatasetOptions, str], Source]
+    cropped: bool = True
 
 
 class EpochSampler(Sampler):
@@ -94,7 +99,7 @@ class SegmentationData(LightningDataModule):
         self.train_set: SegmentationDataset | TokenDataset | None = None
         if train:
             geometry = Geometry(chosen.res, chosen.loader_crop_type, chosen.interpolation)
-            items = cut_on_the_fly(chosen, sources["train"])
+            items = cut_on_the_fly(chosen, kind, sources["train"])
             self.train_set = SegmentationDataset(items, geometry, seed=options.train.seed)
             self._check_batch()
 
@@ -176,11 +181,11 @@ class SegmentationData(LightningDataModule):
 
 def train_source(options: DatasetOptions, kind: DataSetKind, n_classes: int) -> Source:
     """The train split: prepared crops where they are wanted and their folder is there, else whole images."""
-    if options.crop_type is not None and options.data_type not in CROPPED:
+    if options.crop_type is not None and not kind.cropped:
         print(
             f"dataset.crop_type is {options.crop_type}: ignored, {options.data_type} trains on whole images"
         )
-    elif options.crop_type is not None and options.data_type != "synthetic":
+    elif options.crop_type is not None and options.data_type not in WITHOUT_FOLDER:
         folder = prepared_folder(
             Path(options.data_path), options.data_type, options.crop_type, options.crop_ratio
         )
@@ -191,12 +196,12 @@ def train_source(options: DatasetOptions, kind: DataSetKind, n_classes: int) -> 
     return kind.source(options, "train")
 
 
-def cut_on_the_fly(options: DatasetOptions, source: Source) -> Source:
+def cut_on_the_fly(options: DatasetOptions, kind: DataSetKind, source: Source) -> Source:
     """Five crops an image where `crop_type` asks for them and they are not prepared.
 
     The boxes are those of prepared crops; the second JPEG pass is missing.
     """
-    if options.crop_type is None or options.data_type not in CROPPED or source.cropped:
+    if options.crop_type is None or not kind.cropped or source.cropped:
         return source
     print(f"train crops: {options.crop_type}, ratio {options.crop_ratio}, cut on the fly")
     return CropSource(source, options.crop_ratio, options.crop_type)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from model.backbone import FrozenViT
+from model.backbone import BackboneSpec, FrozenViT
 from model.checkpoint import CheckpointFile, read_checkpoint, restore
+from model.criterion import register_loss
 from model.module import PPAPModule, check_channels
-from model.pretrained import backbone_spec, load_backbone
+from model.pretrained import build_backbone, load_backbone, register_backbone
 from model.segmenter import Segmenter
 from utils.files import find_checkpoint
 from utils.labels import LabelSpace
 from utils.options import Options
 from utils.randomness import seeded
 
-__all__ = ["PPAPModule", "build_module"]
+__all__ = ["BackboneSpec", "FrozenViT", "PPAPModule", "build_module", "register_backbone", "register_loss"]
 
 
 def build_module(
@@ -29,15 +30,14 @@ def build_module(
     Raises:
         UserError: weights or checkpoint are missing, damaged or do not fit.
     """
-    spec = backbone_spec(options)
-    check_channels(options, n_classes=labels.n_classes, dim=spec.dim)
+    with seeded(options.train.seed, "backbone"):
+        backbone = build_backbone(options)
+    check_channels(options, n_classes=labels.n_classes, dim=backbone.spec.dim)
     loaded: CheckpointFile | None = None
     if checkpoint is not None:
         loaded = read_checkpoint(find_checkpoint(checkpoint, options.output_dir))
     if train_labelled is None:
         train_labelled = loaded is None or loaded.about.get("train_labelled", True)
-    with seeded(options.train.seed, "backbone"):
-        backbone = FrozenViT(spec)
     source = (
         str(loaded.path) if loaded else load_backbone(backbone, options.model.pretrained.pretrained_weights)
     )

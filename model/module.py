@@ -9,7 +9,8 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from loss import PPAPLoss, PPAPLossOutput
+from loss import PPAPLossOutput
+from model.criterion import build_criterion
 from model.evaluator import Evaluation, Evaluator
 from model.probes import ClusterProbe, LinearProbe
 from model.segmenter import Segmenter, criterion_dropout
@@ -273,20 +274,3 @@ def check_channels(options: Options, *, n_classes: int, dim: int) -> None:
             f"eval.is_direct takes the code's {dim} channels as cluster logits, so there must be {dim} "
             f"clusters, not {n_clusters}; set eval.is_direct false"
         )
-
-
-def build_criterion(options: Options) -> PPAPLoss:
-    """The loss that `training_coeff.*` describes."""
-    chosen = options.training_coeff
-    return PPAPLoss(
-        initialcrit_pos=chosen.initialcrit_pos,
-        initialcrit_amb=chosen.initialcrit_amb,
-        prop_iter=chosen.prop_iter,
-        sigma_pos=chosen.sigma_pos,
-        sigma_amb=chosen.sigma_amb,
-        trainpatchsplit=chosen.trainpatchsplit,
-        tau=chosen.tau,
-        group_size=chosen.group_size,
-        similarity_dtype=getattr(torch, chosen.similarity_dtype),
-        backend=chosen.backend,
-    )

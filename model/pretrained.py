@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from model.backbone import BackboneSpec, FrozenViT
 from model.official import NATIVE_RES, official_backbone, official_file
 from utils.errors import UserError, first_line
 from utils.files import weights_file
-from utils.options import FULL_DEPTH, WIDTH_AND_HEADS, Options
+from utils.options import ARCHS, FULL_DEPTH, WIDTH_AND_HEADS, Options
 
 _numpy_scalar = np.float64(0).__reduce__()[0]
 NUMPY_SCALARS = [  # under the names that NumPy 1 and NumPy 2 write
@@ -26,7 +27,32 @@ NUMPY_SCALARS = [  # under the names that NumPy 1 and NumPy 2 write
     type(np.dtype(np.float32)),
     type(np.dtype(np.int64)),
 ]
+_registered: dict[str, Callable[[Options], FrozenViT]] = {}
 DROPPED = ("head.", "mask_token", "dino_head.", "ibot_head.")
+
+
+def register_backbone(name: str, build: Callable[[Options], FrozenViT]) -> None:
+    """Makes a backbone of your own known as `model.arch=<name>`.
+
+    Args:
+        name: not yet taken.
+        build: from all options to a `FrozenViT`, or what has its methods; `pretrained_weights` are loaded
+            into it afterwards, where they are named.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in ARCHS:
+        raise ValueError(f"backbone {name} is there already; take another name")
+    _registered[name] = build
+    ARCHS.append(name)
+
+
+def build_backbone(options: Options) -> FrozenViT:
+    """The backbone that `model.*` of the options describes, not yet filled."""
+    if options.model.arch in _registered:
+        return _registered[options.model.arch](options)
+    return FrozenViT(backbone_spec(options))
 
 
 def backbone_spec(options: Options) -> BackboneSpec:

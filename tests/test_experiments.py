@@ -1,4 +1,4 @@
-"""Every data set and every experiment of the paper on miniatures, through run.py's and eval.py's functions."""
+"""Every data set and every experiment of the paper on miniatures, through run.main and eval.main."""
 
 import json
 
@@ -8,7 +8,6 @@ import torch
 import eval as evaluation
 import run
 from dataset import DATA_SETS
-from dataset.datamodule import CROPPED
 from model.backbone import FrozenViT
 from model.official import BACKBONES
 from model.pretrained import backbone_spec
@@ -53,7 +52,7 @@ def test_makers__cover_the_registry():
         (kind, crop)
         for kind in DATA_SETS
         for crop in (None, "five", "random")
-        if crop != "random" or kind in CROPPED
+        if crop != "random" or DATA_SETS[kind].cropped
     ],
 )
 def test_data_set__trains_and_evaluates(data_type, crop_type, tiny_file, tmp_path):

@@ -1,9 +1,13 @@
 """The README says what the code does: its options table, its option files and its commands."""
 
+import csv
 import dataclasses
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -76,6 +80,31 @@ def test_quick_start__is_what_ci_runs():
     for words in ("python run.py --opt demo.json", "&& pytest"):
         assert f'command_from_readme "{words}"' in script
         assert sum(line.startswith("pip install") and words in line for line in README.splitlines()) == 1
+
+
+def test_own_parts__train_as_the_readme_says(tmp_path):
+    """The example is run as it stands: a data set, a backbone and a loss of one's own."""
+    section = README.split("\n## Your own data set, backbone or loss\n")[1].split("\n## ")[0]
+    (tmp_path / "mine.py").write_text(section.split("```python\n")[1].split("```")[0])
+    (command,) = re.findall(r"python mine\.py ([^\n]+)", section)
+    quick = [
+        "train.epoch=2",
+        "eval.is_crf=false",
+        f"output_dir={tmp_path}",
+        "dataset.res=64",
+        "dataset.val_res=64",
+    ]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "mine.py"), *shlex.split(command), *quick],
+        capture_output=True, text=True, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": "."}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "mine/metrics.json").read_text())
+    assert list(metrics["class_iou"]["before_crf"]["cluster"]) == ["rows", "columns"]
+    assert metrics["before_crf"]["Linear_Accuracy"] > 60  # half would be chance
+    with (tmp_path / "mine/metrics.csv").open() as file:
+        losses = [float(row["supcon_loss"]) for row in csv.DictReader(file) if row["supcon_loss"]]
+    assert all(0 < loss < 20 for loss in losses)
 
 
 def test_results__are_filled_in():

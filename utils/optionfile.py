@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import UserError, closest, first_line
 from utils.files import REPOSITORY, TOKENS_FOLDER, find_checkpoint, read_json_object, weights_file
-from utils.options import FULL_DEPTH, LEGACY_KEYS, PATCHES, WIDTH_AND_HEADS, Options
+from utils.options import FULL_DEPTH, LEGACY_KEYS, PATCHES, WIDTH_AND_HEADS, WITHOUT_FOLDER, Options
 
 OPTION_FOLDERS = (Path("json"), Path("json/server"))
 LONGEST_NAME = 200
@@ -234,7 +234,7 @@ def name_mistake(name: str) -> str | None:
 
 def _backbone_contradictions(options: Options) -> list[str]:
     model, backbone = options.model, options.model.pretrained
-    patches, full = PATCHES.get(model.arch), FULL_DEPTH[model.arch]
+    patches, full = PATCHES.get(model.arch), FULL_DEPTH.get(model.arch)
     found = []
     if patches and backbone.dino_patch_size not in patches:
         allowed = " or ".join(map(str, patches))
@@ -277,7 +277,7 @@ def missing_files(options: Options) -> list[str]:
         except UserError as error:
             found.append(str(error))
     folder = options.dataset.data_path
-    if options.dataset.data_type != "synthetic" and not (folder and Path(folder).is_dir()):
+    if options.dataset.data_type not in WITHOUT_FOLDER and not (folder and Path(folder).is_dir()):
         found.append(
             f"dataset.data_path is {json.dumps(folder)}: no such folder; name the folder of the "
             f"{options.dataset.data_type} data with --data_path"

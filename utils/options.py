@@ -4,6 +4,7 @@ The key names are those of the published option files. Defaults are the paper's 
 so that an option file holds only what differs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,21 @@ INFINITY = float("inf")
 WIDTH_AND_HEADS = {"vit_small": (384, 6), "vit_base": (768, 12)}
 PATCHES = {"dino": (8, 16), "dinov2": (14,)}
 FULL_DEPTH = {"dino": 12, "dinov2": 12, "vit": 4}
+
+# What the registries hold, by name; registering one of your own adds to these.
+DATA_TYPES = [
+    "cocostuff27",
+    "cocostuff15",
+    "cocostuff3",
+    "cityscapes",
+    "potsdam",
+    "potsdamraw",
+    "directory",
+    "synthetic",
+]
+WITHOUT_FOLDER = {"synthetic"}  # data sets that read no file
+ARCHS = ["dino", "dinov2", "vit"]
+LOSSES = ["ppap"]
 
 # Keys of the published option files that nothing reads, at the one value they may have.
 LEGACY_KEYS = {
@@ -38,7 +54,7 @@ def option(
     default: Any,
     help: str,
     *,
-    choices: tuple = (),
+    choices: Sequence = (),
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
@@ -76,16 +92,7 @@ class DatasetOptions:
     data_type: str = option(
         "cocostuff27",
         "data set",
-        choices=(
-            "cocostuff27",
-            "cocostuff15",
-            "cocostuff3",
-            "cityscapes",
-            "potsdam",
-            "potsdamraw",
-            "directory",
-            "synthetic",
-        ),
+        choices=DATA_TYPES,
     )
     data_path: str = option("", "folder of the data set (`--data_path`)")
     loader_crop_type: str | None = option(
@@ -141,6 +148,7 @@ class CoefficientOptions:
     sigma_amb: float = option(3.0, "how little Psi moves; inf holds it", above=0)
     trainpatchsplit: int = option(16, "a group of s patches gives s // trainpatchsplit anchors", least=1)
     tau: float = option(0.8, "temperature", above=0, most=1e6)
+    loss: str = option("ppap", "loss of the projections", choices=LOSSES)
     group_size: int = option(784, "consecutive patches that share a draw of anchors", least=1)
     similarity_dtype: str = option(
         "float32", "operands of the thresholded products", choices=("float32", "float16")
@@ -167,9 +175,7 @@ class PretrainedOptions:
 class ModelOptions:
     """The network."""
 
-    arch: str = option(
-        "dino", "backbone family; vit is built by dimensions, untrained", choices=("dino", "dinov2", "vit")
-    )
+    arch: str = option("dino", "backbone family; vit is built by dimensions, untrained", choices=ARCHS)
     continuous: bool = option(True, "false: the code has one channel per class instead of `dim`")
     dim: int = option(384, "D, channels of the code; the backbone's width", least=1)
     extra_clusters: int = option(0, "centroids beyond the number of classes", least=0)

@@ -17,7 +17,8 @@ from dataset.crops import CROPS, crop_boxes, prepared_folder
 from dataset.source import Batch
 from loss import PPAPLoss
 from model.backbone import FrozenViT
-from model.module import PPAPModule, build_criterion
+from model.criterion import build_criterion
+from model.module import PPAPModule
 from model.pretrained import backbone_spec
 from model.segmenter import Segmenter
 from utils.optionfile import find_option_file, load_options

@@ -1,0 +1,49 @@
+"""The loss that the options describe: PPAP's, or one of your own by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from loss import PPAPLoss
+from utils.options import LOSSES, Options
+
+_registered: dict[str, Callable[[Options], nn.Module]] = {}
+
+
+def register_loss(name: str, build: Callable[[Options], nn.Module]) -> None:
+    """Makes a loss of your own known as `training_coeff.loss=<name>`.
+
+    Args:
+        name: not yet taken.
+        build: from all options to a module that is called as `PPAPLoss` is: with z (N, D), the criterion
+            features (B, D, h, w) and `generator`, giving a `PPAPLossOutput`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in LOSSES:
+        raise ValueError(f"loss {name} is there already; take another name")
+    _registered[name] = build
+    LOSSES.append(name)
+
+
+def build_criterion(options: Options) -> nn.Module:
+    """The loss that `training_coeff.*` describes."""
+    chosen = options.training_coeff
+    if chosen.loss in _registered:
+        return _registered[chosen.loss](options)
+    return PPAPLoss(
+        initialcrit_pos=chosen.initialcrit_pos,
+        initialcrit_amb=chosen.initialcrit_amb,
+        prop_iter=chosen.prop_iter,
+        sigma_pos=chosen.sigma_pos,
+        sigma_amb=chosen.sigma_amb,
+        trainpatchsplit=chosen.trainpatchsplit,
+        tau=chosen.tau,
+        group_size=chosen.group_size,
+        similarity_dtype=getattr(torch, chosen.similarity_dtype),
+        backend=chosen.backend,
+    )

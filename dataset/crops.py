@@ -11,6 +11,7 @@ from utils.randomness import derived_seed
 from utils.transforms import center_box
 
 CROPS = 5
+CROPS_FOLDER = "cropped"  # below data_path, of prepared crops
 Box = tuple[int, int, int, int]
 
 
@@ -71,7 +72,7 @@ class CropSource(Source):
 
 def prepared_folder(data_path: Path, data_type: str, kind: str, ratio: float) -> Path:
     """Where the published layout keeps prepared crops."""
-    return data_path / "cropped" / f"{data_type}_{kind}_crop_{ratio}"
+    return data_path / CROPS_FOLDER / f"{data_type}_{kind}_crop_{ratio}"
 
 
 class PreparedCrops(FileSource):

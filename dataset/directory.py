@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from dataset.crops import CROPS_FOLDER
 from dataset.source import INVALID, FileSource, class_rule
 from utils.errors import UserError
 from utils.files import read_json_object
@@ -79,7 +80,8 @@ class Directory(FileSource):
         root = Path(options.data_path)
         plain = not (root / "imgs").is_dir()
         folder = root if plain else root / "imgs" / split
-        found = find_images(folder) if split == "train" or not plain else None
+        without = root / CROPS_FOLDER  # which lies among the photographs of a plain folder
+        found = find_images(folder, without=without) if split == "train" or not plain else None
         images = found.images if found else []
         passed_over = found.passed_over() if found else ""
         if split == "train" and not images:

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import eval as evaluation
 import run
@@ -12,6 +14,8 @@ from model.backbone import FrozenViT
 from model.official import BACKBONES
 from model.pretrained import backbone_spec
 from tests.dataset import miniatures
+from tests.dataset.files import picture
+from utils.errors import UserError
 from utils.optionfile import find_option_file, load_options
 from utils.options import FULL_DEPTH
 
@@ -67,6 +71,38 @@ def test_data_set__trains_and_evaluates(data_type, crop_type, tiny_file, tmp_pat
     assert trained["images"] == (6 if data_type in ("synthetic", "potsdamraw") else 2)
     names = DATA_SETS[data_type].labels(load_options(tmp_path / "tiny.json").dataset).names
     assert list(trained["class_iou"]["before_crf"]["cluster"]) == list(names)
+
+
+def test_own_photographs__of_all_kinds_train_without_labels(tiny_file, tmp_path, capsys):
+    """A folder as it comes: nested, mixed sizes and modes, turned, a video, and one file that is damaged."""
+    photos = tmp_path / "photos"
+    for number, mode in enumerate(("RGB", "L", "RGBA", "P", "I;16")):
+        pixels = picture(number).astype(np.uint8)
+        image = Image.fromarray(pixels)
+        if mode == "I;16":
+            image = Image.fromarray(pixels[:, :, 0].astype(np.uint16) << 8)
+        elif mode != "RGB":
+            image = image.convert(mode)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # lies on its side
+        (photos / f"day {number}").mkdir(parents=True)
+        size = (40 + 10 * number, 90 - 10 * number)
+        image.resize(size).save(photos / f"day {number}" / "photo.png", exif=exif)
+    (photos / "walk.mp4").write_bytes(b"no image")
+    (photos / "broken.jpg").write_bytes(b"no image")
+    changed = {"dataset__data_type": "directory", "dataset__data_path": str(photos), "dataset__n_classes": 3}
+    path = tiny_file(**changed, dataset__crop_type="five", dataset__skip_damaged=True)
+    (trained,) = run.main(["--opt", path])
+    assert trained["before_crf"] is None
+    assert trained["step"] == 5 * 5 // 4
+    told = capsys.readouterr().out
+    assert "1 of 6 items are damaged and left out" in told
+    assert "ffmpeg -i walk.mp4" in told
+    (left_out,) = json.loads((tmp_path / "output/tiny/left_out.json").read_text())
+    assert "broken.jpg: not a readable image" in left_out
+    with pytest.raises(UserError, match=r"1 of 6 items are damaged;(.|\n)*broken\.jpg"):
+        run.main(["--opt", path, "--check", "dataset.skip_damaged=false", "wandb.name=checked"])
+    assert not (tmp_path / "output/checked").exists()
 
 
 @pytest.fixture

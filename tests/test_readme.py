@@ -71,6 +71,7 @@ NOT_OURS = {
     "other.json",
     "sweep.json",
     "sets.json",
+    "left_out.json",
     *VARIANTS,
 }
 

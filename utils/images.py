@@ -94,8 +94,13 @@ class FoundImages:
         return "; ".join(parts)
 
 
-def find_images(folder: Path) -> FoundImages:
-    """All images in a folder and the folders below it; links to folders are followed, hidden names not."""
+def find_images(folder: Path, *, without: Path | None = None) -> FoundImages:
+    """All images in a folder and the folders below it; links to folders are followed, hidden names not.
+
+    Args:
+        folder: where to look.
+        without: a folder below it that is left out.
+    """
     images, videos, others, seen = [], [], Counter(), set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -103,7 +108,7 @@ def find_images(folder: Path) -> FoundImages:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and Path(place, name) != without]
         for name in files:
             path = Path(place, name)
             ending = path.suffix.lower()

@@ -84,6 +84,7 @@ def test_directory__plain_folder_is_trained_on(data_of, tmp_path, capsys):
     save(tmp_path / "2019/summer/a.jpg", picture(0))
     save(tmp_path / "b.png", picture(1))
     save(tmp_path / ".thumbnails/b.png", picture(1))
+    save(tmp_path / "cropped/directory_five_crop_0.5/img/train/0.jpg", picture(0))
     data = data_of("directory", tmp_path, dataset__n_classes=4)
     assert [path.name for path in data.train_set.source.images] == ["a.jpg", "b.png"]
     assert len(data.validation_set) == 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from dataset.archives import unpack
+from dataset.archives import bytes_to_unpack, unpack
 from dataset.ledger import Ledger
 from dataset.published import Archive, File, Target
 from dataset.space import readable, require_space
@@ -42,6 +42,8 @@ class State:
         part: bytes that a stopped download left.
         size: of the whole, in bytes.
         known: whether a server or a digest vouches for `size`; otherwise it is an estimate.
+        unpacks: bytes that unpacking adds; as many as `size` until the archive is there, as photographs and
+            PNGs are compressed already.
     """
 
     done: bool
@@ -49,6 +51,7 @@ class State:
     part: int
     size: int
     known: bool
+    unpacks: int
 
 
 def addresses(file: File, mirror: str) -> tuple[str, ...]:
@@ -59,34 +62,32 @@ def addresses(file: File, mirror: str) -> tuple[str, ...]:
 
 def state_of(file: File, ledger: Ledger, *, means: Means, ask: bool) -> State:
     """How far a file is; with `ask`, servers are asked for its size."""
-    path = means.root / file.name
+    path, unpacks = means.root / file.name, 0
     there = path.is_file()
     done = ledger.has_unpacked(file) if isinstance(file, Archive) else there
     if done or there:
-        return State(done, there, 0, path.stat().st_size if there else file.size, there)
-    about = path.with_name(f"{path.name}.part")
-    part = about.stat().st_size if about.is_file() else 0
+        if isinstance(file, Archive) and not done:
+            unpacks = bytes_to_unpack(path, means.root / file.into, wanted=file.wanted)
+        return State(done, there, 0, path.stat().st_size if there else file.size, there, unpacks)
+    unfinished = path.with_name(f"{path.name}.part")
+    part = unfinished.stat().st_size if unfinished.is_file() else 0
     timeout = min(HEAD_TIMEOUT, means.patience.timeout)
     found = (size_of(address, timeout=timeout) for address in addresses(file, means.mirror) if ask)
     size = next((size for size in found if size is not None), None)
-    return State(False, False, part, size or file.size, bool(size or file.sha256))
+    unpacks = (size or file.size) if isinstance(file, Archive) else 0
+    return State(False, False, part, size or file.size, bool(size or file.sha256), unpacks)
 
 
 def space_needed(files: tuple[File, ...], states: tuple[State, ...], *, keep: bool) -> int:
-    """Bytes needed at the worst moment; what an archive unpacks to is taken as large as itself.
-
-    That holds for photographs and PNGs, which are compressed already.
-    """
+    """Bytes needed at the worst moment, when an archive and what it unpacks to lie side by side."""
     used = worst = 0
     for file, state in zip(files, states, strict=True):
         if state.done:
             continue
-        used += 0 if state.there else max(0, state.size - state.part)
+        used += state.unpacks + (0 if state.there else max(0, state.size - state.part))
         worst = max(worst, used)
-        if isinstance(file, Archive):
-            used += state.size
-            worst = max(worst, used)
-            used -= 0 if keep else state.size
+        if isinstance(file, Archive) and not keep:
+            used -= state.size
     return worst
 
 
@@ -113,10 +114,15 @@ def acquire(target: Target, means: Means) -> None:
             if number < len(plans):
                 rest = ", ".join(file.name for file in plans[number])
                 print(f"{error}\ngoing on with the published archive: {rest}", flush=True)
-    ways = " or ".join(", ".join(file.name for file in plan) for plan in plans)
-    by_hand = f"or fetch by hand {ways}, put it in {means.root} under that name, and run this again"
-    again = "run the command again: it goes on where it was"
-    raise FetchError([*reasons, again, by_hand], "fetching, no address gave the file")
+    missing = [[file.name for file in plan if not _is_here(file, ledger, means.root)] for plan in plans]
+    ways = " or ".join(", ".join(names) for names in missing)
+    hint = f"run this again, which goes on where it was; or put {ways} into {means.root} and run this again"
+    raise FetchError([*reasons, hint], "fetching: no address gave the file")
+
+
+def _is_here(file: File, ledger: Ledger, root: Path) -> bool:
+    unpacked = isinstance(file, Archive) and ledger.has_unpacked(file)
+    return unpacked or (root / file.name).is_file()
 
 
 def _carry_out(plan: tuple[File, ...], ledger: Ledger, *, means: Means) -> None:

@@ -48,6 +48,16 @@ class Unpacked:
     skipped: int
 
 
+def bytes_to_unpack(archive: Path, folder: Path, *, wanted: tuple[str, ...]) -> int:
+    """What `unpack` would need on the disk.
+
+    Raises:
+        UserError: no zip file, or a member that is refused.
+    """
+    with _opened(archive) as opened:
+        return _missing(checked_members(archive, opened, wanted=wanted), folder)
+
+
 def unpack(archive: Path, folder: Path, *, wanted: tuple[str, ...]) -> Unpacked:
     """Unpacks the wanted part of an archive; files that are there with size and CRC are left alone.
 
@@ -61,10 +71,7 @@ def unpack(archive: Path, folder: Path, *, wanted: tuple[str, ...]) -> Unpacked:
     """
     with _opened(archive) as opened:
         members = checked_members(archive, opened, wanted=wanted)
-        missing = [member for member in members if not _has_size(folder / member.path, member.info)]
-        require_space(
-            folder, sum(member.info.file_size for member in missing), f"what {archive.name} unpacks to"
-        )
+        require_space(folder, _missing(members, folder), f"what {archive.name} unpacks to")
         total, skipped = sum(member.info.file_size for member in members), 0
         bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"unpacking {archive.name}", disable=None)
         with bar:
@@ -127,6 +134,13 @@ def _place(name: str, wanted: tuple[str, ...]) -> PurePosixPath | None:
         if parts[depth : depth + 1] and parts[depth] in wanted:
             return PurePosixPath(*parts[depth:])
     return None
+
+
+def _missing(members: list[Member], folder: Path) -> int:
+    """Bytes of the members that are not there."""
+    return sum(
+        member.info.file_size for member in members if not _has_size(folder / member.path, member.info)
+    )
 
 
 def _has_size(path: Path, info: ZipInfo) -> bool:

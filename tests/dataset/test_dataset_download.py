@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from dataset import cocostuff, layout
+from dataset import archives, cocostuff, layout
 from dataset.cocostuff import CocoStuff
 from dataset.dataset_download import main
 from dataset.potsdam import Potsdam
@@ -81,7 +81,7 @@ def pages():
     lists = dict.fromkeys(
         ("potsdam/labelled_train.txt", "potsdam/labelled_test.txt"), b"2_10_0_0\n2_10_0_1\n"
     )
-    archives = {
+    zips = {
         "cocostuff.zip": {f"cocostuff/{name}": content for name, content in coco.items()},
         "stuffthingmaps_trainval2017.zip": {k.split("/", 1)[1]: v for k, v in below["ann"].items()},
         "potsdam.zip": potsdam_files("potsdam/") | lists,
@@ -89,8 +89,8 @@ def pages():
     }
     for split in layout.COCO_SPLITS:
         images = {k.split("/", 1)[1]: v for k, v in below["images"].items() if split in k}
-        archives[f"{split}.zip"] = images
-    found = {name: Page(zipped(files)) for name, files in archives.items()}
+        zips[f"{split}.zip"] = images
+    found = {name: Page(zipped(files)) for name, files in zips.items()}
     return found | {name: Page(coco[name]) for name in layout.COCO_LISTS}
 
 
@@ -236,6 +236,24 @@ def test_kill__in_the_middle_then_go_on(server, tmp_path):
     assert layout.check_potsdam(root).counts == {"labelled_train.txt": 2, "labelled_test.txt": 2}
 
 
+def test_stopped_unpacking__goes_on_where_it_was(download, server, tmp_path, monkeypatch, capsys):
+    extract, done = archives._extract, []
+
+    def stop_at_the_third(*arguments, **more):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(extract(*arguments, **more))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(archives, "_extract", stop_at_the_third)
+        with pytest.raises(UserError, match="stopped"):
+            download("potsdamraw")
+    server.seen.clear()
+    download("potsdamraw")
+    assert server.seen == []
+    assert "unpacked 4 files, 2 of them there already" in capsys.readouterr().out
+
+
 def test_fallback__published_archive(download, server, tmp_path, capsys):
     del server.pages["stuffthingmaps_trainval2017.zip"]
     download("cocostuff")
@@ -254,8 +272,7 @@ def test_all_sources_fail__each_is_named_and_what_to_do(download, server, tmp_pa
     first = layout.COCO_LISTS[0]
     for address in (f"mirror/{first}", first, "mirror/cocostuff.zip", "cocostuff.zip"):
         assert f"{server.address}/{address}: answers 404 Not Found" in message
-    assert f"put it in {tmp_path / 'data'} under that name" in message
-    assert "cocostuff.zip" in message
+    assert f"train2017.zip or cocostuff.zip into {tmp_path / 'data'} and run this again" in message
 
 
 def test_mirror__comes_first(download, server, targets):
@@ -335,6 +352,17 @@ def test_space__names_need_and_free(download, server, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"the data set, unpacked, needs .* kB, 1\.0 kB are free"):
         download("potsdam")
     assert server.bodies() == []
+
+
+def test_space__counts_what_is_unpacked_already(download, server, tmp_path, monkeypatch):
+    download("potsdam")
+    (tmp_path / "data/labelled_test.txt").unlink()
+    (tmp_path / "data/download.json").unlink()
+    (tmp_path / "data/potsdam.zip").write_bytes(server.pages["potsdam.zip"].body)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 100))
+    download("potsdam")
+    assert (tmp_path / "data/labelled_test.txt").read_text() == "2_10_0_0\n2_10_0_1\n"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import lzma
 import os
 import re
@@ -176,11 +177,18 @@ def _extract(opened: ZipFile, member: Member, path: Path, *, archive: Path) -> N
         temporary.unlink(missing_ok=True)
 
 
+def _is_of_the_disk(error: Exception) -> bool:
+    """Whether the archive is not to blame: an offset before its start is an OSError too, but EINVAL."""
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+
+
 @contextmanager
 def _blaming(archive: Path, member: Member) -> Iterator[None]:
     try:
         yield
-    except DAMAGE as error:
+    except (*DAMAGE, OSError) as error:
+        if _is_of_the_disk(error):
+            raise
         raise UserError(
             f"{archive}: {member.info.filename} is damaged ({first_line(error)}); delete {archive} and run "
             "the command again: it is fetched anew, what is unpacked stays"
@@ -191,7 +199,9 @@ def _blaming(archive: Path, member: Member) -> Iterator[None]:
 def _opened(archive: Path) -> Iterator[ZipFile]:
     try:
         opened = ZipFile(archive)
-    except DAMAGE as error:
+    except (*DAMAGE, OSError) as error:
+        if _is_of_the_disk(error):
+            raise
         raise UserError(
             f"{archive}: not a whole zip archive ({first_line(error)}); delete it, and it is fetched again"
         ) from None

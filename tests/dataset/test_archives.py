@@ -1,5 +1,6 @@
 """Unpacking archives that are whole, restarted, damaged and hostile."""
 
+import random
 import shutil
 import stat
 import struct
@@ -130,6 +131,26 @@ def test_unpack__no_whole_archive(tmp_path, content):
     archive.write_bytes(archive.read_bytes()[:-30] if content is None else content)
     with pytest.raises(UserError, match=r"a\.zip: not a whole zip archive"):
         unpack(archive, tmp_path / "out", wanted=())
+
+
+def test_unpack__random_damage_never_leads_out_or_crashes(tmp_path):
+    whole = pack(tmp_path / "a.zip", FILES).read_bytes()
+    rng = random.Random(0)
+    refused = 0
+    for number in range(300):
+        damaged = bytearray(whole)
+        for _ in range(rng.choice((1, 2, 5))):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "a.zip").write_bytes(damaged)
+        try:
+            unpack(folder / "a.zip", folder / "in/out", wanted=())
+        except UserError:
+            refused += 1
+        assert {path.relative_to(folder).parts[0] for path in folder.rglob("*")} <= {"a.zip", "in"}
+        assert not (folder / "in").exists() or [path.name for path in (folder / "in").iterdir()] == ["out"]
+    assert refused > 100
 
 
 def test_unpack__nothing_that_is_wanted(tmp_path):

@@ -116,7 +116,9 @@ def acquire(target: Target, means: Means) -> None:
                 print(f"{error}\ngoing on with the published archive: {rest}", flush=True)
     missing = [[file.name for file in plan if not _is_here(file, ledger, means.root)] for plan in plans]
     ways = " or ".join(", ".join(names) for names in missing)
-    hint = f"run this again, which goes on where it was; or put {ways} into {means.root} and run this again"
+    hint = (
+        f"run this again, which goes on where it was, or before that fetch by hand into {means.root}: {ways}"
+    )
     raise FetchError([*reasons, hint], "fetching: no address gave the file")
 
 

@@ -89,6 +89,8 @@ class Part:
             with _writing(self.path):
                 self._file.close()
             self._file = None
+            if self.size == 0:
+                self.clear()  # an address that gave nothing leaves nothing
 
     def start(self, version: Version) -> None:
         """Drops what is there and begins a version."""

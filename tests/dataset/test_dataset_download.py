@@ -272,7 +272,9 @@ def test_all_sources_fail__each_is_named_and_what_to_do(download, server, tmp_pa
     first = layout.COCO_LISTS[0]
     for address in (f"mirror/{first}", first, "mirror/cocostuff.zip", "cocostuff.zip"):
         assert f"{server.address}/{address}: answers 404 Not Found" in message
-    assert f"train2017.zip or cocostuff.zip into {tmp_path / 'data'} and run this again" in message
+    assert f"fetch by hand into {tmp_path / 'data'}: {first}, " in message
+    assert "train2017.zip or cocostuff.zip" in message
+    assert tree(tmp_path / "data") == []
 
 
 def test_mirror__comes_first(download, server, targets):

@@ -13,19 +13,15 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 
-if not __package__ and "dataset" not in sys.modules:  # run as a file: sys.path starts with dataset/
-    HERE = Path(__file__).resolve().parent
-    sys.path[:] = [str(HERE.parent), *(entry for entry in sys.path if Path(entry).resolve() != HERE)]
-    sys.modules["dataset"] = ModuleType("dataset")  # the real one imports torch, which takes seconds
-    sys.modules["dataset"].__path__ = [str(HERE)]
+if not __package__:  # run as a file: what is imported below lies in the project's root, not in dataset/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dataset.acquire import Means, acquire, describe
-from dataset.ledger import Ledger
-from dataset.published import TARGETS, Archive, Target
-from dataset.transfer import Patience
 from utils.cli import guarded
+from utils.download.acquire import Means, acquire, describe
+from utils.download.ledger import Ledger
+from utils.download.sources import TARGETS, Archive, Target
+from utils.download.transfer import Patience
 from utils.errors import UserError
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 
-from utils.errors import UserError
+from utils.download.transfer import FetchError, Patience, Wanted, fetch
+from utils.errors import UserError, first_line
 from utils.options import FULL_DEPTH, WIDTH_AND_HEADS
 from utils.report import markdown
 
 DINO = "https://dl.fbaipublicfiles.com/dino"
 DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
+PATIENCE = Patience(tries=4)
 NATIVE_RES = {"dino": 224, "dinov2": 518}
 
 
@@ -152,26 +153,27 @@ def official_backbone(arch: str, model_type: str, patch: int, *, registers: bool
 def official_file(backbone: OfficialBackbone) -> Path:
     """The cached file of a published backbone, downloaded with a progress bar if it is not there.
 
-    It lies in torch.hub's checkpoints folder and is checked by SHA-256 where the digest is known.
+    It lies in torch.hub's checkpoints folder and is checked by SHA-256 where the digest is known. A download
+    that was cut goes on where it was; under the file's own name it is only when it is whole.
 
     Raises:
         UserError: it cannot be fetched, or is damaged.
     """
-    path, address = backbone.file, backbone.address
+    path = backbone.file
     if path.is_file():
         if backbone.sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != backbone.sha256:
             raise UserError(
                 f"{path}: its SHA-256 is not {backbone.sha256}; delete it, and it is fetched again"
             )
         return path
+    print(f"{backbone.name}: from {backbone.address}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(address, str(path), hash_prefix=backbone.sha256)
-    except (URLError, OSError) as error:
+        fetch([backbone.address], path, wanted=Wanted(sha256=backbone.sha256), patience=PATIENCE)
+    except (FetchError, OSError) as error:
+        reason = error.mistakes[0] if isinstance(error, FetchError) else first_line(error)
         raise UserError(
-            f"{address}: could not be downloaded ({error}); fetch it elsewhere and put it at {path}, "
-            "or name a file with model.pretrained.pretrained_weights"
+            f"{reason}; fetch it elsewhere and put it at {path}, or name a file with "
+            "model.pretrained.pretrained_weights"
         ) from None
-    except RuntimeError as error:  # torch.hub's word for a wrong digest
-        raise UserError(f"{address}: damaged on the way ({error}); run the command again") from None
     return path

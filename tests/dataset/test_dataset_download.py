@@ -17,13 +17,14 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from dataset import archives, cocostuff, layout
+from dataset import cocostuff
 from dataset.cocostuff import CocoStuff
 from dataset.dataset_download import main
 from dataset.potsdam import Potsdam
-from dataset.published import TARGETS, Archive
-from dataset.transfer import Patience
-from tests.dataset.server import Fault, Page, serving
+from tests.utils.download.server import Fault, Page, serving
+from utils.download import archives, layout
+from utils.download.sources import TARGETS, Archive
+from utils.download.transfer import Patience
 from utils.errors import UserError
 from utils.options import DatasetOptions
 

@@ -9,7 +9,7 @@ from collections import namedtuple
 
 import pytest
 
-from dataset.archives import unpack
+from utils.download.archives import unpack
 from utils.errors import UserError
 
 FILES = {"set/imgs/a.jpg": b"a" * 5000, "set/imgs/b.jpg": bytes(range(256)), "set/list.txt": b"a\nb\n"}

@@ -7,10 +7,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from dataset.archives import Unpacked
-from dataset.layout import file_count
-from dataset.published import Archive
-from dataset.transfer import Fetched
+from utils.download.archives import Unpacked
+from utils.download.layout import file_count
+from utils.download.sources import Archive
+from utils.download.transfer import Fetched
 from utils.errors import UserError
 from utils.files import read_json_object, write_json
 

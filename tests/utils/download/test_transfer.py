@@ -9,8 +9,8 @@ from email.utils import format_datetime
 
 import pytest
 
-from dataset.transfer import FetchError, Patience, Wanted, fetch, size_of
-from tests.dataset.server import Fault, Page, serving
+from tests.utils.download.server import Fault, Page, serving
+from utils.download.transfer import FetchError, Patience, Wanted, fetch, size_of
 from utils.errors import UserError
 
 BODY = b"PK" + bytes(range(256)) * 40

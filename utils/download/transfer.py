@@ -18,13 +18,13 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from dataset.headers import content_length, content_range, retry_after
-from dataset.partial import Part, Version
-from dataset.space import require_space
+from utils.download.headers import content_length, content_range, retry_after
+from utils.download.partial import Part, Version
+from utils.download.space import require_space
 from utils.errors import UserError, first_line
 
 CHUNK = 1 << 18
-HEADERS = {"User-Agent": "ppap-dataset-download", "Accept-Encoding": "identity"}
+HEADERS = {"User-Agent": "ppap", "Accept-Encoding": "identity"}
 TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 
 

@@ -17,7 +17,7 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 
 from tqdm import tqdm
 
-from dataset.space import require_space
+from utils.download.space import require_space
 from utils.errors import UserError, first_line
 
 CHUNK = 1 << 20

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from dataset.archives import bytes_to_unpack, unpack
-from dataset.ledger import Ledger
-from dataset.published import Archive, File, Target
-from dataset.space import readable, require_space
-from dataset.transfer import FetchError, Patience, Wanted, fetch, size_of
+from utils.download.archives import bytes_to_unpack, unpack
+from utils.download.ledger import Ledger
+from utils.download.sources import Archive, File, Target
+from utils.download.space import readable, require_space
+from utils.download.transfer import FetchError, Patience, Wanted, fetch, size_of
 
 HEAD_TIMEOUT = 10.0  # seconds; an address that is silent for longer is not asked for a size
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from utils.crf import CrfPool
     from utils.meanfield import MeanField
 
-ANCHORS_AT_ONCE = 256  # that --measure-sets holds against all patches of a batch
-
 # What needs torch is imported inside functions: a mistyped option is answered at once, and the CRF
 # processes, which import this file again, stay small.
 
@@ -206,6 +204,7 @@ def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
     """
     from dataset import build_data
     from model import build_module
+    from model.sets import measured
     from utils.errors import UserError
     from utils.files import make_folder, write_json
     from utils.pictures import draw_sets
@@ -216,41 +215,13 @@ def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
             f"dataset.data_path is {options.dataset.data_path}: its validation split has no labels, "
             "so there is nothing to hold the sets against; add labels"
         )
-    rows = sets_of(options, build_module(options, data.labels), data=data)
+    rows = measured(build_module(options, data.labels), data.validation_set)
     make_folder(folder)
     write_json(folder / "sets.json", rows)
     draw_sets(
         folder / "sets.png", rows, title=f"{options.dataset.data_type}, {data.labels.n_classes} classes"
     )
     return rows
-
-
-def sets_of(options: Options, module: PPAPModule, *, data: SegmentationData) -> list[dict[str, float]]:
-    """What `measure_sets` returns, over the batches of the validation split."""
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
-    from model.sets import patch_classes, set_quality
-    from utils.randomness import generator
-    from utils.training import build_trainer, hardware_settings
-
-    trainer = build_trainer(options, hardware_settings(options))
-    criterion, total = module.criterion, None
-    batches = DataLoader(data.validation_set, options.dataloader.batch_size)
-    for step, batch in enumerate(tqdm(batches, desc="sets", unit="batch"), start=1):
-        bank = criterion.bank(module.frozen_features(batch.image, trainer))  # (N, D)
-        classes = patch_classes(batch.label, module.segmenter.backbone.spec.patch).to(bank.device)
-        drawn = criterion.sample_anchors(len(classes), generator(options.train.seed, "anchors", step))
-        for anchors in drawn[drawn >= 0].to(bank.device).split(ANCHORS_AT_ONCE):
-            found = set_quality(
-                bank,
-                classes,
-                anchors=anchors,
-                boundaries=criterion.boundaries,
-                operand=criterion.similarity_dtype,
-            )
-            total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
-    return [quality.means() for quality in total]
 
 
 def main(argv: Sequence[str] | None = None) -> list[Any]:

@@ -70,7 +70,7 @@ class SegmentationData(LightningDataModule):
 
     def __init__(self, options: Options, kind: DataSetKind, *, train: bool = True) -> None:
         super().__init__()
-        self.options = options
+        self.options, self.kind = options, kind
         chosen = options.dataset
         self.labels: LabelSpace = kind.labels(chosen)
         self.validation_set: SegmentationDataset | TokenDataset = SegmentationDataset(

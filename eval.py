@@ -5,6 +5,7 @@ option file -> data -> network from the checkpoint -> predictions -> metrics bef
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import guarded, parse_arguments, plan_jobs
+from utils.cli import guarded, parse_arguments, plan_jobs, read_patch
 from utils.files import find_checkpoint
 from utils.options import Options
 
@@ -224,19 +225,77 @@ def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
     return rows
 
 
+def explain(options: Options, *, image: str, patch: tuple[int, int] | None, folder: Path) -> dict[str, Any]:
+    """Draws what propagation does for one anchor of an image, on frozen features.
+
+    Nothing is trained and no checkpoint is read; the bank is as large as a training batch, at
+    `dataset.val_res`, without dropout. Writes <image>_<row>_<col>.png, and adds to explain.json.
+
+    Args:
+        options: all options.
+        image: an image file, or the index of a validation image.
+        patch: (row, column) of the anchor on the patch grid, from 0; None takes the centre.
+        folder: where results go.
+
+    Returns:
+        `image`, `patch`, `grid`, `images` (of the bank) and `steps` (`Explanation.numbers`).
+
+    Raises:
+        UserError: there is no such image or patch, or data or weights are missing or do not fit.
+    """
+    from dataset import build_data
+    from dataset.bank import bank_images
+    from model import build_module
+    from model.explain import explain_images
+    from utils.explain_picture import draw_explanation
+    from utils.files import make_folder, read_json_object, write_json
+
+    data = build_data(options, train=False)
+    asked = bank_images(data, image, size=options.dataloader.batch_size)
+    found = explain_images(build_module(options, data.labels), asked.images, patch=patch)
+    _, row, column = found.anchor
+    name = re.sub(r"[^\w.=+-]+", "_", f"{Path(asked.names[0]).stem}_{row}_{column}")
+    pictures = asked.images.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+    file = make_folder(folder) / "explain.json"
+    draw_explanation(folder / f"{name}.png", found, pictures=pictures, names=asked.names, about=asked.about)
+    result = {
+        "image": asked.names[0],
+        "patch": [row, column],
+        "grid": list(found.grid),
+        "images": len(pictures),
+        "steps": found.numbers(),
+    }
+    write_json(file, (read_json_object(file) if file.exists() else {}) | {name: result})
+    return result
+
+
+def _measured(options: Options) -> list[dict[str, float]]:
+    from utils.report import sets_table
+
+    folder = results_folder(options)
+    rows = measure_sets(options, folder=folder)
+    print(f"\n{sets_table(rows)}\n\nresults: {folder}")
+    return rows
+
+
+def _explained(options: Options, *, image: str, patch: tuple[int, int] | None) -> dict[str, Any]:
+    from utils.report import explanation_table
+
+    folder = results_folder(options) / "explain"
+    result = explain(options, image=image, patch=patch, folder=folder)
+    print(f"\n{explanation_table(result)}\n\nresults: {folder}")
+    return result
+
+
 def main(argv: Sequence[str] | None = None) -> list[Any]:
     """Evaluates what the command line asks for, one job after another."""
     arguments = parse_arguments(argv, description="Evaluate a PPAP checkpoint.", training=False)
     jobs = plan_jobs(arguments)
     if arguments.measure_sets:
-        from utils.report import sets_table
-
-        measured = []
-        for job in jobs:
-            folder = results_folder(job.options)
-            measured.append(measure_sets(job.options, folder=folder))
-            print(f"\n{sets_table(measured[-1])}\n\nresults: {folder}")
-        return measured
+        return [_measured(job.options) for job in jobs]
+    if arguments.explain is not None:
+        patch = read_patch(arguments.patch)
+        return [_explained(job.options, image=arguments.explain, patch=patch) for job in jobs]
     for job in jobs:
         find_checkpoint(job.options.checkpoint, job.options.output_dir)  # named at all?
     from utils.report import class_table, metrics_table, sweep_table

@@ -67,6 +67,7 @@ NOT_OURS = {
     "other.json",
     "sweep.json",
     "sets.json",
+    "explain.json",
     *VARIANTS,
 }
 

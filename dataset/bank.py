@@ -52,6 +52,10 @@ def bank_images(data: SegmentationData, image: str, *, size: int) -> BankImages:
     split, others = _others(data)
     place = _place(image, data, others)
     if place is None:
+        if not Path(image).is_file():
+            raise UserError(
+                f"--explain is {image}: no such file; name an image file, or give a validation image's index"
+            )
         pixels, _ = data.validation_set.geometry(open_image(Path(image)), None)
         asked = torch.from_numpy(np.asarray(pixels).transpose(2, 0, 1).copy())  # (3, H, W)
         name = image

@@ -81,6 +81,8 @@ def test_bank_images__index_out_of_range(photographs, image):
 def test_bank_images__missing_or_damaged(photographs, tmp_path):
     data = photographs(train=0, val=1)
     (tmp_path / "damaged.jpg").write_bytes(b"no image")
-    for name in ("missing.jpg", "damaged.jpg", "photos"):
-        with pytest.raises(UserError, match=f"{name}: not a readable image"):
+    with pytest.raises(UserError, match=r"damaged\.jpg: not a readable image"):
+        bank_images(data, str(tmp_path / "damaged.jpg"), size=8)
+    for name in ("missing.jpg", "photos"):
+        with pytest.raises(UserError, match=f"--explain is .*{name}: no such file; name an image file"):
             bank_images(data, str(tmp_path / name), size=8)

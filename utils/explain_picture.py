@@ -78,7 +78,7 @@ def _draw_head(head: SubFigure, found: Explanation, *, name: str, about: str) ->
     _, row, column = found.anchor
     height, width = found.grid
     caption = f"{about}; {found.zones[0].size:,} patches, {height} x {width} an image"
-    title = f"Propagation of patch {row},{column} of {Path(name).stem}"
+    title = f"Propagation of patch {row},{column} of {Path(name).stem[:60]}"
     head.text(0.5, 0.8, title, ha="center", fontsize=15, parse_math=False)
     head.text(0.5, 0.58, caption, ha="center", fontsize=11)
     handles = [Patch(color=colour, label=label) for colour, label in zip(COLOURS, LABELS, strict=True)]

@@ -5,6 +5,7 @@ option file -> data -> network from the checkpoint -> predictions -> metrics bef
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,22 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import guarded, parse_arguments, plan_jobs
+from utils.cli import guarded, parse_arguments, plan_jobs, read_patch
 from utils.files import find_checkpoint
 from utils.options import Options
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    import numpy as np
-
     from dataset.datamodule import SegmentationData
     from model import PPAPModule
-    from model.evaluator import Evaluation, Prediction
+    from model.evaluator import Evaluation
     from utils.crf import CrfPool
     from utils.meanfield import MeanField
-
-ANCHORS_AT_ONCE = 256  # that --measure-sets holds against all patches of a batch
 
 # What needs torch is imported inside functions: a mistyped option is answered at once, and the CRF
 # processes, which import this file again, stay small.
@@ -52,6 +49,7 @@ def evaluate(options: Options, *, checkpoint: str, folder: Path) -> dict[str, An
     """
     from dataset import build_data
     from model import build_module
+    from model.results import class_iou, write_pictures
     from utils.files import make_folder, write_json
 
     data = build_data(options, train=False)
@@ -74,7 +72,7 @@ def evaluate(options: Options, *, checkpoint: str, folder: Path) -> dict[str, An
         "assignment": list(assigned.assignment) if assigned else None,
     }
     write_json(folder / "metrics.json", result)
-    write_pictures(folder, module, predicted=predicted)
+    write_pictures(folder, module, plain=predicted.plain, refined=predicted.refined)
     return result
 
 
@@ -146,49 +144,6 @@ def predict(options: Options, module: PPAPModule, *, data: SegmentationData) -> 
     return Predicted(evaluator.compute(), refined, missing)
 
 
-def class_iou(evaluation: Evaluation, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Head -> class name -> IoU in percent, of the heads that have scores."""
-    return {head: dict(zip(names, scores.iou, strict=True)) for head, scores in evaluation.heads().items()}
-
-
-def write_pictures(folder: Path, module: PPAPModule, *, predicted: Predicted) -> None:
-    """confusion.npz and confusion.png for all that was scored, predictions.png for some images."""
-    import numpy as np
-
-    from utils.pictures import draw_confusion, draw_predictions
-
-    labels, plain = module.labels, predicted.plain
-    counts = {head: scores.confusion for head, scores in plain.heads().items()}
-    if counts:
-        draw_confusion(folder / "confusion.png", counts, labels=labels)
-        if predicted.refined is not None:
-            counts |= {f"{head}_crf": scores.confusion for head, scores in predicted.refined.heads().items()}
-        np.savez(folder / "confusion.npz", class_names=np.array(labels.names), **counts)
-    if module.evaluator.pictures:
-        rows = [picture_row(prediction, module, plain) for prediction in module.evaluator.pictures]
-        draw_predictions(folder / "predictions.png", rows, labels=labels)
-
-
-def picture_row(prediction: Prediction, module: PPAPModule, plain: Evaluation) -> dict[str, np.ndarray]:
-    """Title -> picture (H, W, 3) uint8 of one image: as it is, truth, clusters, linear probe."""
-    import numpy as np
-
-    from utils.pictures import UNMATCHED, colour
-
-    labels = module.labels
-    # without labels nothing is matched: clusters take the colours in turn, extra ones none
-    extra = module.options.model.extra_clusters
-    unscored = (*range(labels.n_classes), *[-1] * extra)
-    assignment = np.array(plain.cluster.assignment if plain.cluster else unscored)
-    row = {"image": prediction.image.permute(1, 2, 0).numpy()}
-    if plain.cluster:
-        row["truth"] = colour(prediction.label.numpy(), labels)
-    row["clusters"] = colour(assignment[prediction.cluster.numpy()], labels, missing=UNMATCHED)
-    if prediction.linear is not None:
-        row["linear probe"] = colour(prediction.linear.numpy(), labels)
-    return row
-
-
 def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
     """Holds the sets that propagation chooses on frozen features against the validation labels.
 
@@ -208,6 +163,7 @@ def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
     """
     from dataset import build_data
     from model import build_module
+    from model.sets import measured
     from utils.errors import UserError
     from utils.files import make_folder, write_json
     from utils.pictures import draw_sets
@@ -218,11 +174,8 @@ def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
             f"dataset.data_path is {options.dataset.data_path}: its validation split has no labels, "
             "so there is nothing to hold the sets against; add labels"
         )
-    if options.training_coeff.loss != "ppap":
-        raise UserError(
-            f"training_coeff.loss is {options.training_coeff.loss}, must be ppap for --measure-sets"
-        )
-    rows = sets_of(options, build_module(options, data.labels), data=data)
+    need_ppap(options, "--measure-sets")
+    rows = measured(build_module(options, data.labels), data.validation_set)
     make_folder(folder)
     write_json(folder / "sets.json", rows)
     draw_sets(
@@ -231,32 +184,75 @@ def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
     return rows
 
 
-def sets_of(options: Options, module: PPAPModule, *, data: SegmentationData) -> list[dict[str, float]]:
-    """What `measure_sets` returns, over the batches of the validation split."""
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
+def need_ppap(options: Options, flag: str) -> None:
+    """Raises a UserError where another loss, which propagates nothing, was chosen."""
+    from utils.errors import UserError
 
-    from model.sets import patch_classes, set_quality
-    from utils.randomness import generator
-    from utils.training import build_trainer, hardware_settings
+    if (chosen := options.training_coeff.loss) != "ppap":
+        raise UserError(f"training_coeff.loss is {chosen}, must be ppap with {flag}")
 
-    trainer = build_trainer(options, hardware_settings(options))
-    criterion, total = module.criterion, None
-    batches = DataLoader(data.validation_set, options.dataloader.batch_size)
-    for step, batch in enumerate(tqdm(batches, desc="sets", unit="batch"), start=1):
-        bank = criterion.bank(module.frozen_features(batch.image, trainer))  # (N, D)
-        classes = patch_classes(batch.label, module.segmenter.backbone.spec.patch).to(bank.device)
-        drawn = criterion.sample_anchors(len(classes), generator(options.train.seed, "anchors", step))
-        for anchors in drawn[drawn >= 0].to(bank.device).split(ANCHORS_AT_ONCE):
-            found = set_quality(
-                bank,
-                classes,
-                anchors=anchors,
-                boundaries=criterion.boundaries,
-                operand=criterion.similarity_dtype,
-            )
-            total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
-    return [quality.means() for quality in total]
+
+def explain(options: Options, *, image: str, patch: tuple[int, int] | None, folder: Path) -> dict[str, Any]:
+    """Draws what propagation does for one anchor of an image, on frozen features.
+
+    Nothing is trained and no checkpoint is read; the bank is as large as a training batch, at
+    `dataset.val_res`, without dropout. Writes <image>_<row>_<col>.png, and adds to explain.json.
+
+    Args:
+        options: all options.
+        image: an image file, or the index of a validation image.
+        patch: (row, column) of the anchor on the patch grid, from 0; None takes the centre.
+        folder: where results go.
+
+    Returns:
+        `image`, `patch`, `grid`, `images` (of the bank) and `steps` (`Explanation.numbers`).
+
+    Raises:
+        UserError: there is no such image or patch, or data or weights are missing or do not fit.
+    """
+    from dataset import build_data
+    from dataset.bank import bank_images
+    from model import build_module
+    from model.explain import explain_images
+    from utils.explain_picture import draw_explanation
+    from utils.files import make_folder, read_json_object, write_json
+
+    need_ppap(options, "--explain")
+    data = build_data(options, train=False)
+    asked = bank_images(data, image, size=options.dataloader.batch_size)
+    found = explain_images(build_module(options, data.labels), asked.images, patch=patch)
+    _, row, column = found.anchor
+    name = re.sub(r"[^\w.=+-]+", "_", f"{Path(asked.names[0]).stem}_{row}_{column}")
+    pictures = asked.images.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+    file = make_folder(folder) / "explain.json"
+    draw_explanation(folder / f"{name}.png", found, pictures=pictures, names=asked.names, about=asked.about)
+    result = {
+        "image": asked.names[0],
+        "patch": [row, column],
+        "grid": list(found.grid),
+        "images": len(pictures),
+        "steps": found.numbers(),
+    }
+    write_json(file, (read_json_object(file) if file.exists() else {}) | {name: result})
+    return result
+
+
+def _measured(options: Options) -> list[dict[str, float]]:
+    from utils.report import sets_table
+
+    folder = results_folder(options)
+    rows = measure_sets(options, folder=folder)
+    print(f"\n{sets_table(rows)}\n\nresults: {folder}")
+    return rows
+
+
+def _explained(options: Options, *, image: str, patch: tuple[int, int] | None) -> dict[str, Any]:
+    from utils.report import explanation_table
+
+    folder = results_folder(options) / "explain"
+    result = explain(options, image=image, patch=patch, folder=folder)
+    print(f"\n{explanation_table(result)}\n\nresults: {folder}")
+    return result
 
 
 def export_published(arguments: Namespace) -> None:
@@ -289,14 +285,10 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
         return []
     jobs = plan_jobs(arguments)
     if arguments.measure_sets:
-        from utils.report import sets_table
-
-        measured = []
-        for job in jobs:
-            folder = results_folder(job.options)
-            measured.append(measure_sets(job.options, folder=folder))
-            print(f"\n{sets_table(measured[-1])}\n\nresults: {folder}")
-        return measured
+        return [_measured(job.options) for job in jobs]
+    if arguments.explain is not None:
+        patch = read_patch(arguments.patch)
+        return [_explained(job.options, image=arguments.explain, patch=patch) for job in jobs]
     for job in jobs:
         find_checkpoint(job.options.checkpoint, job.options.output_dir)  # named at all?
     from utils.report import class_table, metrics_table, sweep_table

@@ -80,7 +80,7 @@ class SegmentationData(LightningDataModule):
 
     def __init__(self, options: Options, kind: DataSetKind, *, train: bool = True) -> None:
         super().__init__()
-        self.options = options
+        self.options, self.kind = options, kind
         chosen = options.dataset
         self.labels: LabelSpace = kind.labels(chosen)
         sources = {"train": train_source(chosen, kind, self.labels.n_classes)} if train else {}

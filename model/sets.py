@@ -7,9 +7,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from loss import ieee_float32
 from loss.propagation import Boundaries, Sets, propagate, select_sets
+from model.module import PPAPModule
+from utils.randomness import generator
+from utils.training import build_trainer, hardware_settings
+
+ANCHORS_AT_ONCE = 256  # held against all patches of a batch
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,32 @@ def set_quality(
             reached = propagate(bank[anchors], bank, replace(boundaries, steps=steps), operand=operand)
         found.append(_held_against(select_sets(reached, anchors), same, valid=valid))
     return found
+
+
+def measured(module: PPAPModule, items: Dataset) -> list[dict[str, float]]:
+    """The sets of frozen features over a split in batches of training's size; for t = 0..T percents by name.
+
+    Args:
+        module: network and criterion.
+        items: labelled images, each an item with `image` and `label`.
+    """
+    options, criterion, total = module.options, module.criterion, None
+    trainer = build_trainer(options, hardware_settings(options))
+    batches = DataLoader(items, options.dataloader.batch_size)
+    for step, batch in enumerate(tqdm(batches, desc="sets", unit="batch"), start=1):
+        bank = criterion.bank(module.frozen_features(batch.image, trainer))  # (N, D)
+        classes = patch_classes(batch.label, module.segmenter.backbone.spec.patch).to(bank.device)
+        drawn = criterion.sample_anchors(len(classes), generator(options.train.seed, "anchors", step))
+        for anchors in drawn[drawn >= 0].to(bank.device).split(ANCHORS_AT_ONCE):
+            found = set_quality(
+                bank,
+                classes,
+                anchors=anchors,
+                boundaries=criterion.boundaries,
+                operand=criterion.similarity_dtype,
+            )
+            total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+    return [quality.means() for quality in total]
 
 
 def _held_against(sets: Sets, same: Tensor, *, valid: Tensor) -> SetQuality:

@@ -29,6 +29,7 @@ from utils.optionfile import find_option_file, flatten, load_options, name_mista
 from utils.options import Options
 
 DEMO = "demo.json"
+NO_CHECKPOINT = ("measure_sets", "explain")  # flags that look at frozen features alone
 QUOTING = """write key=value; quote a value with spaces, commas or brackets twice: 'key="a, b"'"""
 
 
@@ -73,6 +74,12 @@ def parse_arguments(argv: Sequence[str] | None, *, description: str, training: b
         parser.add_argument(
             "--list-backbones", action="store_true", help="list the published backbones and their options"
         )
+        parser.add_argument(
+            "--explain", metavar="IMAGE", help="draw one anchor's propagation: a file, or a validation index"
+        )
+        parser.add_argument(
+            "--patch", metavar="ROW,COL", help="--explain's anchor; default: the centre patch"
+        )
     parser.add_argument("overrides", nargs="*", help="key=value, or key=a,b,c for a sweep")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.opt is None and not _needs_no_options(arguments):
@@ -96,8 +103,9 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     """
     path = find_option_file(arguments.opt)
     making = getattr(arguments, "make_demo_weights", False)  # the file that the options name is yet to come
+    frozen_features = any(getattr(arguments, flag, None) for flag in NO_CHECKPOINT)
     flags = {
-        "checkpoint": "" if getattr(arguments, "measure_sets", False) else arguments.checkpoint,
+        "checkpoint": "" if frozen_features else arguments.checkpoint,
         "dataset.data_path": arguments.data_path,
         "dataset.check_files": True if arguments.check else None,
         "wandb.mode": "disabled" if arguments.debug else None,
@@ -105,7 +113,7 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     }
     fixed = {key: value for key, value in flags.items() if value is not None}
     overrides = parse_overrides(arguments.overrides)
-    choices, mistakes = overrides.choices, list(overrides.mistakes)
+    choices, mistakes = overrides.choices, [*explain_mistakes(arguments), *overrides.mistakes]
     file = getattr(arguments, "variants", None)
     variants = read_variants(file, given={*fixed, *choices}) if file else {"": {}}
     if making and (file or any(len(values) > 1 for values in choices.values())):
@@ -130,6 +138,37 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     if mistakes:
         raise UserError(dict.fromkeys(mistakes), f"{path} and the command line")
     return jobs
+
+
+def explain_mistakes(arguments: argparse.Namespace) -> list[str]:
+    """What is wrong with --explain and --patch, one line each."""
+    image, patch = (getattr(arguments, flag, None) for flag in ("explain", "patch"))
+    mistakes = []
+    if image is not None and arguments.measure_sets:
+        mistakes.append("--explain and --measure-sets are two programs: give one of them")
+    if image == "":
+        mistakes.append("--explain is empty: name an image file, or give the index of a validation image")
+    if patch is not None and image is None:
+        mistakes.append(f"--patch is {patch}, which belongs to --explain: add --explain IMAGE")
+    try:
+        read_patch(patch)
+    except UserError as error:
+        mistakes += error.mistakes
+    return mistakes
+
+
+def read_patch(text: str | None) -> tuple[int, int] | None:
+    """(row, column) of --patch, or None where it is not given.
+
+    Raises:
+        UserError: not two whole numbers.
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"\s*\d+\s*,\s*\d+\s*", text, re.ASCII):
+        raise UserError(f"--patch is {text}, must be row,col on the patch grid from 0, as in --patch 12,20")
+    row, column = text.split(",")
+    return int(row), int(column)
 
 
 def read_variants(name: str, *, given: set[str]) -> dict[str, dict[str, Any]]:

@@ -86,6 +86,15 @@ def sets_table(rows: Sequence[dict[str, float]]) -> str:
     return markdown(["t", *columns], cells)
 
 
+def explanation_table(result: dict[str, Any]) -> str:
+    """What eval.explain gives, a row for each t: m_t, boundaries, and the sizes of the sets in the bank."""
+    columns = {"t": "d", "moved": ".4f", "phi": ".4f", "psi": ".4f"}
+    columns |= dict.fromkeys(("positives", "ambiguous", "negatives"), ",d")
+    rows = [[format(step[key], style) for key, style in columns.items()] for step in result["steps"]]
+    row, column = result["patch"]
+    return f"{result['image']}, patch {row},{column}\n" + markdown(list(columns), rows)
+
+
 def write_sweep(folder: Path, results: Sequence[tuple[str, dict[str, Any]]]) -> None:
     """sweep.json, the metrics of every run, and sweep.png, those before CRF as a figure.
 

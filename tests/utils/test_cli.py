@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from utils.cli import guarded, parse_arguments, parse_overrides, plan_jobs
+from utils.cli import guarded, parse_arguments, parse_overrides, plan_jobs, read_patch
 from utils.errors import UserError
 
 
@@ -145,3 +145,29 @@ def test_variants__that_are_shipped_fit_every_option_file_of_its_kind(monkeypatc
         assert len({job.options.wandb.name for job in found}) == len(found) > 8
         unzoned = next(job.options for job in found if job.setting == "no ambiguous zone")
         assert unzoned.training_coeff.initialcrit_amb >= unzoned.training_coeff.initialcrit_pos
+
+
+@pytest.mark.parametrize("text", ["3", "1,2,3", "a,b", "-1,2", "1.5,2", ""])
+def test_patch__malformed(tiny_file, text):
+    with pytest.raises(UserError, match="must be row,col on the patch grid"):
+        jobs("--opt", tiny_file(), "--explain", "0", f"--patch={text}", training=False)
+
+
+def test_patch__read():
+    assert read_patch(None) is None
+    assert read_patch("12, 20") == (12, 20)
+
+
+def test_explain__flags_that_do_not_go_together(tiny_file):
+    with pytest.raises(UserError, match="which belongs to --explain: add --explain IMAGE"):
+        jobs("--opt", tiny_file(), "--patch", "1,2", training=False)
+    with pytest.raises(UserError) as error:
+        jobs("--opt", tiny_file(), "--explain", "", "--measure-sets", "--patch=1", "+a=1", training=False)
+    assert len(error.value.mistakes) == 4
+
+
+def test_explain__needs_no_checkpoint_and_is_evals_own(tiny_file):
+    (job,) = jobs("--opt", tiny_file(checkpoint="nowhere"), "--explain", "0", training=False)
+    assert job.options.checkpoint == ""
+    with pytest.raises(SystemExit):
+        jobs("--opt", tiny_file(), "--explain", "0", training=True)

@@ -72,6 +72,7 @@ NOT_OURS = {
     "sweep.json",
     "sets.json",
     "left_out.json",
+    "download.json",
     "explain.json",
     *VARIANTS,
 }

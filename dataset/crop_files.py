@@ -46,9 +46,9 @@ class CropPlan:
     def of(
         cls, source: Source, folder: Path, *, data_path: Path, data_type: str, kind: str, ratio: float
     ) -> CropPlan:
-        """The plan for a source; its `about` holds the digest of names and class rule."""
+        """The plan for a source; its `about` holds a digest of the names and, with labels, the class rule."""
         names = [Path(source.name(index)).relative_to(data_path).as_posix() for index in range(len(source))]
-        text = json.dumps([names, source.rule.tolist()])
+        text = json.dumps([names, source.rule.tolist() if source.labelled else None])
         about = {
             "data_type": data_type,
             "kind": kind,

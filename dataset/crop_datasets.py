@@ -126,17 +126,11 @@ def prepare(plan: CropPlan, *, workers: int, dry_run: bool = False, skip_damaged
         UserError: the folder holds other crops, cannot be written or has no room; or, after all others are
             done, images are damaged.
     """
-    from dataset.crop_files import read_record, stored_files, unfinished, write_crops, write_record
-    from dataset.crops import CROPS, RECORD
+    from dataset.crop_files import read_own_record, unfinished, write_crops, write_record
+    from dataset.crops import CROPS
     from dataset.processes import map_images
 
-    record = read_record(plan)
-    if record is None and stored_files(plan):
-        raise UserError(
-            f"{plan.folder}: holds crops but no {RECORD}, so other code made it; train with it as it is, or "
-            "move it away and run again"
-        )
-    todo = unfinished(plan)
+    record, todo = read_own_record(plan), unfinished(plan)
     images = len(plan.source)
     there, lacking = CROPS * (images - len(todo)), CROPS * len(todo)
     print(f"{plan.folder}: {there} crops of {images} images are there, {lacking} are to be written")
@@ -150,7 +144,7 @@ def prepare(plan: CropPlan, *, workers: int, dry_run: bool = False, skip_damaged
     results = map_images(write_crops, plan, indices=todo, workers=workers, title="crops")
     damaged = {index: line for index, line in zip(todo, results, strict=True) if line is not None}
     if damaged and not skip_damaged:
-        head = f"{len(damaged)} of {images} images have no crops; mend them, then the same command goes on"
+        head = f"{len(damaged)} of {images} images without crops; mend these, then the same command goes on"
         raise UserError(listed(head, list(damaged.values())))
     write_record(plan, complete=True, missing=list(damaged))
     print(f"{CROPS * (images - len(damaged))} crops are in {plan.folder}")
@@ -196,7 +190,7 @@ def check(plan: CropPlan, *, workers: int) -> None:
     ]
     if problems:
         mend = "remove those that are wrong, then the same command without --check writes them anew"
-        raise UserError(listed(f"{len(problems)} problems in {plan.folder}; {mend}", problems))
+        raise UserError(listed(f"{plan.folder}: wrong in {len(problems)} places; {mend}", problems))
     source = "" if record else " (no record: not made here)"
     print(f"{len(expected)} files in {plan.folder} are as they should be{source}")
 
@@ -220,7 +214,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             prepare(plan, workers=workers, dry_run=arguments.dry_run)
     except KeyboardInterrupt:
-        print("\ninterrupted: what is written stays; the same command goes on from there", file=sys.stderr)
+        writing = not (arguments.check or arguments.dry_run)
+        end = (
+            "what is written stays, the same command goes on from there" if writing else "nothing was changed"
+        )
+        print(f"\ninterrupted: {end}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
 
 

@@ -204,9 +204,24 @@ def read_record(plan: CropPlan) -> dict[str, Any] | None:
         if record.get(key) != value
     ]
     if differing:
-        meaning = "digest: of the images' names and the class rule"
+        meaning = "the crops are others (digest: of the images' names and the class rule)"
         mend = f"restore what they were made from, or move {plan.folder} away and run again"
-        raise UserError(differing, f"{path}, the crops are others ({meaning}); {mend}")
+        raise UserError(differing, f"{path}, {meaning}; {mend}")
+    return record
+
+
+def read_own_record(plan: CropPlan) -> dict[str, Any] | None:
+    """The record of a folder that is to be written into; None for a new folder.
+
+    Raises:
+        UserError: the folder holds other crops, or crops without a record.
+    """
+    record = read_record(plan)
+    if record is None and stored_files(plan):
+        raise UserError(
+            f"{plan.folder}: holds crops but no {RECORD}, so other code made it; train with it as it is, or "
+            "move it away and run again"
+        )
     return record
 
 
@@ -222,10 +237,9 @@ def write_record(plan: CropPlan, *, complete: bool, missing: list[int]) -> None:
         UserError: the folder cannot be written.
     """
     try:
-        parts = (IMAGES, LABELS) if plan.source.labelled else (IMAGES,)
         plan.folder.mkdir(parents=True, exist_ok=True)
         write_json(plan.folder / RECORD, {"complete": complete, **plan.about, "missing": missing})
-        for part in parts:
+        for part in (IMAGES, LABELS) if plan.source.labelled else (IMAGES,):
             (plan.folder / part).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(plan.folder, error) from None

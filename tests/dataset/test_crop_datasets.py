@@ -227,7 +227,7 @@ def test_prepare__damaged_images_are_named_after_the_others(words, directory):
     save(directory / "labels/train/3.png", np.full((SIZE[1], SIZE[0]), 7))
     with pytest.raises(UserError) as error:
         main(words(directory))
-    assert str(error.value).startswith("2 of 4 images have no crops; mend them")
+    assert str(error.value).startswith("2 of 4 images without crops; mend these")
     assert f"{image}: not a readable image" in str(error.value)
     assert "its label holds 7, must be one of [0, 1, 2, 255]" in str(error.value)
     assert len(contents(directory / FOLDER)) == 21
@@ -300,7 +300,7 @@ def test_check__finds_what_is_wrong(words, prepared, workers, capsys):
     before = contents(folder)
     with pytest.raises(UserError) as error:
         main(words(prepared, "--check", workers=workers))
-    assert str(error.value).startswith(f"5 problems in {folder}")
+    assert str(error.value).startswith(f"{folder}: wrong in 5 places")
     for line in (
         r"img/train/3\.jpg: missing",
         r"img/train/20\.jpg: no crop has this name",
@@ -318,7 +318,7 @@ def test_check__lists_the_first_twenty(words, prepared):
     with pytest.raises(UserError) as error:
         main(words(prepared, "--check"))
     lines = str(error.value).splitlines()
-    assert lines[0].startswith("40 problems")
+    assert "wrong in 40 places" in lines[0]
     assert len(lines) == 22
     assert lines[-1] == "  - and 20 more"
 

@@ -37,7 +37,7 @@ def main(
         UserError: a mistake on the command line, no address that answers, a damaged archive, too little
             space, or a data set that is not complete afterwards.
     """
-    arguments = _arguments(argv, targets)
+    arguments = parse_arguments(argv, targets=targets)
     target, root = targets[arguments.target], Path(arguments.root)
     mistakes = _mistakes(arguments, target, root)
     if mistakes:
@@ -55,7 +55,10 @@ def main(
         raise UserError(f"{place}: {error.strerror or error}; mend that or choose another --root") from None
 
 
-def _arguments(argv: Sequence[str] | None, targets: Mapping[str, Target]) -> argparse.Namespace:
+def parse_arguments(
+    argv: Sequence[str] | None, *, targets: Mapping[str, Target] = TARGETS
+) -> argparse.Namespace:
+    """The flags."""
     parser = argparse.ArgumentParser(description="Downloads a data set, checks it, says what to run next.")
     parser.add_argument("target", choices=list(targets), help="the data set")
     parser.add_argument("--root", required=True, help="its folder: what --data_path will be")

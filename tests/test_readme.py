@@ -11,7 +11,9 @@ import sys
 
 import pytest
 
+from dataset import crop_datasets, dataset_download
 from utils.cli import parse_arguments, plan_jobs
+from utils.download.sources import TARGETS
 from utils.optionfile import REPOSITORY, SCHEMA, find_option_file, load_options
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -53,6 +55,17 @@ def test_commands__parse(program, line, tmp_path, monkeypatch):
     assert jobs
 
 
+@pytest.mark.parametrize("line", sorted(set(re.findall(r"python dataset/([^\n`#&]+)", README))))
+def test_preparation_commands__parse(line, tmp_path):
+    """Programs, flags, data sets and option files exist; nothing is fetched or written."""
+    program, *words = shlex.split(re.sub(r"<[a-z]+>", str(tmp_path), line))
+    if program == "dataset_download.py":
+        assert dataset_download.parse_arguments(words).target in TARGETS
+    else:
+        assert program == "crop_datasets.py"
+        assert crop_datasets.chosen_options(crop_datasets.parse_arguments(words)).dataset.crop_type
+
+
 def test_option_files__named_in_the_readme_exist_and_the_other_way_round():
     named = {name for name in re.findall(r"[a-z0-9_]+\.json", README) if name not in NOT_OURS}
     for name in named:
@@ -73,6 +86,7 @@ NOT_OURS = {
     "sets.json",
     "left_out.json",
     "download.json",
+    "crops.json",
     "explain.json",
     *VARIANTS,
 }

@@ -82,7 +82,6 @@ def plan_crops(options: Options) -> CropPlan:
     """
     from dataset import DATA_SETS
     from dataset.crop_files import CropPlan
-    from dataset.crops import prepared_folder
 
     chosen = options.dataset
     kind = DATA_SETS[chosen.data_type]
@@ -103,14 +102,7 @@ def plan_crops(options: Options) -> CropPlan:
             "dataset.crop_type is null: training takes whole images, nothing is to be prepared; set "
             "dataset.crop_type=five or random, there and here"
         )
-    root = Path(chosen.data_path)
-    about = {"data_type": chosen.data_type, "kind": chosen.crop_type, "ratio": chosen.crop_ratio}
-    return CropPlan.of(
-        kind.source(chosen, "train"),
-        prepared_folder(root, **about),
-        data_path=root,
-        **about,
-    )
+    return CropPlan.of(kind.source(chosen, "train"), chosen)
 
 
 def prepare(plan: CropPlan, *, workers: int, dry_run: bool = False, skip_damaged: bool = False) -> None:
@@ -209,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     options = chosen_options(arguments)
     try:
-        from dataset.processes import cores
+        from utils.machine import cores
 
         plan, workers = plan_crops(options), arguments.workers or cores()
         if arguments.check:

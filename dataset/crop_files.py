@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dataset.crops import CROPS, RECORD, crop_boxes
+from dataset.crops import CROPS, RECORD, crop_boxes, prepared_folder
 from dataset.source import RawItem, Source, classes_of
 from utils.errors import UserError
 from utils.files import read_json_object, write_json
 from utils.images import open_image, open_label
+from utils.options import DatasetOptions
 
 IMAGES, LABELS = "img/train", "label/train"
 BLOCK = 4096  # bytes that a file takes at least, and a multiple of which it takes
@@ -44,21 +45,21 @@ class CropPlan:
     about: dict[str, Any]
 
     @classmethod
-    def of(
-        cls, source: Source, folder: Path, *, data_path: Path, data_type: str, kind: str, ratio: float
-    ) -> CropPlan:
+    def of(cls, source: Source, options: DatasetOptions) -> CropPlan:
         """The plan for a source; its `about` holds a digest of the names and, with labels, the class rule."""
-        names = [Path(source.name(index)).relative_to(data_path).as_posix() for index in range(len(source))]
+        root = Path(options.data_path)
+        folder = prepared_folder(root, options.data_type, options.crop_type, options.crop_ratio)
+        names = [Path(source.name(index)).relative_to(root).as_posix() for index in range(len(source))]
         text = json.dumps([names, source.rule.tolist() if source.labelled else None])
         about = {
-            "data_type": data_type,
-            "kind": kind,
-            "ratio": ratio,
+            "data_type": options.data_type,
+            "kind": options.crop_type,
+            "ratio": options.crop_ratio,
             "images": len(source),
             "labelled": source.labelled,
             "digest": hashlib.sha256(text.encode()).hexdigest(),
         }
-        return cls(source, folder, kind, ratio, about)
+        return cls(source, folder, options.crop_type, options.crop_ratio, about)
 
     def names(self, index: int) -> list[str]:
         """The files of an image below `folder`; labels first: a crop that is there has its label."""

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from dataset.cache import TokenDataset, cached
 from dataset.check import check_splits
-from dataset.crops import CropSource, PreparedCrops, prepared_folder
+from dataset.crop_files import CropPlan, read_record
+from dataset.crops import RECORD, CropSource, PreparedCrops, prepared_folder
 from dataset.source import SegmentationDataset, Source
 from utils.errors import UserError
 from utils.files import TOKENS_FOLDER
@@ -191,9 +192,25 @@ def train_source(options: DatasetOptions, kind: DataSetKind, n_classes: int) -> 
         )
         if folder.is_dir():
             crops = PreparedCrops(folder, "train", n_classes)
+            check_origin(folder, options, kind)
             print(f"train crops: {len(crops)} in {folder}")
             return crops
     return kind.source(options, "train")
+
+
+def check_origin(folder: Path, options: DatasetOptions, kind: DataSetKind) -> None:
+    """Holds the record of prepared crops, if they have one, against the images that are there now.
+
+    Raises:
+        UserError: they were made from others.
+    """
+    if not (folder / RECORD).is_file():
+        return
+    try:
+        source = kind.source(options, "train")
+    except UserError:  # the whole images were cleared away
+        return
+    read_record(CropPlan.of(source, options))
 
 
 def cut_on_the_fly(options: DatasetOptions, kind: DataSetKind, source: Source) -> Source:

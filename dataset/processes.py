@@ -25,11 +25,6 @@ START = "fork" if sys.platform == "linux" else "spawn"
 _task: list[Any] = []  # of a worker process: the function and its first argument
 
 
-def cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def map_images(
     work: Callable[[Any, int], Any], about: Any, *, indices: Sequence[int], workers: int, title: str
 ) -> list[Any]:

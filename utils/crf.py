@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from utils.machine import cores
 from utils.upsampling import upsample
 
 if TYPE_CHECKING:
@@ -122,8 +122,7 @@ class CrfPool:
     """
 
     def __init__(self, workers: int | None = None) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.workers = workers or cores
+        self.workers = workers or cores()
         # spawn: a fork would copy torch's threads and, on a GPU, its context
         self._pool = ProcessPoolExecutor(
             self.workers, multiprocessing.get_context("spawn"), initializer=keep_freed_memory

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -22,6 +21,7 @@ from tests.benchmarks.inputs import SHAPES
 from tests.benchmarks.measure import HEADER, Bench, Row, as_json
 from tests.benchmarks.pipeline import bench_data, bench_epoch
 from utils.files import write_json
+from utils.machine import cores
 from utils.report import markdown
 
 CASES: dict[str, Callable[[Bench, str], list[Row]]] = {
@@ -37,10 +37,9 @@ CASES: dict[str, Callable[[Bench, str], list[Row]]] = {
 
 def hardware(device: torch.device) -> str:
     """What the numbers belong to."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     date = datetime.now(timezone.utc).date()
-    return f"{name}, {cores} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {date}"
+    return f"{name}, {cores()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {date}"
 
 
 def _processor() -> str:

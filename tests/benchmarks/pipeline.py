@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from tests.benchmarks import literal
 from tests.benchmarks.compute import LITERAL_BATCH, literal_losses, network_cost, step_form, step_loss_cost
 from tests.benchmarks.inputs import random_module, shape_options, write_photographs
 from tests.benchmarks.measure import Bench, Row
+from utils.machine import cores
 from utils.options import Options
 from utils.training import build_trainer, precision_settings
 from utils.transforms import Geometry
@@ -47,7 +47,7 @@ class TwoViews(Dataset):
 
 def one_pass(dataset: Dataset, batch_size: int) -> Callable[[], None]:
     """Reads a data set once; the workers stay."""
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = cores()
     loader = DataLoader(dataset, batch_size, num_workers=workers, persistent_workers=True)
     return lambda: [None for _ in loader]
 

@@ -433,3 +433,13 @@ def test_command__as_a_file_from_anywhere_and_as_a_module(words, directory, tmp_
     )
     assert mistaken.returncode == 2
     assert "Did you mean cocostuff.json?" in mistaken.stderr
+
+
+def test_training__crops_of_other_images_are_refused(prepared, data_of):
+    """A photograph that came after the crops; without the photographs the crops are taken as they are."""
+    save(prepared / "imgs/train/9.jpg", picture(9))
+    with pytest.raises(UserError, match="images is 4 there, 5 by the options and the data"):
+        data_of("directory", prepared, dataset__crop_type="five")
+    for path in (prepared / "imgs/train").iterdir():
+        path.unlink()
+    assert len(data_of("directory", prepared, dataset__crop_type="five").train_set) == 20

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataset.source import Kept, Source, classes_of
-from utils.errors import UserError
+from utils.errors import UserError, listed
 
-SHOWN = 20  # damaged items that a message names; a list file has them all
 CHUNK = 16  # items that a worker reads at a time
 
 
@@ -64,19 +62,13 @@ def check_splits(sources: dict[str, Source], *, skip: bool, workers: int) -> dic
     number = f"{len(lines)} of {sum(map(len, found.values()))} items are damaged"
     if lines and not skip:
         hint = "mend or remove them, or leave them out with dataset.skip_damaged=true"
-        raise UserError("\n".join([f"{number}; {hint}:", *listed(lines)]))
+        raise UserError(listed(f"{number}; {hint}", lines))
     for split, findings in found.items():
         if findings and all(findings):
-            raise UserError("\n".join([f"all {len(findings)} {split} items are damaged:", *listed(findings)]))
+            raise UserError(listed(f"all {len(findings)} {split} items are damaged", findings))
     if lines:
-        print("\n".join([f"{number} and left out (dataset.skip_damaged):", *listed(lines)]))
+        print(listed(f"{number} and left out (dataset.skip_damaged)", lines))
     return {split: _without(source, found[split]) for split, source in sources.items()}
-
-
-def listed(lines: Sequence[str]) -> list[str]:
-    """The first of many lines as a list, and how many more there are."""
-    more = [f"  - ... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return [*(f"  - {line}" for line in lines[:SHOWN]), *more]
 
 
 def _without(source: Source, findings: tuple[str, ...]) -> Checked:

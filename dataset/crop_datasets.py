@@ -21,14 +21,13 @@ if not __package__:  # run as a file: what is imported below lies in the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from utils.cli import guarded, parse_overrides
-from utils.errors import UserError
+from utils.errors import UserError, listed
 from utils.optionfile import find_option_file, load_options, missing_files
 from utils.options import WITHOUT_FOLDER, Options
 
 if TYPE_CHECKING:
     from dataset.crop_files import CropPlan
 
-SHOWN = 20  # problems that are listed
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 # What needs torch is imported inside functions: a mistyped option is answered at once.
@@ -188,12 +187,6 @@ def check(plan: CropPlan, *, workers: int) -> None:
         raise UserError(listed(f"{plan.folder}: wrong in {len(problems)} places; {mend}", problems))
     source = "" if record else " (no record: not made here)"
     print(f"{len(expected)} files in {plan.folder} are as they should be{source}")
-
-
-def listed(head: str, lines: list[str]) -> str:
-    """A heading and the first lines of a list."""
-    more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return "\n".join([f"{head}:", *(f"  - {line}" for line in lines[:SHOWN] + more)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

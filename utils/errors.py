@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+
+SHOWN = 20  # lines of a long list that a message has
 
 
 class UserError(Exception):
@@ -30,6 +32,12 @@ class UserError(Exception):
 def _own_words(message: str) -> str:
     """A message as it was raised: torch raises a worker's exception anew with its traceback as the text."""
     return message.rsplit(f"{UserError.__module__}.UserError: ", 1)[-1].strip()
+
+
+def listed(heading: str, lines: Sequence[str]) -> str:
+    """A heading, the first of many lines below it, and how many more there are."""
+    more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n".join([f"{heading}:", *(f"  - {line}" for line in [*lines[:SHOWN], *more])])
 
 
 def first_line(error: BaseException) -> str:

@@ -318,7 +318,7 @@ def test_check__lists_the_first_twenty(words, prepared):
     lines = str(error.value).splitlines()
     assert "wrong in 40 places" in lines[0]
     assert len(lines) == 22
-    assert lines[-1] == "  - and 20 more"
+    assert lines[-1] == "  - ... and 20 more"
 
 
 def test_dry_run__writes_nothing(words, directory, capsys):

@@ -1,6 +1,9 @@
 """Every data set and every experiment of the paper on miniatures, through run.main and eval.main."""
 
+import io
 import json
+import shlex
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,12 +12,13 @@ from PIL import Image
 
 import eval as evaluation
 import run
-from dataset import DATA_SETS
+from dataset import DATA_SETS, crop_datasets, dataset_download
 from model.backbone import FrozenViT
 from model.official import BACKBONES
 from model.pretrained import backbone_spec
 from tests.dataset import miniatures
 from tests.dataset.files import picture
+from tests.utils.download.server import Page, serving, targets_at
 from utils.errors import UserError
 from utils.optionfile import find_option_file, load_options
 from utils.options import FULL_DEPTH
@@ -128,6 +132,42 @@ def random_state(like):
 
 def shapes(like):
     return {name: getattr(value, "shape", value) for name, value in like.items()}
+
+
+def zipped(files):
+    """A zip archive of {name: path}."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, path in files.items():
+            archive.write(path, name)
+    return Page(buffer.getvalue())
+
+
+def test_cocostuff__from_nothing_to_the_first_step(hub, tmp_path, monkeypatch, capsys):
+    """Download, crops and a training step by the commands that each program names for the next."""
+    source = miniatures.make_cocostuff(tmp_path / "source", counts=(4, 1))
+    monkeypatch.chdir(tmp_path)
+    with serving() as server:
+        for split in ("train2017", "val2017"):
+            files = {
+                str(path.relative_to(source / "images")): path for path in source.glob(f"images/{split}/*")
+            }
+            server.pages[f"{split}.zip"] = zipped(files)
+        labels = {
+            str(path.relative_to(source / "annotations")): path for path in source.glob("annotations/*/*")
+        }
+        server.pages["stuffthingmaps_trainval2017.zip"] = zipped(labels)
+        for path in source.glob("curated/*/*"):
+            server.pages[str(path.relative_to(source))] = Page(path.read_bytes())
+        root = str(tmp_path / "cocostuff")
+        dataset_download.main(["cocostuff", "--root", root], targets=targets_at(server))
+    said = capsys.readouterr().out.split("next:")[1].split("\n")
+    crop, train = (shlex.split(line)[2:] for line in said if "python" in line)
+    crop_datasets.main([*crop, "--workers", "1"])
+    hub(load_options(find_option_file("cocostuff.json"), {"model.pretrained.depth": 2}))
+    (trained,) = run.main([*train, "--debug", "model.pretrained.depth=2", *SMALL])
+    assert trained["step"] == 4 * 5 // 4
+    assert f"train crops: 20 in {root}/cropped/cocostuff27_five_crop_0.5" in capsys.readouterr().out
 
 
 def published_file(shared, name):

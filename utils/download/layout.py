@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 COCO_SPLITS = ("train2017", "val2017")
-COCO_LISTS = tuple(
-    f"curated/{split}/{name}.txt"
-    for name in ("Coco164kFull_Stuff_Coarse", "Coco164kFull_Stuff_Coarse_7", "Coco164kFew_Stuff_6")
-    for split in COCO_SPLITS
+COCO_LISTS = (  # those that the data sets read
+    "curated/train2017/Coco164kFull_Stuff_Coarse.txt",
+    "curated/train2017/Coco164kFull_Stuff_Coarse_7.txt",
+    "curated/train2017/Coco164kFew_Stuff_6.txt",
+    "curated/val2017/Coco164kFull_Stuff_Coarse_7.txt",
+    "curated/val2017/Coco164kFew_Stuff_6.txt",
 )
 CITYSCAPES_COUNTS = {"train": 2975, "val": 500}
 

@@ -3,8 +3,10 @@
 import contextlib
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from utils.download.sources import TARGETS
 
 
 @dataclass(frozen=True)
@@ -126,3 +128,17 @@ def serving():
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def targets_at(server):
+    """The real table, its addresses those of a server, without digests that miniatures cannot have."""
+
+    def moved(file):
+        if not file.addresses:
+            return file
+        return replace(file, addresses=(f"{server.address}/{file.name}",), sha256=None)
+
+    return {
+        name: replace(target, plans=tuple(tuple(map(moved, plan)) for plan in target.plans))
+        for name, target in TARGETS.items()
+    }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from dataset.source import Batch, SegmentationDataset
 
 FROZEN = "-frozen"  # ends the name of a baseline
+VERIFIED = 0.01  # points by which a number may differ on another machine
 DEMO_SCENES = 2048  # that the demo's backbone is trained on
 
 # What needs torch is imported inside functions; see eval.py.
@@ -191,6 +193,48 @@ def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
     return found
 
 
+def verify_run(options: Options, folder: Path) -> dict[str, Any]:
+    """Evaluates a finished run from its own checkpoint and options and holds the result against its metrics.
+
+    Args:
+        options: those that the run has saved.
+        folder: of the run.
+
+    Returns:
+        What `evaluate` gives now.
+
+    Raises:
+        UserError: the folder holds no finished run, or a number differs by more than `VERIFIED` points.
+    """
+    from utils.errors import UserError, listed
+    from utils.files import read_json_object
+    from utils.optionfile import flatten
+
+    stored = flatten(read_json_object(folder / "metrics.json"))
+    with tempfile.TemporaryDirectory() as elsewhere:
+        result = evaluate(options, checkpoint=str(folder), folder=Path(elsewhere))
+    now = {
+        key: value
+        for key, value in flatten(result).items()
+        if isinstance(value, (int, float)) and value == value
+    }  # no NaN
+    differing = {
+        key: abs(value - (stored.get(key) or 0)) for key, value in now.items() if value != stored.get(key)
+    }
+    lines = [f"{key} is {now[key]}, was {stored.get(key)}" for key in differing]
+    if any(not distance <= VERIFIED for distance in differing.values()):
+        raise UserError(
+            listed(f"{folder}: {len(lines)} of {len(now)} numbers are not those of the run", lines)
+        )
+    same = (
+        "equal to the last digit"
+        if not lines
+        else f"within {VERIFIED}; {len(lines)} differ in the last digits"
+    )
+    print(f"{folder}: {len(now)} numbers, {same}")
+    return result
+
+
 def items(split: SegmentationDataset, count: int) -> list[Batch]:
     """The first items of a split."""
     return [split[index] for index in range(count)]
@@ -200,6 +244,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Runs what the command line asks for, one job after another; returns the metrics of each."""
     arguments = parse_arguments(argv, description="Train PPAP and evaluate it.", training=True)
     jobs = plan_jobs(arguments)
+    if arguments.verify_run:
+        return [verify_run(jobs[0].options, Path(arguments.verify_run))]
     if arguments.make_demo_weights:
         return [make_demo_weights(jobs[0].options)]
     from utils.files import move_aside

@@ -318,3 +318,29 @@ def test_measure_sets__needs_labels_and_no_checkpoint(tiny_file, tmp_path, unlab
     path = tiny_file(dataset__data_type="directory", dataset__n_classes=3)
     with pytest.raises(UserError, match="no labels, so there is nothing to hold the sets against"):
         evaluation.main(["--opt", path, "--data_path", str(unlabelled), "--measure-sets"])
+
+
+def test_verify_run__repeats_the_numbers_or_says_which_differ(tiny_file, tmp_path, capsys):
+    run.main(["--opt", tiny_file()])
+    folder = tmp_path / "output/tiny"
+    before = sorted(path.name for path in folder.iterdir())
+    (again,) = run.main(["--verify-run", str(folder)])
+    assert "numbers, equal to the last digit" in capsys.readouterr().out
+    assert sorted(path.name for path in folder.iterdir()) == before
+    stored = metrics_of(folder)
+    assert again["before_crf"] == stored["before_crf"]
+    stored["before_crf"]["Cluster_mIoU"] += 0.001
+    (folder / "metrics.json").write_text(json.dumps(stored))
+    run.main(["--verify-run", str(folder)])
+    assert "1 differ in the last digits" in capsys.readouterr().out
+    stored["before_crf"]["Cluster_mIoU"] += 1
+    (folder / "metrics.json").write_text(json.dumps(stored))
+    with pytest.raises(
+        UserError, match=r"1 of \d+ numbers are not those of the run:\n  - before_crf.Cluster_mIoU is"
+    ):
+        run.main(["--verify-run", str(folder)])
+
+
+def test_verify_run__needs_a_finished_run(tmp_path):
+    with pytest.raises(UserError, match=r"options\.json: not a readable JSON file"):
+        run.main(["--verify-run", str(tmp_path)])

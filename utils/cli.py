@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -63,6 +64,7 @@ def parse_arguments(argv: Sequence[str] | None, *, description: str, training: b
     if training:
         parser.add_argument("--frozen", action="store_true", help="baseline: never update the head")
         parser.add_argument("--variants", help="JSON file of named overrides, each a run: ablation.json")
+        parser.add_argument("--verify-run", metavar="DIR", help="evaluate a finished run anew and compare")
         parser.add_argument(
             "--make-demo-weights", action="store_true", help="train the backbone that the demo starts from"
         )
@@ -91,7 +93,7 @@ def parse_arguments(argv: Sequence[str] | None, *, description: str, training: b
 def _needs_no_options(arguments: argparse.Namespace) -> bool:
     exporting = getattr(arguments, "export", None) and arguments.checkpoint
     return exporting or any(
-        getattr(arguments, flag, False) for flag in ("make_demo_weights", "list_backbones")
+        getattr(arguments, flag, False) for flag in ("make_demo_weights", "verify_run", "list_backbones")
     )
 
 
@@ -101,7 +103,8 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     Raises:
         UserError: a mistake in the option file, in an override or in a combination of them.
     """
-    path = find_option_file(arguments.opt)
+    run = getattr(arguments, "verify_run", None)  # which has its own options
+    path = Path(run) / "options.json" if run else find_option_file(arguments.opt)
     making = getattr(arguments, "make_demo_weights", False)  # the file that the options name is yet to come
     frozen_features = any(getattr(arguments, flag, None) for flag in NO_CHECKPOINT)
     flags = {

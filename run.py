@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import sys
 import tempfile
 import time
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval import evaluate, results_folder, run_folder
 from utils.cli import Job, guarded, parse_arguments, plan_jobs
-from utils.optionfile import as_tree
+from utils.optionfile import as_tree, flatten
 from utils.options import Options
 
 if TYPE_CHECKING:
@@ -208,31 +209,27 @@ def verify_run(options: Options, folder: Path) -> dict[str, Any]:
     """
     from utils.errors import UserError, listed
     from utils.files import read_json_object
-    from utils.optionfile import flatten
 
-    stored = flatten(read_json_object(folder / "metrics.json"))
+    stored = numbers(read_json_object(folder / "metrics.json"))
     with tempfile.TemporaryDirectory() as elsewhere:
         result = evaluate(options, checkpoint=str(folder), folder=Path(elsewhere))
-    now = {
-        key: value
-        for key, value in flatten(result).items()
-        if isinstance(value, (int, float)) and value == value
-    }  # no NaN
-    differing = {
-        key: abs(value - (stored.get(key) or 0)) for key, value in now.items() if value != stored.get(key)
-    }
-    lines = [f"{key} is {now[key]}, was {stored.get(key)}" for key in differing]
-    if any(not distance <= VERIFIED for distance in differing.values()):
-        raise UserError(
-            listed(f"{folder}: {len(lines)} of {len(now)} numbers are not those of the run", lines)
-        )
+    now = numbers(result)
+    differing = [key for key in now if now[key] != stored.get(key)]
+    if any(abs(now[key] - stored.get(key, math.inf)) > VERIFIED for key in differing):
+        lines = [f"{key} is {now[key]}, was {stored.get(key)}" for key in differing]
+        heading = f"{folder}: {len(lines)} of {len(now)} numbers are not those of the run"
+        raise UserError(listed(heading, lines))
     same = (
-        "equal to the last digit"
-        if not lines
-        else f"within {VERIFIED}; {len(lines)} differ in the last digits"
+        f"within {VERIFIED}, {len(differing)} of them not equal" if differing else "equal to the last digit"
     )
     print(f"{folder}: {len(now)} numbers, {same}")
     return result
+
+
+def numbers(tree: dict[str, Any]) -> dict[str, float]:
+    """The numbers in nested results, by dotted key; those that are not defined (NaN) left out."""
+    flat = flatten(tree).items()
+    return {key: value for key, value in flat if isinstance(value, (int, float)) and value == value}
 
 
 def items(split: SegmentationDataset, count: int) -> list[Batch]:

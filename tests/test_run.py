@@ -332,7 +332,7 @@ def test_verify_run__repeats_the_numbers_or_says_which_differ(tiny_file, tmp_pat
     stored["before_crf"]["Cluster_mIoU"] += 0.001
     (folder / "metrics.json").write_text(json.dumps(stored))
     run.main(["--verify-run", str(folder)])
-    assert "1 differ in the last digits" in capsys.readouterr().out
+    assert "within 0.01, 1 of them not equal" in capsys.readouterr().out
     stored["before_crf"]["Cluster_mIoU"] += 1
     (folder / "metrics.json").write_text(json.dumps(stored))
     with pytest.raises(

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from utils.cli import guarded, parse_arguments, parse_overrides, plan_jobs, read_patch
+from utils.cli import guarded, parse_arguments, parse_overrides, plan_jobs
 from utils.errors import UserError
+from utils.evaluation_flags import read_patch
 
 
 def jobs(*argv, training=True):

@@ -1,0 +1,89 @@
+"""Masks and overlays as files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils.errors import UserError, first_line
+from utils.maskids import MaskIds
+
+LONGEST_OVERLAY = 2048  # pixels: to look at, where the mask has every pixel
+OPACITY = 0.5
+LINE_EVERY = 500  # pixels of the shorter side for each pixel of a contour's width
+
+
+def write_mask(path: Path, classes: np.ndarray, ids: MaskIds) -> None:
+    """An 8-bit PNG of ids with their colours as its palette.
+
+    Args:
+        path: to write.
+        classes: (H, W) uint8.
+        ids: names and colours.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    mask = Image.fromarray(classes)
+    mask.putpalette(np.array(ids.palette, dtype=np.uint8).tobytes())
+    _write(path, mask, format="PNG")
+
+
+def write_overlay(path: Path, image: Image.Image, classes: np.ndarray, *, ids: MaskIds) -> None:
+    """A JPEG of the photograph tinted by class, at 2,048 pixels on the longer side at most.
+
+    Args:
+        path: to write.
+        image: mode RGB.
+        classes: (H, W) uint8, at the image's size.
+        ids: names and colours.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    scale = min(1, LONGEST_OVERLAY / max(image.size))
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2)
+        classes = np.asarray(Image.fromarray(classes).resize(size, Image.Resampling.NEAREST))
+    _write(path, overlay(image, classes, ids=ids), format="JPEG", quality=90)
+
+
+def overlay(image: Image.Image, classes: np.ndarray, *, ids: MaskIds) -> Image.Image:
+    """The photograph tinted by class, a contour between segments in the class's full colour.
+
+    Args:
+        image: mode RGB.
+        classes: (H, W) uint8.
+        ids: colours.
+    """
+    colours = np.array(ids.palette, dtype=np.float32)[classes]  # (H, W, 3)
+    opacity = np.where(contours(classes), 1, OPACITY)[..., None].astype(np.float32)  # (H, W, 1)
+    mixed = np.asarray(image) * (1 - opacity) + colours * opacity  # (H, W, 3)
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def contours(classes: np.ndarray) -> np.ndarray:
+    """(H, W) bool: pixels of a segment's rim, as wide as the picture's size asks for."""
+    found = np.zeros(classes.shape, dtype=bool)
+    for distance in range(1, 2 + min(classes.shape) // LINE_EVERY):
+        for axis in (0, 1):
+            here, there = (
+                [slice(None)] * axis + [part] for part in (slice(None, -distance), slice(distance, None))
+            )
+            differs = classes[tuple(here)] != classes[tuple(there)]
+            found[tuple(here)] |= differs
+    return found
+
+
+def _write(path: Path, picture: Image.Image, **how: object) -> None:
+    temporary = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(temporary, **how)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({first_line(error)}); choose another --out") from None

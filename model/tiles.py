@@ -56,7 +56,7 @@ def blended_code(
 
 
 def tile_starts(length: int, side: int) -> list[int]:
-    """First positions of tiles of `side` that cover `length`, spread evenly, a quarter of one overlapping at least."""
+    """First positions of evenly spread tiles of `side` over `length`; a quarter of each at least overlaps."""
     if side >= length:
         return [0]
     steps = -(-(length - side) // (side - side // 4))

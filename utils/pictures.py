@@ -188,7 +188,9 @@ def draw_legend(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         swatch = np.array(row["colour"]) / 255
         axis.add_patch(Rectangle((left + 0.1, top + 0.1), 0.4, 0.8, facecolor=swatch, edgecolor="0.3"))
         axis.text(left + 0.85, top + 0.5, row["id"], fontsize=9, ha="right", va="center", color="0.4")
-        axis.text(left + 0.95, top + 0.5, row["name"], fontsize=9, va="center")
-        axis.text(left + wide - 0.1, top + 0.5, f"{row['share']:.1f}%", fontsize=9, ha="right", va="center")
+        ink = "black" if row["share"] else "0.6"  # what no pixel shows stands back
+        axis.text(left + 0.95, top + 0.5, row["name"], fontsize=9, va="center", color=ink)
+        share = f"{row['share']:.1f}%"
+        axis.text(left + wide - 0.1, top + 0.5, share, fontsize=9, ha="right", va="center", color=ink)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,5 +1,7 @@
 """Tiles cover an image, overlap, and blend without a seam."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -13,7 +15,7 @@ def test_starts__cover_and_overlap_by_a_quarter(length, side):
     assert starts[0] == 0
     if side < length:
         assert starts[-1] == length - side
-        gaps = {b - a for a, b in zip(starts, starts[1:], strict=False)}
+        gaps = {b - a for a, b in itertools.pairwise(starts)}
         assert all(0 < gap <= side - side // 4 for gap in gaps)
         assert max(gaps) - min(gaps) <= 1
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from utils.upsampling import bilinear_taps
 
-HELD = {"cpu": 2**21, "cuda": 2**26}  # entries of upsampled logits held at a time
+HELD = {"cpu": 2**22, "cuda": 2**26}  # entries of upsampled logits held at a time
 
 
 def strongest_channel(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from utils.errors import UserError, first_line
 from utils.maskids import MaskIds
@@ -14,6 +15,7 @@ from utils.maskids import MaskIds
 LONGEST_OVERLAY = 2048  # pixels: to look at, where the mask has every pixel
 OPACITY = 0.5
 LINE = 255  # white: the one colour that no segment is tinted with
+SPECK = 2000
 LINE_EVERY = 600  # pixels of the shorter side for each further pixel of a line's width
 
 
@@ -68,11 +70,30 @@ def overlay(image: Image.Image, classes: np.ndarray, *, ids: MaskIds) -> Image.I
 
 
 def contours(classes: np.ndarray) -> np.ndarray:
-    """(H, W) bool: pixels before another segment begins, to the right or below; on large pictures wider."""
+    """Lines between segments, wider on large pictures; around specks there is none, which would hide them.
+
+    Args:
+        classes: (H, W) uint8.
+
+    Returns:
+        (H, W) bool: pixels before another segment begins, to the right or below.
+    """
     found = np.zeros(classes.shape, dtype=bool)
-    for distance in range(1, 2 + min(classes.shape) // LINE_EVERY):
+    width = 1 + min(classes.shape) // LINE_EVERY
+    for distance in range(1, 1 + width):
         found[:, :-distance] |= classes[:, :-distance] != classes[:, distance:]
         found[:-distance] |= classes[:-distance] != classes[distance:]
+    return found & ~ndimage.binary_dilation(specks(classes), iterations=width)
+
+
+def specks(classes: np.ndarray) -> np.ndarray:
+    """(H, W) bool: pixels of connected parts of a class that are less than 1 / `SPECK` of the picture."""
+    found = np.zeros(classes.shape, dtype=bool)
+    for class_id in np.unique(classes):
+        parts, _ = ndimage.label(classes == class_id)  # (H, W), 0 is another class
+        small = np.bincount(parts.ravel()) * SPECK < classes.size
+        small[0] = False
+        found |= small[parts]
     return found
 
 

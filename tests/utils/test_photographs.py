@@ -10,7 +10,7 @@ from PIL import Image
 from utils.errors import UserError
 from utils.labels import LabelSpace
 from utils.maskids import class_ids
-from utils.masks import contours, overlay, write_overlay
+from utils.masks import contours, overlay, specks, write_overlay
 from utils.photographs import find_photographs, result_names, write_masks
 
 IDS = class_ids(LabelSpace(("dark", "bright"), ((200, 0, 0), (0, 0, 200))))
@@ -134,3 +134,13 @@ def test_overlay__is_tinted_with_a_line_between(tmp_path):
     large = image.resize((4500, 30))
     write_overlay(tmp_path / "x.jpg", large, np.zeros((30, 4500), dtype=np.uint8), ids=IDS)
     assert Image.open(tmp_path / "x.jpg").size == (2048, 14)
+
+
+def test_contours__leave_out_specks():
+    classes = np.zeros((60, 80), dtype=np.uint8)
+    classes[10:12, 10:12] = 1  # 4 pixels of 4,800
+    assert np.array_equal(specks(classes), classes == 1)
+    assert not contours(classes).any()
+    classes[30:50, 30:50] = 1
+    assert contours(classes).sum() == 4 * 20 - 1  # a corner is on two sides
+    assert not specks(np.zeros((1, 1), dtype=np.uint8)).any()

@@ -96,8 +96,7 @@ def load_segmenter(
 
     Args:
         checkpoint: a file, a folder or a run below `output_dir`.
-        opt: an option file, or options; None takes those that our checkpoints carry. A published one carries
-            none.
+        opt: an option file, or options; None takes the checkpoint's own: published ones have none.
         labels: classes for a published checkpoint; ours carry them. None calls them class 0, class 1, ...
         device: such as "cuda:0"; None takes CUDA, else Apple MPS, else the CPU.
         res: pixels of the shorter side as the network sees it; None is `dataset.val_res`.
@@ -112,19 +111,24 @@ def load_segmenter(
     if isinstance(opt, str):
         opt = load_options(find_option_file(opt))
     loaded = read_checkpoint(find_checkpoint(str(checkpoint), (opt or Options()).output_dir))
-    about = loaded.about
-    if opt is None:
-        opt = _own_options(loaded)
-    if about:
-        labels = LabelSpace(tuple(about["class_names"]), tuple(map(tuple, about["palette"])))
-    elif labels is None:
-        size = size_of(loaded.state)
-        labels = LabelSpace.with_spread_colours(
-            tuple(f"class {index}" for index in range(size.classes if size else 0))
-        )
-    module = build_module(opt, labels, checkpoint=loaded)
+    options = _own_options(loaded) if opt is None else opt
+    module = build_module(options, _own_labels(loaded) or labels or _numbered(loaded), checkpoint=loaded)
     asked = Asked(device=device, res=res, head=head, crf=crf, tile=tile)
-    return PhotoSegmenter(module, assignment=about.get("assignment"), asked=asked)
+    return PhotoSegmenter(module, assignment=loaded.about.get("assignment"), asked=asked)
+
+
+def _own_labels(loaded: CheckpointFile) -> LabelSpace | None:
+    """The classes that one of our checkpoints carries."""
+    about = loaded.about
+    return LabelSpace(tuple(about["class_names"]), tuple(map(tuple, about["palette"]))) if about else None
+
+
+def _numbered(loaded: CheckpointFile) -> LabelSpace:
+    """As many classes as a checkpoint has, without names."""
+    size = size_of(loaded.state)
+    if size is None:
+        raise UserError(f"{loaded.path}: holds no network of ours; take another checkpoint")
+    return LabelSpace.with_spread_colours(tuple(f"class {index}" for index in range(size.classes)))
 
 
 def _own_options(loaded: CheckpointFile) -> Options:

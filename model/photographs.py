@@ -127,7 +127,7 @@ class PhotoSegmenter:
         rgb = upright_rgb(image, "the image")
         try:
             best = self._best(rgb)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:  # torch raises the latter, on any device
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
             raise UserError(

@@ -94,15 +94,7 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     making = getattr(arguments, "make_demo_weights", False)
     masking = getattr(arguments, "images", None)
     check_files = not (making or masking)  # weights are yet to come; photographs need no data set
-    frozen_features = any(getattr(arguments, flag, None) for flag in NO_CHECKPOINT)
-    flags = {
-        "checkpoint": "" if frozen_features else arguments.checkpoint,
-        "dataset.data_path": arguments.data_path,
-        "dataset.check_files": True if arguments.check else None,
-        "wandb.mode": "disabled" if arguments.debug else None,
-        "train.frozen": True if getattr(arguments, "frozen", False) else None,
-    }
-    fixed = {key: value for key, value in flags.items() if value is not None}
+    fixed = _set_by_flags(arguments)
     overrides = parse_overrides(arguments.overrides)
     choices, mistakes = overrides.choices, [*flag_mistakes(arguments), *overrides.mistakes]
     file = getattr(arguments, "variants", None)
@@ -131,6 +123,19 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     if mistakes:
         raise UserError(dict.fromkeys(mistakes), f"{path} and the command line")
     return jobs
+
+
+def _set_by_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that flags stand for."""
+    frozen_features = any(getattr(arguments, flag, None) for flag in NO_CHECKPOINT)
+    flags = {
+        "checkpoint": "" if frozen_features else arguments.checkpoint,
+        "dataset.data_path": arguments.data_path,
+        "dataset.check_files": True if arguments.check else None,
+        "wandb.mode": "disabled" if arguments.debug else None,
+        "train.frozen": True if getattr(arguments, "frozen", False) else None,
+    }
+    return {key: value for key, value in flags.items() if value is not None}
 
 
 def read_variants(name: str, *, given: set[str]) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -42,7 +43,7 @@ class Masked:
 
     images: int
     left_out: tuple[str, ...]
-    legend: tuple[dict, ...]
+    legend: tuple[dict[str, Any], ...]
     seconds: float
 
 
@@ -125,7 +126,7 @@ def write_masks(
     """
     from utils.pictures import draw_legend
 
-    make_folder(out)
+    make_folder(out, named_by="--out")
     counts, left_out, began = np.zeros(len(ids.names), dtype=np.int64), [], perf_counter()
     for photograph in tqdm(photographs, desc="masks", unit="image"):
         try:
@@ -140,12 +141,18 @@ def write_masks(
         write_overlay(photograph.folder / OVERLAY, image, classes, ids=ids)
         counts += np.bincount(classes.ravel(), minlength=len(counts))
     seconds = perf_counter() - began
-    shares = (100 * counts / max(1, counts.sum())).tolist()
-    legend = tuple(
-        {"id": id_, "name": name, "colour": list(colour), "share": share}
-        for id_, (name, colour, share) in enumerate(zip(ids.names, ids.palette, shares, strict=True))
-    )
+    legend = _legend(ids, counts)
     done = len(photographs) - len(left_out)
     write_json(out / LEGEND_DATA, {"ids": legend, "images": done, "left_out": left_out})
     draw_legend(out / LEGEND, legend)
     return Masked(done, tuple(left_out), legend, seconds)
+
+
+def _legend(ids: MaskIds, counts: np.ndarray) -> tuple[dict[str, Any], ...]:
+    """A row for each id, from the number of its pixels."""
+    shares = (100 * counts / max(1, counts.sum())).tolist()
+    rows = zip(ids.names, ids.palette, shares, strict=True)
+    return tuple(
+        {"id": number, "name": name, "colour": list(colour), "share": share}
+        for number, (name, colour, share) in enumerate(rows)
+    )

@@ -177,9 +177,9 @@ def draw_legend(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         path: PNG to write.
         rows: `id`, `name`, `colour` and `share` in percent.
     """
-    deep = min(len(rows), LEGEND_ROWS)
-    columns = -(-len(rows) // deep)
-    wide = 1.1 + 0.085 * max(len(row["name"]) for row in rows) + 0.55  # inches
+    columns = -(-len(rows) // LEGEND_ROWS)
+    deep = -(-len(rows) // columns)
+    wide = 1.1 + 0.08 * max(len(row["name"]) for row in rows) + 0.55  # inches
     figure = plt.figure(figsize=(wide * columns, 0.27 * deep + 0.1))
     axis = figure.add_axes((0, 0, 1, 1), xlim=(0, wide * columns), ylim=(deep + 0.2, -0.2))
     axis.set_axis_off()
@@ -189,7 +189,7 @@ def draw_legend(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         axis.add_patch(Rectangle((left + 0.1, top + 0.1), 0.4, 0.8, facecolor=swatch, edgecolor="0.3"))
         axis.text(left + 0.85, top + 0.5, row["id"], fontsize=9, ha="right", va="center", color="0.4")
         ink = "black" if row["share"] else "0.6"  # what no pixel shows stands back
-        axis.text(left + 0.95, top + 0.5, row["name"], fontsize=9, va="center", color=ink)
+        axis.text(left + 0.95, top + 0.5, row["name"], fontsize=9, va="center", color=ink, parse_math=False)
         share = f"{row['share']:.1f}%"
         axis.text(left + wide - 0.1, top + 0.5, share, fontsize=9, ha="right", va="center", color=ink)
     figure.savefig(path, dpi=150)

@@ -73,6 +73,8 @@ NOT_OURS = {
     "sets.json",
     "left_out.json",
     "explain.json",
+    "legend.json",
+    "names.json",
     *VARIANTS,
 }
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import guarded, parse_arguments, plan_jobs, read_patch
+from utils.cli import guarded, parse_arguments, plan_jobs
+from utils.errors import LeftOut, UserError
+from utils.evaluation_flags import read_patch
 from utils.files import find_checkpoint
 from utils.options import Options
 
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     from model import PPAPModule
     from model.evaluator import Evaluation
     from utils.crf import CrfPool
+    from utils.labels import LabelSpace
     from utils.meanfield import MeanField
+    from utils.photographs import Masked
 
 # What needs torch is imported inside functions: a mistyped option is answered at once, and the CRF
 # processes, which import this file again, stay small.
@@ -164,7 +168,6 @@ def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
     from dataset import build_data
     from model import build_module
     from model.sets import measured
-    from utils.errors import UserError
     from utils.files import make_folder, write_json
     from utils.pictures import draw_sets
 
@@ -186,8 +189,6 @@ def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
 
 def need_ppap(options: Options, flag: str) -> None:
     """Raises a UserError where another loss, which propagates nothing, was chosen."""
-    from utils.errors import UserError
-
     if (chosen := options.training_coeff.loss) != "ppap":
         raise UserError(f"training_coeff.loss is {chosen}, must be ppap with {flag}")
 
@@ -234,6 +235,27 @@ def explain(options: Options, *, image: str, patch: tuple[int, int] | None, fold
         "steps": found.numbers(),
     }
     write_json(file, (read_json_object(file) if file.exists() else {}) | {name: result})
+    return result
+
+
+def _classes(options: Options) -> LabelSpace | None:
+    """The data set's classes; None where it takes its files to know them."""
+    from dataset import DATA_SETS
+
+    try:
+        return DATA_SETS[options.dataset.data_type].labels(options.dataset)
+    except UserError:
+        return None
+
+
+def _masked(options: Options, arguments: Namespace) -> Masked:
+    from model.masking import mask
+
+    result = mask(options, arguments, labels=_classes(options))
+    speed = result.images / max(result.seconds, 1e-9)
+    print(f"\n{result.images} images, {speed:.2f} images/s\n\nresults: {arguments.out}")
+    if result.left_out:
+        raise LeftOut(result.left_out, f"{arguments.images}; the other {result.images} images are done")
     return result
 
 
@@ -289,6 +311,8 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
     if arguments.explain is not None:
         patch = read_patch(arguments.patch)
         return [_explained(job.options, image=arguments.explain, patch=patch) for job in jobs]
+    if arguments.images is not None:
+        return [_masked(job.options, arguments) for job in jobs]
     for job in jobs:
         find_checkpoint(job.options.checkpoint, job.options.output_dir)  # named at all?
     from utils.report import class_table, metrics_table, sweep_table

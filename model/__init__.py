@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+
 from model.backbone import BackboneSpec, FrozenViT
-from model.checkpoint import CheckpointFile, read_checkpoint, restore
+from model.checkpoint import CheckpointFile, read_checkpoint, restore, size_of
 from model.criterion import register_loss
 from model.module import PPAPModule, check_channels
+from model.photographs import Asked, PhotoSegmenter
 from model.pretrained import build_backbone, load_backbone, register_backbone
 from model.segmenter import Segmenter
+from utils.errors import UserError
 from utils.files import find_checkpoint
 from utils.labels import LabelSpace
+from utils.optionfile import build_options, find_option_file, flatten, load_options
 from utils.options import Options
 from utils.randomness import seeded
 
-__all__ = ["BackboneSpec", "FrozenViT", "PPAPModule", "build_module", "register_backbone", "register_loss"]
+__all__ = [
+    "BackboneSpec",
+    "FrozenViT",
+    "PPAPModule",
+    "PhotoSegmenter",
+    "build_module",
+    "load_segmenter",
+    "register_backbone",
+    "register_loss",
+]
+READ_AFTER_TRAINING = (
+    "model.",
+    "eval.",
+    "dataset.res",
+    "dataset.val_res",
+    "dataset.interpolation",
+    "train.pre",
+)
 
 
 def build_module(
-    options: Options, labels: LabelSpace, *, train_labelled: bool | None = None, checkpoint: str | None = None
+    options: Options,
+    labels: LabelSpace,
+    *,
+    train_labelled: bool | None = None,
+    checkpoint: str | CheckpointFile | None = None,
 ) -> PPAPModule:
     """Builds the network and fills it, from a checkpoint or from the backbone's weights.
 
@@ -25,7 +53,7 @@ def build_module(
         options: all options.
         labels: classes of the data set.
         train_labelled: whether train items have labels; None: as the checkpoint says.
-        checkpoint: a file, a folder or a run to restore all parameters from.
+        checkpoint: a file, a folder or a run to restore all parameters from, or such a file as read.
 
     Raises:
         UserError: weights or checkpoint are missing, damaged or do not fit.
@@ -34,7 +62,9 @@ def build_module(
         backbone = build_backbone(options)
     check_channels(options, n_classes=labels.n_classes, dim=backbone.spec.dim)
     loaded: CheckpointFile | None = None
-    if checkpoint is not None:
+    if isinstance(checkpoint, CheckpointFile):
+        loaded = checkpoint
+    elif checkpoint is not None:
         loaded = read_checkpoint(find_checkpoint(checkpoint, options.output_dir))
     if train_labelled is None:
         train_labelled = loaded is None or loaded.about.get("train_labelled", True)
@@ -49,3 +79,69 @@ def build_module(
         module.restored_from, module.restored_step = str(loaded.path), loaded.about.get("step")
     print(f"backbone: {options.model.arch}, {backbone.spec.depth} blocks, from {source}")
     return module
+
+
+def load_segmenter(
+    checkpoint: str | Path,
+    *,
+    opt: str | Options | None = None,
+    labels: LabelSpace | None = None,
+    device: str | torch.device | None = None,
+    res: int | None = None,
+    head: str = "cluster",
+    crf: bool | str = False,
+    tile: int | None = None,
+) -> PhotoSegmenter:
+    """A trained network as a function: photograph in, class map out.
+
+    Args:
+        checkpoint: a file, a folder or a run below `output_dir`.
+        opt: an option file, or options; None takes the checkpoint's own: published ones have none.
+        labels: classes for a published checkpoint; ours carry them. None calls them class 0, class 1, ...
+        device: such as "cuda:0"; None takes CUDA, else Apple MPS, else the CPU.
+        res: pixels of the shorter side as the network sees it; None is `dataset.val_res`.
+        head: "cluster" or "linear".
+        crf: whether to refine; or with what, "pydensecrf" or "torch", where `eval.crf_backend` is not meant.
+        tile: side in pixels, as the network sees it, of overlapping tiles for photographs that are too large
+            to be taken whole; a multiple of the patch.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged or does not fit, or what is asked for is not to be had.
+    """
+    if isinstance(opt, str):
+        opt = load_options(find_option_file(opt))
+    loaded = read_checkpoint(find_checkpoint(str(checkpoint), (opt or Options()).output_dir))
+    options = _own_options(loaded) if opt is None else opt
+    module = build_module(options, _own_labels(loaded) or labels or _numbered(loaded), checkpoint=loaded)
+    asked = Asked(device=device, res=res, head=head, crf=crf, tile=tile)
+    return PhotoSegmenter(module, assignment=loaded.about.get("assignment"), asked=asked)
+
+
+def _own_labels(loaded: CheckpointFile) -> LabelSpace | None:
+    """The classes that one of our checkpoints carries."""
+    about = loaded.about
+    return LabelSpace(tuple(about["class_names"]), tuple(map(tuple, about["palette"]))) if about else None
+
+
+def _numbered(loaded: CheckpointFile) -> LabelSpace:
+    """As many classes as a checkpoint has, without names."""
+    size = size_of(loaded.state)
+    if size is None:
+        raise UserError(f"{loaded.path}: holds no network of ours; take another checkpoint")
+    return LabelSpace.with_spread_colours(tuple(f"class {index}" for index in range(size.classes)))
+
+
+def _own_options(loaded: CheckpointFile) -> Options:
+    """What a checkpoint was trained with, as far as it matters afterwards.
+
+    Raises:
+        UserError: it has no options, as a published one.
+    """
+    if "options" not in loaded.about:
+        raise UserError(
+            f"{loaded.path}: a published checkpoint carries no options; name its option file, as in "
+            'load_segmenter(..., opt="cocostuff_eval.json")'
+        )
+    flat = flatten(loaded.about["options"])
+    kept = {key: value for key, value in flat.items() if key.startswith(READ_AFTER_TRAINING)}
+    return build_options(kept, source=f"the options in {loaded.path}")

@@ -105,7 +105,7 @@ class Evaluator(nn.Module):
         size = label.shape[-2:]
         with torch.autocast(code.device.type, enabled=False):
             code = code.float()
-            heads = self._heads(code, linear=linear, cluster=cluster)
+            heads = self.heads(code, linear=linear, cluster=cluster)
             norm = None if self.is_direct else upsampled_norm(code, size)  # (B, H, W)
         best = {name: strongest(logits, size) for name, logits in heads.items()}
         predicted = {name: indices for name, (_, indices) in best.items()}
@@ -119,7 +119,7 @@ class Evaluator(nn.Module):
         if self.pool is not None:
             self._refine(heads, norm, image=image, label=label)
 
-    def _heads(self, code: Tensor, *, linear: LinearProbe, cluster: ClusterProbe) -> dict[str, Tensor]:
+    def heads(self, code: Tensor, *, linear: LinearProbe, cluster: ClusterProbe) -> dict[str, Tensor]:
         """Logits on the patch grid, (B, K, h, w) and (B, C, h, w), of the heads that there are."""
         if self.with_linear and not self.is_direct:
             return read_both(code, linear=linear, cluster=cluster)

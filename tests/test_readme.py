@@ -88,6 +88,8 @@ NOT_OURS = {
     "download.json",
     "crops.json",
     "explain.json",
+    "legend.json",
+    "names.json",
     *VARIANTS,
 }
 

@@ -25,6 +25,7 @@ from hydra.core.override_parser.types import (
 from hydra.errors import HydraException
 
 from utils.errors import UserError, first_line
+from utils.evaluation_flags import add_evaluation_flags, flag_mistakes
 from utils.files import read_json_object
 from utils.optionfile import find_option_file, flatten, load_options, name_mistake
 from utils.options import Options
@@ -69,19 +70,7 @@ def parse_arguments(argv: Sequence[str] | None, *, description: str, training: b
             "--make-demo-weights", action="store_true", help="train the backbone that the demo starts from"
         )
     else:
-        parser.add_argument(
-            "--measure-sets", action="store_true", help="hold positives and negatives against labels"
-        )
-        parser.add_argument("--export", help="write the checkpoint in the published format, to this file")
-        parser.add_argument(
-            "--list-backbones", action="store_true", help="list the published backbones and their options"
-        )
-        parser.add_argument(
-            "--explain", metavar="IMAGE", help="draw one anchor's propagation: a file, or a validation index"
-        )
-        parser.add_argument(
-            "--patch", metavar="ROW,COL", help="--explain's anchor; default: the centre patch"
-        )
+        add_evaluation_flags(parser)
     parser.add_argument("overrides", nargs="*", help="key=value, or key=a,b,c for a sweep")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.opt is None and not _needs_no_options(arguments):
@@ -105,29 +94,25 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     """
     run = getattr(arguments, "verify_run", None)  # which has its own options
     path = Path(run) / "options.json" if run else find_option_file(arguments.opt)
-    making = getattr(arguments, "make_demo_weights", False)  # the file that the options name is yet to come
-    frozen_features = any(getattr(arguments, flag, None) for flag in NO_CHECKPOINT)
-    flags = {
-        "checkpoint": "" if frozen_features else arguments.checkpoint,
-        "dataset.data_path": arguments.data_path,
-        "dataset.check_files": True if arguments.check else None,
-        "wandb.mode": "disabled" if arguments.debug else None,
-        "train.frozen": True if getattr(arguments, "frozen", False) else None,
-    }
-    fixed = {key: value for key, value in flags.items() if value is not None}
+    making = getattr(arguments, "make_demo_weights", False)
+    masking = getattr(arguments, "images", None)
+    check_files = not (making or masking)  # weights are yet to come; photographs need no data set
+    fixed = _set_by_flags(arguments)
     overrides = parse_overrides(arguments.overrides)
-    choices, mistakes = overrides.choices, [*explain_mistakes(arguments), *overrides.mistakes]
+    choices, mistakes = overrides.choices, [*flag_mistakes(arguments), *overrides.mistakes]
     file = getattr(arguments, "variants", None)
     variants = read_variants(file, given={*fixed, *choices}) if file else {"": {}}
     if making and (file or any(len(values) > 1 for values in choices.values())):
         mistakes.append("--make-demo-weights makes one file: leave out --variants and sweeps")
+    if masking and any(len(values) > 1 for values in choices.values()):
+        mistakes.append("--images takes one setting: leave out sweeps, or give each its own --out")
     jobs = []
     for (variant, changed), *combination in itertools.product(variants.items(), *choices.values()):
         chosen = dict(zip(choices, combination, strict=True))
         swept = {key: value for key, value in chosen.items() if len(choices[key]) > 1}
         words = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in swept.items()]
         try:
-            plain = load_options(path, fixed | chosen | changed, check_files=not making)
+            plain = load_options(path, fixed | chosen | changed, check_files=check_files)
             options = _named(plain, words=[variant, *words])
         except UserError as error:
             mistakes += error.mistakes
@@ -143,35 +128,17 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def explain_mistakes(arguments: argparse.Namespace) -> list[str]:
-    """What is wrong with --explain and --patch, one line each."""
-    image, patch = (getattr(arguments, flag, None) for flag in ("explain", "patch"))
-    mistakes = []
-    if image is not None and arguments.measure_sets:
-        mistakes.append("--explain and --measure-sets are two programs: give one of them")
-    if image == "":
-        mistakes.append("--explain is empty: name an image file, or give the index of a validation image")
-    if patch is not None and image is None:
-        mistakes.append(f"--patch is {patch}, which belongs to --explain: add --explain IMAGE")
-    try:
-        read_patch(patch)
-    except UserError as error:
-        mistakes += error.mistakes
-    return mistakes
-
-
-def read_patch(text: str | None) -> tuple[int, int] | None:
-    """(row, column) of --patch, or None where it is not given.
-
-    Raises:
-        UserError: not two whole numbers.
-    """
-    if text is None:
-        return None
-    if not re.fullmatch(r"\s*\d+\s*,\s*\d+\s*", text, re.ASCII):
-        raise UserError(f"--patch is {text}, must be row,col on the patch grid from 0, as in --patch 12,20")
-    row, column = text.split(",")
-    return int(row), int(column)
+def _set_by_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that flags stand for."""
+    frozen_features = any(getattr(arguments, flag, None) for flag in NO_CHECKPOINT)
+    flags = {
+        "checkpoint": "" if frozen_features else arguments.checkpoint,
+        "dataset.data_path": arguments.data_path,
+        "dataset.check_files": True if arguments.check else None,
+        "wandb.mode": "disabled" if arguments.debug else None,
+        "train.frozen": True if getattr(arguments, "frozen", False) else None,
+    }
+    return {key: value for key, value in flags.items() if value is not None}
 
 
 def read_variants(name: str, *, given: set[str]) -> dict[str, dict[str, Any]]:
@@ -284,10 +251,10 @@ def _plain(value: Any) -> Any:
 
 
 def guarded(main: Callable[[], None]) -> int:
-    """Runs a program; a user's mistake is shown without a traceback and gives exit status 2."""
+    """Runs a program; a user's mistake is shown without a traceback and gives its exit status."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     return 0

@@ -9,12 +9,17 @@ SHOWN = 20  # lines of a long list that a message has
 
 
 class UserError(Exception):
-    """A mistake outside the program: an option, a file, a data set. Shown without a traceback, exit status 2.
+    """A mistake outside the program: an option, a file, a data set. Shown without a traceback.
 
     Args:
         mistakes: one line each: the key or file, its value, what is allowed and what to do.
         heading: what the mistakes were found in.
+
+    Attributes:
+        status: the program's exit status.
     """
+
+    status = 2
 
     def __init__(self, mistakes: str | Iterable[str], heading: str = "") -> None:
         self.mistakes = [_own_words(mistakes)] if isinstance(mistakes, str) else list(mistakes)
@@ -27,6 +32,12 @@ class UserError(Exception):
         count = f"{len(self.mistakes)} mistake{'s' if len(self.mistakes) > 1 else ''}"
         head = f"{count} in {self.heading}:" if self.heading else f"{count}:"
         return "\n".join([head, *(f"  - {line}" for line in self.mistakes)])
+
+
+class LeftOut(UserError):
+    """Damaged files were passed over and all else was done: exit status 1."""
+
+    status = 1
 
 
 def _own_words(message: str) -> str:

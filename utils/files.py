@@ -47,8 +47,12 @@ def _standard(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def make_folder(path: Path) -> Path:
+def make_folder(path: Path, *, named_by: str = "output_dir") -> Path:
     """The folder, made if need be.
+
+    Args:
+        path: of the folder.
+        named_by: the option or flag that named it.
 
     Raises:
         UserError: it cannot be made or written to.
@@ -59,7 +63,7 @@ def make_folder(path: Path) -> Path:
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another output_dir") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another {named_by}") from None
     return path
 
 

@@ -31,14 +31,30 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"{path}: is a video; {frames_hint(path)}")
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if not image.mode.startswith(("I", "F")):
-                return upright.convert("RGB")
+            return upright_rgb(image, str(path))
     except UNREADABLE as error:
         raise UserError(f"{path}: not a readable image ({first_line(error)}); mend or remove it") from None
+
+
+def upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """An opened image as `open_image` gives it.
+
+    Args:
+        image: of any mode and size.
+        name: what to call it in an error.
+
+    Raises:
+        UserError: damaged, or it has other than 8 or 16 bits.
+    """
+    try:
+        upright = ImageOps.exif_transpose(image)
+        if not image.mode.startswith(("I", "F")):
+            return upright.convert("RGB")
+    except UNREADABLE as error:
+        raise UserError(f"{name}: not a readable image ({first_line(error)}); mend or remove it") from None
     values = np.asarray(upright)  # (H, W), of 16, 32 or floating bits
     if upright.mode == "F" or values.min() < 0 or values.max() >= SIXTEEN_BIT:
-        raise UserError(f"{path}: image mode is {upright.mode}, must have 8 or 16 bits a channel; convert it")
+        raise UserError(f"{name}: image mode is {upright.mode}, must have 8 or 16 bits a channel; convert it")
     return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
 
 

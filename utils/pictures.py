@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,12 +13,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
 from utils.labels import LabelSpace
 
 IGNORED = (0, 0, 0)
 UNMATCHED = (160, 160, 160)
+LEGEND_ROWS = 16  # before another column begins
 
 
 def colour(classes: np.ndarray, labels: LabelSpace, *, missing: tuple[int, int, int] = IGNORED) -> np.ndarray:
@@ -165,4 +167,30 @@ def draw_confusion(path: Path, confusions: dict[str, np.ndarray], *, labels: Lab
         axis.tick_params(labelsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_legend(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Colour, id, name and share of the pixels of each id of a mask, in as many columns as it takes.
+
+    Args:
+        path: PNG to write.
+        rows: `id`, `name`, `colour` and `share` in percent.
+    """
+    columns = -(-len(rows) // LEGEND_ROWS)
+    deep = -(-len(rows) // columns)
+    wide = 1.1 + 0.08 * max(len(row["name"]) for row in rows) + 0.55  # inches
+    figure = plt.figure(figsize=(wide * columns, 0.27 * deep + 0.1))
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, wide * columns), ylim=(deep + 0.2, -0.2))
+    axis.set_axis_off()
+    for place, row in enumerate(rows):
+        left, top = wide * (place // deep), place % deep
+        swatch = np.array(row["colour"]) / 255
+        axis.add_patch(Rectangle((left + 0.1, top + 0.1), 0.4, 0.8, facecolor=swatch, edgecolor="0.3"))
+        axis.text(left + 0.85, top + 0.5, row["id"], fontsize=9, ha="right", va="center", color="0.4")
+        ink = "black" if row["share"] else "0.6"  # what no pixel shows stands back
+        axis.text(left + 0.95, top + 0.5, row["name"], fontsize=9, va="center", color=ink, parse_math=False)
+        share = f"{row['share']:.1f}%"
+        axis.text(left + wide - 0.1, top + 0.5, share, fontsize=9, ha="right", va="center", color=ink)
+    figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -22,6 +22,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
 
 from utils.errors import UserError, first_line
+from utils.hardware import accelerator, chosen_precision
 from utils.options import Options
 
 LOSS_SCALE, GROWTH_INTERVAL = 2048.0, 1000  # the published scaler
@@ -69,9 +70,9 @@ def device_settings(options: Options) -> dict[str, Any]:
                 f"gpu_ids is {options.gpu_ids}, must be one device from 0 to {count - 1} on this machine"
             )
         return {"accelerator": "cuda", "devices": list(options.gpu_ids)}
-    accelerator = _accelerator()
-    print(f"device: {accelerator} (no CUDA device; gpu_ids {options.gpu_ids} ignored)")
-    return {"accelerator": accelerator, "devices": 1}
+    found = accelerator()
+    print(f"device: {found} (no CUDA device; gpu_ids {options.gpu_ids} ignored)")
+    return {"accelerator": found, "devices": 1}
 
 
 def precision_settings(options: Options, accelerator: str) -> dict[str, Any]:
@@ -80,12 +81,8 @@ def precision_settings(options: Options, accelerator: str) -> dict[str, Any]:
     Raises:
         UserError: float16 without CUDA.
     """
-    chosen = options.train.precision
-    if chosen == "auto":
-        chosen = "fp16" if accelerator == "cuda" else "fp32"
+    chosen = chosen_precision(options, accelerator)
     if chosen == "fp16":
-        if accelerator != "cuda":
-            raise UserError(f"train.precision is fp16, must be auto, fp32 or bf16 on {accelerator}")
         scaler = torch.amp.GradScaler("cuda", init_scale=LOSS_SCALE, growth_interval=GROWTH_INTERVAL)
         return {"plugins": [MixedPrecision("16-mixed", "cuda", scaler=scaler)]}
     return {"precision": {"bf16": "bf16-mixed", "fp32": "32-true"}[chosen]}
@@ -112,7 +109,7 @@ def check_backends(options: Options) -> None:
             mistakes.append(
                 f"training_coeff.backend is triton, which needs CUDA and compiled kernels: {mend}"
             )
-    if options.eval.is_crf and options.eval.crf_backend == "torch" and _accelerator() == "mps":
+    if options.eval.is_crf and options.eval.crf_backend == "torch" and accelerator() == "mps":
         mistakes.append("eval.crf_backend is torch, must be pydensecrf on mps, which lacks an operation")
     if mistakes:
         raise UserError(mistakes)
@@ -124,12 +121,6 @@ def _triton_version() -> tuple[int, ...] | None:
     except ImportError:
         return None
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
-
-
-def _accelerator() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def build_trainer(

@@ -26,11 +26,17 @@ class Taps:
     weight: np.ndarray
 
 
-def bilinear_taps(n_in: int, n_out: int) -> Taps:
-    """Taps along one axis, with the coordinate rule of torch's interpolate."""
-    source = (np.arange(n_out, dtype=np.float32) + np.float32(0.5)) * np.float32(n_in / n_out) - np.float32(
-        0.5
-    )
+def bilinear_taps(n_in: int, n_out: int, *, extent: float | None = None) -> Taps:
+    """Taps along one axis, with the coordinate rule of torch's interpolate.
+
+    Args:
+        n_in: number of source positions.
+        n_out: number of target positions.
+        extent: how many source positions, from the first, the targets lie over; what is beyond was padding.
+            None is all of them.
+    """
+    step = np.float32((n_in if extent is None else extent) / n_out)
+    source = (np.arange(n_out, dtype=np.float32) + np.float32(0.5)) * step - np.float32(0.5)
     source = source.clip(min=0)
     low = np.minimum(source.astype(np.int64), n_in - 1)
     return Taps(low, np.minimum(low + 1, n_in - 1), source - low.astype(np.float32))

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from utils.cli import guarded, parse_arguments, parse_overrides, plan_jobs, read_patch
+from utils.cli import guarded, parse_arguments, parse_overrides, plan_jobs
 from utils.errors import UserError
+from utils.evaluation_flags import read_patch
 
 
 def jobs(*argv, training=True):
@@ -171,3 +172,31 @@ def test_explain__needs_no_checkpoint_and_is_evals_own(tiny_file):
     assert job.options.checkpoint == ""
     with pytest.raises(SystemExit):
         jobs("--opt", tiny_file(), "--explain", "0", training=True)
+
+
+def test_images__flags_that_do_not_go_together(tiny_file):
+    with pytest.raises(UserError) as error:
+        jobs("--opt", tiny_file(), "--crf", "--res", "64", "--out", "x", training=False)
+    assert error.value.mistakes == [
+        "--out is x, which belongs to --images: add --images PATH",
+        "--res is 64, which belongs to --images: add --images PATH",
+        "--crf is given, which belongs to --images: add --images PATH",
+    ]
+    words = ("--images", "a", "--explain", "0", "--names", "x", "train.seed=0,1")
+    with pytest.raises(UserError) as error:
+        jobs("--opt", tiny_file(), *words, training=False)
+    text = str(error.value)
+    for part in (
+        "--explain and --images are different",
+        "--out is missing",
+        "--names: x",
+        "leave out sweeps",
+    ):
+        assert part in text
+
+
+def test_images__need_no_data_set_and_are_evals_own(tiny_file):
+    words = ("--opt", tiny_file(dataset__data_type="directory"), "--images", "a", "--out", "b")
+    assert len(jobs(*words, training=False)) == 1
+    with pytest.raises(SystemExit):
+        jobs(*words, training=True)

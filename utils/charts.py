@@ -79,10 +79,11 @@ def line_chart(title: str, lines: Sequence[Line], *, about: str = "", log: bool 
     data = [[_rounded(line.x), _rounded(line.y)] for line in lines]
     ends = f'data-first="{first:g}" data-last="{last:g}" data-lines="{escape(json.dumps(data))}"'
     return (
-        f'<figure class="chart"><figcaption>{escape(title)}<small>{escape(about)}</small></figcaption>'
+        f'<figure class="chart"><figcaption><span class="step">step <b>{last:g}</b></span>{escape(title)}'
+        f"<small>{escape(about)}</small></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" {ends}>'
         f'{"".join(marks)}<line class="at" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>'
-        f'<ul class="legend">{legend}<li class="step">step <b>{last:g}</b></li></ul></figure>'
+        f'<ul class="legend">{legend}</ul></figure>'
     )
 
 

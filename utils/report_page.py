@@ -153,7 +153,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool
         return f"<tr>{''.join(inner)}</tr>"
 
     body = "".join(line("td", row) for row in rows)
-    return f'<div class="scroll"><table>{line("th", header)}{body}</table></div>\n'
+    head = line("th", header) if any(header) else ""
+    kind = "" if numbers else ' class="words"'
+    return f'<div class="scroll"><table{kind}>{head}{body}</table></div>\n'
 
 
 def _results(report: Report) -> str:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def evaluate(options: Options, *, checkpoint: str, folder: Path) -> dict[str, Any]:
     """Evaluates a checkpoint on the validation split; run.py ends with this too.
 
-    Writes metrics.json, confusion.npz, predictions.png and confusion.png.
+    Writes metrics.json, confusion.npz, predictions.png, confusion.png and class_iou.png.
 
     Args:
         options: all options.
@@ -126,13 +126,13 @@ def predict(options: Options, module: PPAPModule, *, data: SegmentationData) -> 
     """Runs the network over the validation split; with pydensecrf others refine what it has predicted."""
     from tqdm import tqdm
 
+    from utils.shown import shown_places
     from utils.training import build_trainer, hardware_settings
 
     missing = why_no_crf(options, data)
     evaluator = module.evaluator
     images = len(data.validation_set)
-    shown = min(options.eval.pictures, images)
-    evaluator.pictured = frozenset(place * images // shown for place in range(shown))  # spread over the set
+    evaluator.pictured = frozenset(shown_places(options.eval.pictures, images))
     with open_refiner(options) if missing is None else nullcontext() as pool:
         evaluator.pool = pool
         if images:

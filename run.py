@@ -23,6 +23,7 @@ from utils.options import Options
 
 if TYPE_CHECKING:
     from dataset.source import Batch, SegmentationDataset
+    from model.dashboard import Dashboard
 
 FROZEN = "-frozen"  # ends the name of a baseline
 VERIFIED = 0.01  # points by which a number may differ on another machine
@@ -33,10 +34,17 @@ DEMO_SCENES = 2048  # that the demo's backbone is trained on
 
 @dataclass(frozen=True)
 class Trained:
-    """Checkpoints of a run: the best (the largest sum of the metrics that exist, else the last), the last."""
+    """What training has left.
+
+    Attributes:
+        best: the checkpoint with the largest sum of the metrics that exist, else the last.
+        last: the last checkpoint.
+        dashboard: still open, so that wandb learns of the final evaluation too.
+    """
 
     best: Path
     last: Path
+    dashboard: Dashboard
 
 
 def train(options: Options, folder: Path) -> Trained:
@@ -52,16 +60,13 @@ def train(options: Options, folder: Path) -> Trained:
     from dataset import build_data
     from model import build_module
     from model.compilation import compile_segmenter
+    from model.dashboard import Dashboard
     from utils.files import make_folder, move_aside, write_json
+    from utils.loggers import build_loggers
+    from utils.provenance import hardware as machine
     from utils.provenance import provenance
-    from utils.training import (
-        ValidationSteps,
-        build_loggers,
-        build_trainer,
-        checkpoint_keepers,
-        close_loggers,
-        hardware_settings,
-    )
+    from utils.shown import ShownImages
+    from utils.training import ValidationSteps, build_trainer, checkpoint_keepers, hardware_settings
 
     hardware = hardware_settings(options)
     data = build_data(options)
@@ -76,27 +81,32 @@ def train(options: Options, folder: Path) -> Trained:
         print(f"{folder} held an earlier run, now in {earlier}")
     make_folder(folder)
     write_json(folder / "options.json", as_tree(options))
-    write_json(folder / "provenance.json", provenance())
+    write_json(folder / "provenance.json", provenance() | {"hardware": machine()})
     if data.damaged:
         write_json(folder / "left_out.json", data.damaged)
     validated = len(data.validation_set) > 0
     keepers = checkpoint_keepers(folder, validated=validated)
     loggers = build_loggers(options, folder)
+    shown = ShownImages.of(data.validation_set, options.eval.pictures)
+    dashboard = Dashboard(options, folder, shown=shown, loggers=loggers)
     callbacks = [ValidationSteps(options.train.valid_freq), *dict.fromkeys((keepers.best, keepers.last))]
-    trainer = build_trainer(options, hardware, loggers=loggers, callbacks=callbacks, validate=validated)
+    trainer = build_trainer(
+        options, hardware, loggers=loggers, callbacks=[*callbacks, dashboard], validate=validated
+    )
     try:
         if options.dataset.cache_features:
             encode = functools.partial(module.encode, trainer=trainer)
             precision = trainer.precision_plugin.precision
             data.keep_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
         trainer.fit(module, datamodule=data, weights_only=True)
-    finally:
-        close_loggers(loggers)
-    return Trained(Path(keepers.best.best_model_path), Path(keepers.last.best_model_path))
+    except BaseException:
+        dashboard.close()
+        raise
+    return Trained(Path(keepers.best.best_model_path), Path(keepers.last.best_model_path), dashboard)
 
 
 def train_and_evaluate(options: Options) -> dict[str, Any]:
-    """One run from data to metrics.json; returns what that file holds."""
+    """One run from data to metrics.json and report.html; returns what the former holds."""
     from utils.files import write_json
     from utils.training import peak_memory_gib, reset_peak_memory
 
@@ -105,11 +115,15 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
     start = time.perf_counter()
     trained = train(options, folder)
     hours = (time.perf_counter() - start) / 3600
-    result = evaluate(options, checkpoint=str(trained.best), folder=folder)
-    result |= {"train_hours": hours, "peak_memory_gib": peak_memory_gib()}
-    if options.eval.last_step:
-        result["last_step"] = evaluate(options, checkpoint=str(trained.last), folder=folder / "last")
-    write_json(folder / "metrics.json", result)
+    try:
+        result = evaluate(options, checkpoint=str(trained.best), folder=folder)
+        result |= {"train_hours": hours, "peak_memory_gib": peak_memory_gib()}
+        if options.eval.last_step:
+            result["last_step"] = evaluate(options, checkpoint=str(trained.last), folder=folder / "last")
+        write_json(folder / "metrics.json", result)
+        trained.dashboard.finish(result, checkpoint=trained.best)
+    finally:
+        trained.dashboard.close()
     return result
 
 
@@ -118,6 +132,8 @@ def as_baseline(options: Options) -> Options:
     baseline = copy.deepcopy(options)
     baseline.train.frozen = True
     baseline.wandb.name += FROZEN
+    if baseline.wandb.id is not None:
+        baseline.wandb.id += FROZEN
     return baseline
 
 

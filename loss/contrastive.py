@@ -34,10 +34,13 @@ class BatchSums:
     Attributes:
         sums: weighted loss, weight, |P|, |{below Psi}|, (4,) float32.
         grad_z: gradient of the weighted loss, (N, D') float32, or None where it was not asked for.
+        reached: Phi_T, Psi_T, m_1 + ... + m_T and 1 for each anchor without a positive, (4,) float32; None
+            where nobody kept count.
     """
 
     sums: Tensor
     grad_z: Tensor | None
+    reached: Tensor | None = None
 
 
 @dataclass(frozen=True)

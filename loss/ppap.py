@@ -44,11 +44,14 @@ class PPAPLossOutput:
         loss: () float32, with a gradient through z; 0 where no anchor has a positive.
         num_positives: () float32, mean |P| per anchor drawn.
         num_negatives: () float32, mean count of {v_T . f_j < Psi_T} per anchor drawn.
+        reached: means over the anchors drawn of Phi_T, Psi_T and m_1 + ... + m_T (how far a proxy has gone
+            in all), and the share of anchors without a positive, (4,) float32; None where nobody kept count.
     """
 
     loss: Tensor
     num_positives: Tensor
     num_negatives: Tensor
+    reached: Tensor | None = None
 
 
 class PPAPLoss(nn.Module):
@@ -173,8 +176,7 @@ class PPAPLoss(nn.Module):
         anchors = anchors.to(z.device, non_blocking=True)
         with torch.autocast(z.device.type, enabled=False), ieee_float32():
             bank = self.bank(features)
-            loss, num_positives, num_negatives = _Loss.apply(z.float(), bank, anchors, self)
-        return PPAPLossOutput(loss, num_positives, num_negatives)
+            return PPAPLossOutput(*_Loss.apply(z.float(), bank, anchors, self))
 
     def bank(self, features: Tensor) -> Tensor:
         """f_j of every patch, (B, D, h, w) of any float dtype -> (N, D) float32 of unit length.
@@ -224,9 +226,10 @@ class _Loss(torch.autograd.Function):
         weight = weight.clamp_min(1)  # no positive anywhere: 0 / 1
         ctx.grad_z = None if found.grad_z is None else found.grad_z.div_(weight)
         drawn = (anchors >= 0).sum().clamp_min(1)
-        outputs = (loss / weight, positives / drawn, negatives / drawn)
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+        reached = None if found.reached is None else found.reached / drawn
+        counts = (positives / drawn, negatives / drawn, reached)
+        ctx.mark_non_differentiable(*(count for count in counts if count is not None))
+        return loss / weight, *counts
 
     @staticmethod
     @once_differentiable

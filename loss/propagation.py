@@ -41,12 +41,14 @@ class Propagation:
         similarity: v_T . f_j, (A, N) float32.
         phi: Phi_T, (A, 1) float32: a patch above it is a positive.
         psi: Psi_T, (A, 1) float32: a patch below it is a negative.
+        moved: m_1 + ... + m_T, (A, 1) float32; None where nobody kept count.
     """
 
     proxies: Tensor
     similarity: Tensor
     phi: Tensor
     psi: Tensor
+    moved: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,20 @@ class Proxies:
         vectors: v_t, (A, D) float32, unit length.
         phi: Phi_t, (A, 1) float32.
         psi: Psi_t, (A, 1) float32.
+        moved: m_1 + ... + m_t, (A, 1) float32.
     """
 
     vectors: Tensor
     phi: Tensor
     psi: Tensor
+    moved: Tensor
 
 
 def start(anchors: Tensor, boundaries: Boundaries) -> Proxies:
     """v_0 = f_i (A, D) float32 with Phi_0 and Psi_0."""
     phi = anchors.new_full((len(anchors), 1), boundaries.phi)  # (A, 1)
     psi = anchors.new_full((len(anchors), 1), boundaries.psi)  # (A, 1)
-    return Proxies(anchors, phi, psi)
+    return Proxies(anchors, phi, psi, torch.zeros_like(phi))
 
 
 def relocate(proxies: Proxies, total: Tensor, *, size: Tensor, boundaries: Boundaries) -> Proxies:
@@ -86,7 +90,7 @@ def relocate(proxies: Proxies, total: Tensor, *, size: Tensor, boundaries: Bound
     moved = torch.where(size > 0, moved, 0)
     phi = proxies.phi - moved / boundaries.sigma_pos  # adaptive positiveness boundary
     psi = proxies.psi + moved / boundaries.sigma_amb  # lower edge of the ambiguous zone
-    return Proxies(relocated, phi, psi)
+    return Proxies(relocated, phi, psi, proxies.moved + moved)
 
 
 @torch.no_grad()
@@ -110,7 +114,7 @@ def propagate(
         size = inside.sum(dim=1, keepdim=True)  # (A, 1)
         proxies = relocate(proxies, inside @ bank, size=size, boundaries=boundaries)
         similarity = torch.mm(proxies.vectors.to(operand).float(), bank.T, out=inside)
-    return Propagation(proxies.vectors, similarity, proxies.phi, proxies.psi)
+    return Propagation(proxies.vectors, similarity, proxies.phi, proxies.psi, proxies.moved)
 
 
 @dataclass(frozen=True)

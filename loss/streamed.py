@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -33,11 +35,11 @@ def streamed_sums(
         rows: anchors held against the N patches at a time.
     """
     grad_z = torch.zeros_like(z) if with_grad else None  # (N, D')
-    sums = z.new_zeros(4)
+    sums = z.new_zeros(8)
     how = {"boundaries": boundaries, "tau": tau, "operand": operand, "grad_z": grad_z, "rows": rows}
     for part in groups.split(max(1, rows // groups.shape[1])):  # (g, A_max)
         sums += _add_groups(part, z, bank, **how)
-    return BatchSums(sums, grad_z)
+    return BatchSums(sums[:4], grad_z, reached=sums[4:])
 
 
 def _add_groups(
@@ -51,7 +53,7 @@ def _add_groups(
     grad_z: Tensor | None,
     rows: int,
 ) -> Tensor:
-    """Sums over the anchors of some groups, (4,); adds their gradient to `grad_z` (N, D).
+    """Sums over the anchors of some groups, (8,); adds their gradient to `grad_z` (N, D).
 
     Both are still to be divided by the weight of all groups. An anchor's weight hangs on how many anchors
     of its group have a positive, so that must be known first.
@@ -61,22 +63,33 @@ def _add_groups(
     parts = groups.flatten().clamp_min(0).split(rows)  # (a,) each
     found = _find(parts[0], bank, **how) if len(parts) == 1 else None
     if found is not None:
-        valid = found.positives.any(dim=1)  # (A,)
+        valid = found.sets.positives.any(dim=1)  # (A,)
     else:
-        valid = torch.cat([_find(part, bank, **how).positives.any(dim=1) for part in parts])  # (A,)
+        valid = torch.cat([_find(part, bank, **how).sets.positives.any(dim=1) for part in parts])  # (A,)
     weights = anchor_weights(valid, drawn)
-    loss, counts = z.new_zeros(()), z.new_zeros(2)
+    loss, counts, reached = z.new_zeros(()), z.new_zeros(2), z.new_zeros(4)
     for part, weight, used in zip(parts, weights.each.split(rows), drawn.flatten().split(rows), strict=True):
-        sets = _find(part, bank, **how) if found is None else found
-        loss += _add_rows(part, z, sets, weight=weight, tau=tau, grad_z=grad_z)
-        counts += (torch.stack([sets.positives.sum(dim=1), sets.below]) * used).sum(dim=1)  # (2,)
-    return torch.stack([loss, weights.total.to(z.dtype), *counts])
+        here = _find(part, bank, **how) if found is None else found
+        loss += _add_rows(part, z, here.sets, weight=weight, tau=tau, grad_z=grad_z)
+        size = here.sets.positives.sum(dim=1)  # (A,)
+        counts += (torch.stack([size, here.sets.below]) * used).sum(dim=1)  # (2,)
+        reached += (torch.stack([*here.path, size == 0]) * used).sum(dim=1)  # (4,)
+    return torch.stack([loss, weights.total.to(z.dtype), *counts, *reached])
 
 
-def _find(index: Tensor, bank: Tensor, *, boundaries: Boundaries, operand: torch.dtype) -> Sets:
+@dataclass(frozen=True)
+class _Found:
+    """P and Q of A anchors, and Phi_T, Psi_T and m_1 + ... + m_T, (A,) each; similarities are let go."""
+
+    sets: Sets
+    path: tuple[Tensor, Tensor, Tensor]
+
+
+def _find(index: Tensor, bank: Tensor, *, boundaries: Boundaries, operand: torch.dtype) -> _Found:
     """P and Q of the anchors at `index` (A,) in the bank (N, D)."""
     reached = propagate(bank[index], bank, boundaries, operand=operand)
-    return select_sets(reached, index)
+    path = (reached.phi[:, 0], reached.psi[:, 0], reached.moved[:, 0])
+    return _Found(select_sets(reached, index), path)
 
 
 def _add_rows(

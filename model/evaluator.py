@@ -23,9 +23,12 @@ CLUSTER_ALPHA = 2.0  # scale of the cosines whose softmax is the CRF's unary ter
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image as evaluated: uint8 (3, H, W), and class or cluster maps (H, W); cluster ids unmatched."""
+    """One image as evaluated: uint8 (3, H, W), and class or cluster maps (H, W); cluster ids unmatched.
 
-    image: Tensor
+    The image is None where the network was given its tokens instead.
+    """
+
+    image: Tensor | None
     label: Tensor
     cluster: Tensor
     linear: Tensor | None
@@ -97,7 +100,7 @@ class Evaluator(nn.Module):
 
         Args:
             code: (B, D, h, w).
-            image: (B, 3, H, W) uint8, as loaded; None where neither pictures nor CRF are wanted.
+            image: (B, 3, H, W) uint8, as loaded; None where CRF is not wanted and pictures can do without.
             label: (B, H, W) int64, -1 = ignore.
             linear: the linear probe.
             cluster: the cluster probe.
@@ -126,11 +129,12 @@ class Evaluator(nn.Module):
         heads = {"cluster": code if self.is_direct else cluster.inner(code)}
         return heads | ({"linear": linear(code)} if self.with_linear else {})
 
-    def _keep_pictures(self, predicted: dict[str, Tensor], *, image: Tensor, label: Tensor) -> None:
-        for place in range(len(image)):
+    def _keep_pictures(self, predicted: dict[str, Tensor], *, image: Tensor | None, label: Tensor) -> None:
+        for place in range(len(label)):
             if self.images + place in self.pictured:
                 maps = [predicted[name][place].cpu() if name in predicted else None for name in HEADS]
-                self.pictures.append(Prediction(image[place].cpu(), label[place].cpu(), *maps))
+                shown = None if image is None else image[place].cpu()
+                self.pictures.append(Prediction(shown, label[place].cpu(), *maps))
 
     def _refine(self, heads: dict[str, Tensor], norm: Tensor | None, *, image: Tensor, label: Tensor) -> None:
         shown = to_eight_bit(normalise(image)).permute(0, 2, 3, 1)  # (B, H, W, 3)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from pytorch_lightning import Trainer
 from torch import Tensor
 
 from loss import ieee_float32
@@ -59,13 +60,16 @@ def explain(
     )
 
 
-def explain_images(module: PPAPModule, images: Tensor, *, patch: tuple[int, int] | None) -> Explanation:
+def explain_images(
+    module: PPAPModule, images: Tensor, *, patch: tuple[int, int] | None, trainer: Trainer | None = None
+) -> Explanation:
     """Explains an anchor of the first of some images, in the bank of all their patches.
 
     Args:
         module: network and criterion; its frozen part alone is used, without dropout.
         images: (B, 3, H, W) uint8.
         patch: (row, column) of the anchor, from 0; None takes the centre.
+        trainer: whose device and precision are taken; None makes one.
 
     Raises:
         UserError: the patch lies outside of the grid.
@@ -78,7 +82,7 @@ def explain_images(module: PPAPModule, images: Tensor, *, patch: tuple[int, int]
             f"--patch is {row},{column}, but the grid has {height} rows and {width} columns: rows are 0 to "
             f"{height - 1}, columns 0 to {width - 1}"
         )
-    trainer = build_trainer(options, hardware_settings(options))
+    trainer = trainer or build_trainer(options, hardware_settings(options))
     parts = [module.frozen_features(part, trainer) for part in images.split(options.eval.batch_size)]
     return explain(
         criterion.bank(torch.cat(parts)),

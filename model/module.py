@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from loss import PPAPLossOutput
 from model.criterion import build_criterion
 from model.evaluator import Evaluation, Evaluator
 from model.probes import ClusterProbe, LinearProbe
+from model.scalars import Pace, StepLosses, plain_numbers
 from model.segmenter import Segmenter, criterion_dropout
 from utils.errors import UserError
 from utils.labels import LabelSpace
@@ -23,25 +22,6 @@ from utils.randomness import generator, seeded
 from utils.transforms import normalise
 
 CHECKPOINT_ENTRY = "ppap"
-
-
-@dataclass(frozen=True)
-class StepLosses:
-    """The losses of a training step; None for a part that is left out."""
-
-    total: Tensor
-    cluster: Tensor
-    linear: Tensor | None
-    ppap: PPAPLossOutput | None
-
-    def detach(self) -> StepLosses:
-        """The same numbers without the graph, which holds a gradient of the batch's size."""
-        return StepLosses(
-            self.total.detach(),
-            self.cluster.detach(),
-            None if self.linear is None else self.linear.detach(),
-            None if self.ppap is None else replace(self.ppap, loss=self.ppap.loss.detach()),
-        )
 
 
 class PPAPModule(LightningModule):
@@ -83,6 +63,7 @@ class PPAPModule(LightningModule):
         self._losses: StepLosses | None = None
         self._finite = torch.tensor(True)
         self._batch_index = 0
+        self._pace = Pace()
 
     @property
     def iters(self) -> int:
@@ -94,6 +75,7 @@ class PPAPModule(LightningModule):
         self._batch_index = batch_idx
         losses = self.losses(batch, step=self.iters)
         self._losses = losses.detach()
+        self._pace.images += len(batch.label)
         self._finite = self._finite.to(losses.total.device) & torch.isfinite(losses.total)
         if losses.total.device.type == "cpu" or batch_idx % self.options.train.print_freq == 0:
             self._stop_if_not_finite()  # on a GPU this waits for the step, so not each time
@@ -181,28 +163,23 @@ class PPAPModule(LightningModule):
             )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Logs the published scalars, and the total loss that they leave out, every `print_freq` steps."""
+        """Logs the published scalars, and what they leave out, every `print_freq` steps."""
         if batch_idx % self.options.train.print_freq:
             return
-        losses = self._losses
-        probes = losses.cluster if losses.linear is None else losses.linear + losses.cluster
         scalars = {
             "epoch": self.current_epoch,
             "iters": self.iters,
-            "train_loss": probes,
-            "total_loss": losses.total,
             "net_lr": self.options.optimizer.net.lr,
+            **self._losses.scalars(),
         }
-        if losses.ppap is not None:
+        if not self.frozen:
             trainable = [parameter.detach() for parameter in self.segmenter.trainable()]
             scalars |= {
-                "supcon_loss": losses.ppap.loss,
-                "num_positives": losses.ppap.num_positives,
-                "num_negatives": losses.ppap.num_negatives,
                 "grad_norm": self._grad_norm,
                 "param_norm": torch.nn.utils.get_total_norm(trainable),
             }
-        self._write(scalars)
+        plain = plain_numbers(scalars)  # on a GPU this waits for the step, so the pace is a true one
+        self._write(plain | self._pace.scalars(self.device))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Adds a batch to the evaluator."""
@@ -214,6 +191,7 @@ class PPAPModule(LightningModule):
         """Starts counting afresh."""
         if self._losses is not None:
             self._stop_if_not_finite()
+        self._pace.pause()
         self.evaluator.reset()
 
     def on_validation_epoch_end(self) -> None:
@@ -227,13 +205,13 @@ class PPAPModule(LightningModule):
         if self.trainer.state.fn == "fit":
             self._write({**metrics, "iters": self.iters, "valid_loss": self.last_evaluation.valid_loss})
 
-    def _write(self, scalars: dict[str, Any]) -> None:
-        plain = {
-            name: value.item() if isinstance(value, Tensor) else float(value)
-            for name, value in scalars.items()
-        }
+    def on_validation_end(self) -> None:
+        """What the callbacks have spent on checkpoints and pictures is no training time either."""
+        self._pace.resume()
+
+    def _write(self, scalars: dict[str, float]) -> None:
         for logger in self.loggers:
-            logger.log_metrics(plain, step=self.iters)
+            logger.log_metrics(scalars, step=self.iters)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what a checkpoint is about, in plain containers: classes, matching, options, versions."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from model.evaluator import Evaluation, Prediction
 from model.module import PPAPModule
-from utils.pictures import UNMATCHED, colour, draw_confusion, draw_predictions
+from utils.pictures import IGNORED, UNMATCHED, colour, draw_class_iou, draw_confusion, draw_predictions
 
 
 def class_iou(evaluation: Evaluation, names: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -20,7 +20,7 @@ def class_iou(evaluation: Evaluation, names: Sequence[str]) -> dict[str, dict[st
 def write_pictures(
     folder: Path, module: PPAPModule, *, plain: Evaluation, refined: Evaluation | None
 ) -> None:
-    """confusion.npz and confusion.png for all that was scored, predictions.png for some images.
+    """confusion.npz, confusion.png and class_iou.png for what was scored, predictions.png for some images.
 
     Args:
         folder: where they go.
@@ -32,8 +32,11 @@ def write_pictures(
     counts = {head: scores.confusion for head, scores in plain.heads().items()}
     if counts:
         draw_confusion(folder / "confusion.png", counts, labels=labels)
+        iou = {f"{head}, before CRF": each for head, each in class_iou(plain, labels.names).items()}
         if refined is not None:
             counts |= {f"{head}_crf": scores.confusion for head, scores in refined.heads().items()}
+            iou |= {f"{head}, after CRF": each for head, each in class_iou(refined, labels.names).items()}
+        draw_class_iou(folder / "class_iou.png", iou, labels=labels)
         np.savez(folder / "confusion.npz", class_names=np.array(labels.names), **counts)
     if module.evaluator.pictures:
         rows = [picture_row(prediction, module, plain) for prediction in module.evaluator.pictures]
@@ -42,15 +45,22 @@ def write_pictures(
 
 def picture_row(prediction: Prediction, module: PPAPModule, plain: Evaluation) -> dict[str, np.ndarray]:
     """Title -> picture (H, W, 3) uint8 of one image: as it is, truth, clusters, linear probe."""
+    missing = {"clusters": UNMATCHED}
+    return {"image": prediction.image.permute(1, 2, 0).numpy()} | {
+        title: colour(classes, module.labels, missing=missing.get(title, IGNORED))
+        for title, classes in class_maps(prediction, module, plain).items()
+    }
+
+
+def class_maps(prediction: Prediction, module: PPAPModule, plain: Evaluation) -> dict[str, np.ndarray]:
+    """Title -> classes (H, W) int64 of one image, negative where there is none; in the pictures' order."""
     labels = module.labels
     # without labels nothing is matched: clusters take the colours in turn, extra ones none
     extra = module.options.model.extra_clusters
     unscored = (*range(labels.n_classes), *[-1] * extra)
     assignment = np.array(plain.cluster.assignment if plain.cluster else unscored)
-    row = {"image": prediction.image.permute(1, 2, 0).numpy()}
-    if plain.cluster:
-        row["truth"] = colour(prediction.label.numpy(), labels)
-    row["clusters"] = colour(assignment[prediction.cluster.numpy()], labels, missing=UNMATCHED)
+    maps = {"truth": prediction.label.numpy()} if plain.cluster else {}
+    maps["clusters"] = assignment[prediction.cluster.numpy()]
     if prediction.linear is not None:
-        row["linear probe"] = colour(prediction.linear.numpy(), labels)
-    return row
+        maps["linear probe"] = prediction.linear.numpy()
+    return maps

@@ -27,8 +27,9 @@ from hydra.errors import HydraException
 from utils.errors import UserError, first_line
 from utils.evaluation_flags import add_evaluation_flags, flag_mistakes
 from utils.files import read_json_object
-from utils.optionfile import find_option_file, flatten, load_options, name_mistake
+from utils.optionfile import find_option_file, flatten, load_options
 from utils.options import Options
+from utils.wandb_options import name_mistake
 
 DEMO = "demo.json"
 NO_CHECKPOINT = ("measure_sets", "explain")  # flags that look at frozen features alone
@@ -169,14 +170,17 @@ def read_variants(name: str, *, given: set[str]) -> dict[str, dict[str, Any]]:
 
 
 def _named(options: Options, *, words: Sequence[str]) -> Options:
-    """The same options for a run that is named after its variant and what the sweep changes."""
+    """The same options for a run whose name, and id, tell its variant and what the sweep changes."""
     words = [word for word in words if word]
     if not words:
         return options
-    name = re.sub(r"[^\w.=+-]+", "_", "-".join([options.wandb.name, *words]))
+    name, id = (
+        None if own is None else re.sub(r"[^\w.=+-]+", "_", "-".join([own, *words]))
+        for own in (options.wandb.name, options.wandb.id)
+    )
     if mistake := name_mistake(name):
         raise UserError(mistake)
-    return replace(options, wandb=replace(options.wandb, name=name))
+    return replace(options, wandb=replace(options.wandb, name=name, id=id))
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import UserError, closest, first_line
-from utils.files import REPOSITORY, TOKENS_FOLDER, find_checkpoint, read_json_object, weights_file
+from utils.files import REPOSITORY, find_checkpoint, read_json_object, weights_file
 from utils.options import FULL_DEPTH, LEGACY_KEYS, PATCHES, WIDTH_AND_HEADS, WITHOUT_FOLDER, Options
+from utils.wandb_options import wandb_mistakes
 
 OPTION_FOLDERS = (Path("json"), Path("json/server"))
-LONGEST_NAME = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,19 +217,7 @@ def contradictions(options: Options) -> list[str]:
             f"dataset.cache_features is {options.dataset.cache_features}, must be null with "
             "dataset.loader_crop_type random, whose images differ each epoch"
         )
-    if mistake := name_mistake(options.wandb.name):
-        found.append(mistake)
-    return found + _backbone_contradictions(options)
-
-
-def name_mistake(name: str) -> str | None:
-    """Why a run cannot have this name, or None."""
-    if name == TOKENS_FOLDER:
-        return f"wandb.name is {name}, must be another: dataset.cache_features keeps its files in that folder"
-    if name and name not in (".", "..") and not set(name) & set("/\\\0") and len(name) <= LONGEST_NAME:
-        return None
-    allowed = f"usable as the name of one folder, of at most {LONGEST_NAME} letters"
-    return f"wandb.name is {json.dumps(name)}, must be {allowed}"
+    return found + wandb_mistakes(options.wandb) + _backbone_contradictions(options)
 
 
 def _backbone_contradictions(options: Options) -> list[str]:

@@ -83,6 +83,10 @@ class WandbOptions:
     entity: str | None = option(None, "wandb user or team; null is your default one")
     name: str = option("ppap", "name of the run, and of its folder below `output_dir`")
     mode: str = option("online", "`--debug` sets disabled", choices=("online", "offline", "disabled"))
+    tags: list[str] | None = option(None, "words to find the run by")
+    notes: str | None = option(None, "what the run is about")
+    id: str | None = option(None, "online: the wandb run to go on with; null starts one")
+    artifact: bool = option(False, "upload best.ckpt as an artifact")
 
 
 @dataclass

@@ -1,7 +1,8 @@
-"""What a result was made with: git SHA, package versions, date."""
+"""What a result was made with: git SHA, package versions, date, hardware."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -18,6 +19,7 @@ PACKAGES = (
     "scipy",
     "numpy",
     "pydensecrf2",
+    "wandb",
 )
 
 
@@ -53,3 +55,24 @@ def git_sha() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def hardware() -> dict[str, object]:
+    """{'system', 'cpu', 'cores', 'gpu'}: what a run's hours were spent on; None where it cannot be told."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model() or platform.processor() or None,
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+    }
+
+
+def _cpu_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)

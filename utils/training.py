@@ -1,32 +1,27 @@
-"""Lightning's Trainer as this project uses it: device, precision, loggers, when to validate."""
+"""Lightning's Trainer as this project uses it: device, precision, checkpoints, when to validate."""
 
 from __future__ import annotations
 
 import logging
 import math
-import netrc
 import os
-import socket
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
-import wandb
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.precision import MixedPrecision
 
-from utils.errors import UserError, first_line
+from utils.errors import UserError
 from utils.hardware import accelerator, chosen_precision
 from utils.options import Options
 
 LOSS_SCALE, GROWTH_INTERVAL = 2048.0, 1000  # the published scaler
-REACH_SECONDS, WANDB_SECONDS = 3, 20
 LEAST_TRITON = (3, 3)  # the interpreter of 3.2 crashes on the kernels
 
 
@@ -187,68 +182,6 @@ def checkpoint_keepers(folder: Path, *, validated: bool) -> Keepers:
 
     best = keeper("best", "score" if validated else None)
     return Keepers(best, keeper("last", None) if validated else best)
-
-
-def build_loggers(options: Options, folder: Path) -> list[Logger]:
-    """A CSV file beside the run, and wandb where the options ask for it.
-
-    wandb never waits for a login or a network: where one is missing, or wandb refuses the entity or the
-    key, the run is recorded offline.
-    """
-    loggers: list[Logger] = [CSVLogger(folder.parent, name=folder.name, version="")]
-    mode = options.wandb.mode
-    if mode == "disabled":
-        return loggers
-    obstacle = wandb_obstacle() if mode == "online" else None
-    if mode == "online" and obstacle is None:
-        try:
-            return [*loggers, _wandb_logger(options, folder, mode)]
-        except wandb.errors.Error as error:
-            obstacle = first_line(error)
-    if obstacle:
-        print(f"wandb: {obstacle}; recording offline in {folder} (wandb sync uploads it later)")
-    return [*loggers, _wandb_logger(options, folder, "offline")]
-
-
-def _wandb_logger(options: Options, folder: Path, mode: str) -> WandbLogger:
-    chosen = options.wandb
-    if wandb.run is not None:  # wandb would go on writing into it
-        wandb.run.finish()
-    opened = wandb.init(
-        project=chosen.project,
-        entity=chosen.entity,
-        name=chosen.name,
-        mode=mode,
-        dir=str(folder),
-        settings=wandb.Settings(init_timeout=WANDB_SECONDS, silent=True),
-    )
-    return WandbLogger(experiment=opened)
-
-
-def close_loggers(loggers: list[Logger]) -> None:
-    """Ends a wandb run, so that the next run of a sweep gets one of its own."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
-
-
-def wandb_obstacle() -> str | None:
-    """Why wandb cannot be reached at once, or None."""
-    address = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    try:
-        known = netrc.netrc().authenticators(address.hostname) is not None
-    except (OSError, netrc.NetrcParseError):
-        known = False
-    if not known and not os.environ.get("WANDB_API_KEY"):
-        return "not logged in (wandb login)"
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy")):
-        return None  # only the proxy can tell, within wandb's own limit of time
-    port = address.port or (80 if address.scheme == "http" else 443)
-    try:
-        socket.create_connection((address.hostname, port), timeout=REACH_SECONDS).close()
-    except OSError:
-        return f"{address.hostname} cannot be reached"
-    return None
 
 
 def reset_peak_memory() -> None:

@@ -14,6 +14,7 @@ class OracleResult:
     loss: torch.Tensor
     num_positives: float
     num_negatives: float
+    reached: list[float]  # means of Phi_T, Psi_T, m_1 + ... + m_T; share of anchors without a positive
     margin: float  # least distance of a compared similarity from its boundary
 
 
@@ -43,12 +44,13 @@ def oracle_loss(z, features, anchors, *, phi0, psi0, steps, sigma_pos, sigma_amb
         0,
         0,
     )
+    reached = [0.0] * 4
     for group in anchors.tolist():
         drawn = [i for i in group if i >= 0]
         drawn_total += len(drawn)
         terms = []
         for i in drawn:
-            phi, psi, v = phi0, psi0, f[i]
+            phi, psi, v, path = phi0, psi0, f[i], 0.0
             similarity = [dot(v, f[j]) for j in range(n)]
             margin = min([margin, *(abs(s - phi) for s in similarity)])
             inside = [j for j in range(n) if similarity[j] > phi]
@@ -59,6 +61,7 @@ def oracle_loss(z, features, anchors, *, phi0, psi0, steps, sigma_pos, sigma_amb
                     m = 1 - dot(v, moved_to)
                 else:
                     moved_to, m = v, 0.0
+                path += m
                 phi -= m / sigma_pos
                 psi += m / sigma_amb
                 v = moved_to
@@ -70,6 +73,7 @@ def oracle_loss(z, features, anchors, *, phi0, psi0, steps, sigma_pos, sigma_amb
             below = [j for j in range(n) if similarity[j] < psi]
             positives_seen += len(positives)
             negatives_seen += len(below)
+            reached = [a + b for a, b in zip(reached, (phi, psi, path, not positives), strict=True)]
             if not positives:
                 continue
             everyone = sorted(set(positives) | {j for j in below if j != i})
@@ -80,4 +84,5 @@ def oracle_loss(z, features, anchors, *, phi0, psi0, steps, sigma_pos, sigma_amb
             weighted = weighted + len(drawn) * sum(terms) / len(terms)
             weight += len(drawn)
     loss = weighted / weight if weight else weighted + 0 * z.sum()
-    return OracleResult(loss, positives_seen / drawn_total, negatives_seen / drawn_total, margin)
+    counts = (positives_seen / drawn_total, negatives_seen / drawn_total)
+    return OracleResult(loss, *counts, [total / drawn_total for total in reached], margin)

@@ -105,6 +105,7 @@ def test_loss__oracle(
     assert (z.grad.double() - exact_z.grad).norm() <= 1e-4 * exact_z.grad.norm() + 1e-6 / tau
     assert output.num_positives.item() == pytest.approx(expected.num_positives)
     assert output.num_negatives.item() == pytest.approx(expected.num_negatives)
+    assert output.reached.tolist() == pytest.approx(expected.reached, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("around", [torch.bfloat16, torch.float16])
@@ -134,6 +135,7 @@ def test_loss__chunked_equals_unchunked_with_a_leftover(chunk_size):
     parts = PPAPLoss(**chosen, chunk_size=chunk_size)(z, features, anchors)
     (grad,) = torch.autograd.grad(parts.loss, z)
     torch.testing.assert_close(parts.loss, whole.loss)
+    torch.testing.assert_close(parts.reached, whole.reached)
     torch.testing.assert_close(grad, expected)
 
 

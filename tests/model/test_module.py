@@ -128,10 +128,18 @@ def test_training__logs_the_published_scalars(tiny_options, tmp_path):
     rows = [row for row in scalars(tmp_path / "run") if "train_loss" in row]
     assert [int(float(row["iters"])) for row in rows] == [1, 3]
     published = {"epoch", "iters", "train_loss", "supcon_loss", "net_lr", "param_norm", "grad_norm"}
-    assert published | {"num_positives", "num_negatives", "total_loss"} <= set(rows[0])
+    ours = {"total_loss", "linear_loss", "cluster_loss", "mean_phi", "mean_psi", "mean_propagation"}
+    assert published | ours | {"num_positives", "num_negatives", "without_positives"} <= set(rows[0])
+    assert "images_per_s" not in rows[0]  # the first step warms up
+    assert float(rows[1]["images_per_s"]) > 0
     for row in rows:
         parts = float(row["train_loss"]) + float(row["supcon_loss"])
         assert float(row["total_loss"]) == pytest.approx(parts, rel=1e-5)
+        probes = float(row["linear_loss"]) + float(row["cluster_loss"])
+        assert float(row["train_loss"]) == pytest.approx(probes, rel=1e-5)
+        sunk = (0.55 - float(row["mean_phi"])) * 3  # by m_t / sigma_pos a step
+        assert float(row["mean_propagation"]) == pytest.approx(sunk, abs=1e-5)
+        assert 0 <= float(row["without_positives"]) <= 1
 
 
 def test_checkpoint__holds_tensors_and_plain_containers_and_what_it_is_about(tiny_options, tmp_path):
@@ -162,7 +170,8 @@ def test_training__workers_change_nothing(tiny_options, tmp_path):
         options = tiny_options(dataloader__num_workers=workers, dataset__loader_crop_type="random",
                                dataset__crop_type="five")  # fmt: skip
         train(options, tmp_path / f"run{workers}")
-        curves.append(scalars(tmp_path / f"run{workers}"))
+        rows = scalars(tmp_path / f"run{workers}")
+        curves.append([{key: row[key] for key in row if key != "images_per_s"} for row in rows])
     assert curves[0] == curves[1]
 
 

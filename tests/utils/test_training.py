@@ -59,34 +59,6 @@ def test_backends__need_their_device_and_their_package(tiny_options, monkeypatch
             training.check_backends(triton)
 
 
-def test_wandb__never_waits_for_login_or_network(monkeypatch, tmp_path):
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert "not logged in" in training.wandb_obstacle()
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "https://nowhere.invalid")
-    assert training.wandb_obstacle() == "nowhere.invalid cannot be reached"
-
-
-def test_wandb__offline_run_is_recorded_beside_the_run(monkeypatch, tmp_path, tiny_options):
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    loggers = training.build_loggers(
-        tiny_options(wandb__mode="online"), make_folder(tmp_path / "out" / "run")
-    )
-    assert [type(logger).__name__ for logger in loggers] == ["CSVLogger", "WandbLogger"]
-    loggers[1].log_metrics({"train_loss": 1.0}, step=1)
-    loggers[1].experiment.finish()
-    assert list((tmp_path / "out" / "run").rglob("run-*.wandb"))
-
-
-def test_wandb__disabled_leaves_the_csv(tmp_path, tiny_options):
-    loggers = training.build_loggers(tiny_options(), tmp_path)
-    assert [type(logger).__name__ for logger in loggers] == ["CSVLogger"]
-
-
 def test_write_json__is_standard_json(tmp_path):
     write_json(tmp_path / "m.json", {"a": float("nan"), "b": (1, 2), "c": {"d": float("inf")}})
     text = (tmp_path / "m.json").read_text()

@@ -1,0 +1,30 @@
+from utils import loggers as loggers_
+from utils.files import make_folder
+
+
+def test_wandb__never_waits_for_login_or_network(monkeypatch, tmp_path):
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert "not logged in" in loggers_.wandb_obstacle()
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://nowhere.invalid")
+    assert loggers_.wandb_obstacle() == "nowhere.invalid cannot be reached"
+
+
+def test_wandb__offline_run_is_recorded_beside_the_run(monkeypatch, tmp_path, tiny_options):
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    loggers = loggers_.build_loggers(
+        tiny_options(wandb__mode="online"), make_folder(tmp_path / "out" / "run")
+    )
+    assert [type(logger).__name__ for logger in loggers] == ["CSVLogger", "WandbLogger"]
+    loggers[1].log_metrics({"train_loss": 1.0}, step=1)
+    loggers[1].experiment.finish()
+    assert list((tmp_path / "out" / "run").rglob("run-*.wandb"))
+
+
+def test_wandb__disabled_leaves_the_csv(tmp_path, tiny_options):
+    loggers = loggers_.build_loggers(tiny_options(), tmp_path)
+    assert [type(logger).__name__ for logger in loggers] == ["CSVLogger"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pytorch_lightning.loggers import Logger
 from model.explain import explain_images
 from model.module import PPAPModule
 from model.results import class_iou, class_maps
+from utils.errors import first_line
 from utils.explain_picture import draw_explanation
 from utils.labels import LabelSpace
 from utils.loggers import attach, close_loggers, wandb_runs
@@ -116,6 +118,10 @@ class Dashboard(Callback):
         hours = f"{60 * result['train_hours']:.1f} minutes of training"
         state = f"{result['images']:,} validation images, {hours}."
         write_report(self.folder, labels=self.labels, state=f"Finished: {state}", result=result)
+        with going_on():
+            self._send_result(result, checkpoint=checkpoint)
+
+    def _send_result(self, result: dict[str, Any], *, checkpoint: Path) -> None:
         for opened in wandb_runs(self.loggers):
             opened.summary.update(summary_of(result))
             there = [name for name in FINAL_PICTURES if (self.folder / name).exists()]
@@ -141,7 +147,7 @@ class Dashboard(Callback):
         opened = wandb_runs(self.loggers)
         if not opened:
             return
-        with self._tables:
+        with self._tables, going_on():
             for run in opened:
                 run.log(self._tables_of(module) | {"iters": self._step})
         self._sent = self._step
@@ -178,8 +184,9 @@ class Dashboard(Callback):
                 names=self.shown.names,
                 about=f"bank: {len(self.shown.images)} validation images",
             )
-        for run in wandb_runs(self.loggers):
-            run.log({"explanation": wandb.Image(str(path)), "iters": self._step})
+        with going_on():
+            for run in wandb_runs(self.loggers):
+                run.log({"explanation": wandb.Image(str(path)), "iters": self._step})
 
     def _write_page(self, module: PPAPModule, *, steps: int) -> None:
         evaluation = module.last_evaluation
@@ -190,6 +197,15 @@ class Dashboard(Callback):
         }
         state = f"Training: step {self._step:,} of {steps:,}. Pictures and CRF follow at the end."
         write_report(self.folder, labels=module.labels, state=state, result=result, pictures=False)
+
+
+@contextmanager
+def going_on() -> Iterator[None]:
+    """Tells what wandb complains of, in a line: a run is worth more than its pictures there."""
+    try:
+        yield
+    except wandb.errors.Error as error:
+        print(f"wandb: {first_line(error)}; the run goes on without")
 
 
 def summary_of(result: dict[str, Any]) -> dict[str, float]:

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def staged(tmp_path_factory):
+    """wandb stages the files of tables in a folder of the user's otherwise."""
+    os.environ["WANDB_DATA_DIR"] = str(tmp_path_factory.mktemp("wandb"))
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ STEP |= {"mean_propagation", "without_positives"}
 def recorded(tiny_file, tmp_path, monkeypatch):
     """The folder of a run of 8 steps, validated at 3, 4, 7 and 8."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
     changed = {"wandb__tags": ["a tag"], "wandb__notes": "notes", "wandb__id": "abc", "wandb__artifact": True}
     path = tiny_file(wandb__mode="offline", train__epoch=2, train__print_freq=1, **changed)
     run.main(["--opt", path])
@@ -135,12 +134,36 @@ def test_page__is_kept_up_to_date_while_a_run_trains(tiny_file, tmp_path, monkey
         ["dataset.cache_features=ram", "wandb.mode=offline"],  # the evaluator sees no photograph
     ],
 )
-def test_run__of_every_kind_has_a_page(tiny_file, tmp_path, monkeypatch, words):
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
+def test_run__of_every_kind_has_a_page(tiny_file, tmp_path, words):
     run.main(["--opt", tiny_file(), "eval.is_crf=false", *words])
     (page,) = (tmp_path / "output").glob("*/report.html")
     check(page.read_text(encoding="utf-8"))
     assert (page.parent / "explanation.png").exists() == ("wandb.mode=offline" in words)
+
+
+def test_explanation__made_between_two_steps_changes_no_result(tiny_file, tmp_path, monkeypatch):
+    """A long run has it made after a validation, in inference mode; a short one at its end."""
+    made, draw = [], dashboard.draw_explanation
+    monkeypatch.setattr(dashboard, "draw_explanation", lambda *a, **k: (made.append(1), draw(*a, **k)))
+    results = []
+    for seconds in (1e9, 0.0):
+        monkeypatch.setattr(dashboard, "EXPLAIN_SECONDS", seconds)
+        results += run.main(["--opt", tiny_file(train__epoch=2), "eval.is_crf=false"])
+    assert len(made) == 2  # once a run
+    assert results[0]["valid_loss"] == results[1]["valid_loss"]
+    pictures = [(tmp_path / f"output/{name}/explanation.png").read_bytes() for name in ("tiny", "tiny.1")]
+    assert pictures[0] == pictures[1]
+
+
+def test_finish__a_mistake_of_wandb_does_not_lose_the_results(tiny_file, tmp_path, monkeypatch, capsys):
+    def refuse(*_arguments, **_keywords):
+        raise dashboard.wandb.errors.CommError("no room left")
+
+    monkeypatch.setattr(dashboard, "attach", refuse)
+    monkeypatch.setattr(dashboard, "prediction_table", refuse)
+    run.main(["--opt", tiny_file(wandb__mode="offline"), "eval.is_crf=false"])
+    assert (tmp_path / "output/tiny/report.html").exists()
+    assert "wandb: no room left; the run goes on without" in capsys.readouterr().out
 
 
 def test_allowance__is_a_share_of_the_time_since(monkeypatch):

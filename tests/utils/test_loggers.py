@@ -1,3 +1,5 @@
+from unittest.mock import MagicMock
+
 from utils import loggers as loggers_
 from utils.files import make_folder
 
@@ -28,3 +30,16 @@ def test_wandb__offline_run_is_recorded_beside_the_run(monkeypatch, tmp_path, ti
 def test_wandb__disabled_leaves_the_csv(tmp_path, tiny_options):
     loggers = loggers_.build_loggers(tiny_options(), tmp_path)
     assert [type(logger).__name__ for logger in loggers] == ["CSVLogger"]
+
+
+def test_wandb__goes_on_with_a_run_that_is_named(monkeypatch, tmp_path, tiny_options):
+    asked = []
+    monkeypatch.setattr(loggers_, "wandb_obstacle", lambda: None)
+    monkeypatch.setattr(loggers_.wandb, "init", lambda **given: (asked.append(given), MagicMock())[1])
+    chosen = {"wandb__mode": "online", "wandb__tags": ["a"], "wandb__notes": "b"}
+    for id in ("abc", None):
+        loggers_.build_loggers(tiny_options(wandb__id=id, **chosen), tmp_path)
+    assert [(given["id"], given["resume"]) for given in asked] == [("abc", "allow"), (None, None)]
+    assert (asked[0]["tags"], asked[0]["notes"], asked[0]["mode"]) == (["a"], "b", "online")
+    assert asked[0]["config"]["training_coeff"]["tau"] == 0.8
+    assert "git_sha" in asked[0]["config"]

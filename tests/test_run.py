@@ -40,6 +40,9 @@ def test_train_then_evaluate__same_numbers_exactly(tiny_file, tmp_path):
         "confusion.npz",
         "confusion.png",
         "predictions.png",
+        "class_iou.png",
+        "explanation.png",
+        "report.html",
     ):
         assert (tmp_path / "output" / "tiny" / name).stat().st_size > 0
     confusion = np.load(tmp_path / "output" / "tiny" / "confusion.npz")

@@ -1,4 +1,4 @@
-"""Line charts and bars as text: SVG and HTML that a page can hold, in colours that its style sheet gives."""
+"""Line charts, bars and tables as text: SVG and HTML for a page whose style sheet gives the colours."""
 
 from __future__ import annotations
 
@@ -43,12 +43,16 @@ class _Axis:
 
 
 def line_of(rows: Sequence[Mapping[str, float]], name: str, *, x: str = "iters") -> Line:
-    """The line of a scalar in rows of scalars, where both it and x are finite; long ones are thinned out."""
+    """The line of a scalar in rows of scalars, where both it and x are finite.
+
+    Of a long one each point is the mean of as many values, at the last of their steps.
+    """
     points = [(row[x], row[name]) for row in rows if x in row and math.isfinite(row.get(name, math.nan))]
     values = np.array(sorted(points), dtype=np.float64).reshape(-1, 2)
-    if len(values) > MOST_POINTS:
-        parts = np.array_split(values, MOST_POINTS)
-        values = np.array([part.mean(axis=0) for part in parts])
+    together = -(-len(values) // MOST_POINTS)
+    if together > 1:  # the first point alone may stand for fewer
+        parts = np.split(values, range(len(values) % together or together, len(values), together))
+        values = np.array([(part[-1, 0], part[:, 1].mean()) for part in parts])
     return Line(name, values[:, 0], values[:, 1])
 
 
@@ -79,7 +83,7 @@ def line_chart(title: str, lines: Sequence[Line], *, about: str = "", log: bool 
     data = [[_rounded(line.x), _rounded(line.y)] for line in lines]
     ends = f'data-first="{first:g}" data-last="{last:g}" data-lines="{escape(json.dumps(data))}"'
     return (
-        f'<figure class="chart"><figcaption><span class="step">step <b>{last:g}</b></span>{escape(title)}'
+        f'<figure class="chart"><figcaption><span class="step">step <b>{last:.0f}</b></span>{escape(title)}'
         f"<small>{escape(about)}</small></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" {ends}>'
         f'{"".join(marks)}<line class="at" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>'
@@ -111,6 +115,20 @@ def bars(
             f'<span class="value">{shown}</span></li>'
         )
     return f'<ul class="bars">{"".join(items)}</ul>'
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
+    """An HTML table of escaped cells; with `numbers` all columns but the first are set to the right."""
+    kinds = ["", *[' class="number"' if numbers else ""] * (len(header) - 1)]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        inner = (f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))
+        return f"<tr>{''.join(inner)}</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    head = line("th", header) if any(header) else ""
+    kind = "" if numbers else ' class="words"'
+    return f'<div class="scroll"><table{kind}>{head}{body}</table></div>\n'
 
 
 def number(value: float) -> str:
@@ -164,7 +182,7 @@ def _steps(across: _Axis) -> list[str]:
     ticks = [tick for tick in _ticks(across.low, across.high, log=False) if tick == int(tick)]
     places = across(np.array(ticks, dtype=np.float64)).tolist()
     return [
-        f'<text x="{min(x, WIDTH - 14):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{tick:g}</text>'
+        f'<text x="{min(x, WIDTH - 14):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{tick:,.0f}</text>'
         for x, tick in zip(places, ticks, strict=True)
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,6 +94,14 @@ def explanation_table(result: dict[str, Any]) -> str:
     rows = [[format(step[key], style) for key, style in columns.items()] for step in result["steps"]]
     row, column = result["patch"]
     return f"{result['image']}, patch {row},{column}\n" + markdown(list(columns), rows)
+
+
+def read_scalars(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.csv without their empty cells; none where there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
 
 
 def write_sweep(folder: Path, results: Sequence[tuple[str, dict[str, Any]]]) -> None:

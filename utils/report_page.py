@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import json
 import math
 import os
@@ -14,12 +13,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from utils.charts import LEFT, RIGHT, bars, line_chart, line_of
+from utils.charts import LEFT, RIGHT, bars, line_chart, line_of, table
 from utils.files import read_json_object
 from utils.labels import LabelSpace
 from utils.optionfile import as_tree, flatten
 from utils.options import Options
-from utils.report import METRICS, STAGES
+from utils.report import METRICS, STAGES, read_scalars
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 NAME = "report.html"
@@ -102,14 +101,6 @@ def write_report(
     os.replace(temporary, folder / NAME)
 
 
-def read_scalars(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv without their empty cells; none where there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
-
-
 def page(report: Report) -> str:
     """The page as HTML; whatever comes from a run is escaped."""
     sections = {
@@ -142,20 +133,6 @@ def _about(report: Report) -> str:
         f"{what} on {data['data_type']}, {report.labels.n_classes} classes; {backbone}, "
         f"{model['dim']} channels; seed {train['seed']}"
     )
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
-    """An HTML table of escaped cells; with `numbers` all columns but the first are set to the right."""
-    kinds = ["", *[' class="number"' if numbers else ""] * (len(header) - 1)]
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        inner = (f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))
-        return f"<tr>{''.join(inner)}</tr>"
-
-    body = "".join(line("td", row) for row in rows)
-    head = line("th", header) if any(header) else ""
-    kind = "" if numbers else ' class="words"'
-    return f'<div class="scroll"><table{kind}>{head}{body}</table></div>\n'
 
 
 def _results(report: Report) -> str:

@@ -1,9 +1,11 @@
 import json
 
 import numpy as np
+import pytest
+from PIL import Image
 
 from utils.labels import LabelSpace
-from utils.pictures import colour, draw_confusion, draw_predictions
+from utils.pictures import colour, draw_class_iou, draw_confusion, draw_predictions
 from utils.report import class_table, metrics_table, sets_table, sweep_table, write_sweep
 
 FOUR = {"Cluster_Accuracy": 50.0, "Cluster_mIoU": 20.0, "Linear_Accuracy": 80.0, "Linear_mIoU": 40.0}
@@ -72,3 +74,21 @@ def test_write_sweep__numbers_and_a_figure(tmp_path):
     assert [row["setting"] for row in rows] == ["a", "a", "b"]
     assert rows[1]["before_crf"]["Cluster_mIoU"] == 21.0
     assert (tmp_path / "sweep/sweep.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("n_classes", [2, 11, 27])
+def test_pictures__of_any_number_of_classes(tmp_path, n_classes):
+    """Many classes have their confusions one below another; a class without a pixel is no mistake."""
+    labels = LabelSpace.with_spread_colours(tuple(f"class {n}" for n in range(n_classes)))
+    counts = np.eye(n_classes, n_classes + 1, dtype=np.int64)
+    counts[0] = 0
+    draw_confusion(tmp_path / "confusion.png", {"cluster": counts, "linear": counts}, labels=labels)
+    iou = dict.fromkeys(labels.names, 50.0) | {"class 0": float("nan")}
+    draw_class_iou(
+        tmp_path / "iou.png", {"cluster, before CRF": iou, "linear, before CRF": iou}, labels=labels
+    )
+    maps = {"image": np.zeros((4, 4, 3), np.uint8)}
+    draw_predictions(tmp_path / "predictions.png", [maps] * 5, labels=labels)
+    width, height = Image.open(tmp_path / "confusion.png").size
+    assert (width < height) == (n_classes == 27)
+    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in ("iou", "predictions"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -152,7 +153,7 @@ def _range(values: np.ndarray, *, log: bool) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float, *, log: bool) -> list[float]:
-    """Three to six round numbers between two."""
+    """Round numbers between two: three to six where the axis is linear."""
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for parts in ((1,), (1, 3), (1, 2, 5)):
@@ -160,20 +161,29 @@ def _ticks(low: float, high: float, *, log: bool) -> list[float]:
             found = [tick for tick in found if low <= tick <= high]
             if len(found) >= 3:
                 return found[:: 1 + len(found) // 7]
-    rough = (high - low) / 4
+    rough = (high - low) / 5.5
     scale = 10.0 ** math.floor(math.log10(rough))
     step = scale * next(part for part in (1, 2, 2.5, 5, 10) if part * scale >= rough * 0.999)
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """Ascending numbers with as few decimals as tell each of them exactly enough."""
+    if len(ticks) < 2:
+        return [number(tick) for tick in ticks]
+    close = 0.01 * min(after - before for before, after in itertools.pairwise(ticks))
+    fits = (d for d in range(7) if all(abs(round(tick, d) - tick) <= close for tick in ticks))
+    decimals = next(fits, None)
+    return [f"{tick:.1e}" if decimals is None else f"{tick:,.{decimals}f}" for tick in ticks]
+
+
 def _grid(up: _Axis) -> list[str]:
     marks = []
-    for tick in _ticks(up.low, up.high, log=up.log):
+    ticks = _ticks(up.low, up.high, log=up.log)
+    for tick, label in zip(ticks, tick_labels(ticks), strict=True):
         y = up(np.array(tick)).item()
         marks.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        marks.append(
-            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(round(tick, 9))}</text>'
-        )
+        marks.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     return marks
 
 

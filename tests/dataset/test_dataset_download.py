@@ -106,8 +106,15 @@ def targets(server):
     return targets_at(server)
 
 
+def set_free(monkeypatch, free):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free))
+
+
 @pytest.fixture
-def download(targets, tmp_path):
+def download(targets, tmp_path, monkeypatch):
+    set_free(monkeypatch, 10**13)  # whatever this machine's disk holds
+
     def download(name, *flags):
         patience = Patience(tries=3, timeout=5.0, sleep=lambda seconds: None)
         main([name, "--root", str(tmp_path / "data"), *flags], targets=targets, patience=patience)
@@ -339,8 +346,7 @@ def test_dry_run__estimates_and_what_is_there(download, server, tmp_path, capsys
 
 
 def test_space__names_need_and_free(download, server, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000))
+    set_free(monkeypatch, 1000)
     with pytest.raises(UserError, match=r"the data set, unpacked, needs .* kB, 1\.0 kB are free"):
         download("potsdam")
     assert server.bodies() == []
@@ -351,8 +357,7 @@ def test_space__counts_what_is_unpacked_already(download, server, tmp_path, monk
     (tmp_path / "data/labelled_test.txt").unlink()
     (tmp_path / "data/download.json").unlink()
     (tmp_path / "data/potsdam.zip").write_bytes(server.pages["potsdam.zip"].body)
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 100))
+    set_free(monkeypatch, 100)
     download("potsdam")
     assert (tmp_path / "data/labelled_test.txt").read_text() == "2_10_0_0\n2_10_0_1\n"
 

@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from utils.charts import MOST_POINTS, Line, _ticks, bars, line_chart, line_of, number
+from utils.charts import MOST_POINTS, Line, _ticks, bars, line_chart, line_of, number, tick_labels
 
 
 def test_line_of__leaves_out_gaps_and_thins_out():
@@ -48,6 +48,13 @@ def test_ticks__are_few_round_and_inside(low, high):
     assert 3 <= len(ticks) <= 6
     assert low <= ticks[0] < ticks[-1] <= high
     assert 2 <= len(_ticks(high, high * 50, log=True)) <= 7
+
+
+def test_tick_labels__tell_neighbours_apart():
+    assert tick_labels([-0.14420, -0.14425, -0.1443][::-1]) == ["-0.14430", "-0.14425", "-0.14420"]
+    assert tick_labels([0.0, 0.1 + 0.2, 0.6]) == ["0.0", "0.3", "0.6"]
+    assert tick_labels([300.0, 1000.0, 3000.0]) == ["300", "1,000", "3,000"]
+    assert tick_labels([1e-9, 2e-9]) == ["1.0e-09", "2.0e-09"]
 
 
 def test_number__as_a_legend_shows_it():

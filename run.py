@@ -10,7 +10,6 @@ import functools
 import math
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from eval import evaluate, results_folder, run_folder
 from utils.cli import Job, guarded, parse_arguments, plan_jobs
-from utils.optionfile import as_tree, flatten
+from utils.optionfile import flatten
 from utils.options import Options
 
 if TYPE_CHECKING:
     from dataset.source import Batch, SegmentationDataset
     from model.dashboard import Dashboard
+    from utils.checkpoints import Saved
 
 FROZEN = "-frozen"  # ends the name of a baseline
 VERIFIED = 0.01  # points by which a number may differ on another machine
@@ -34,39 +34,41 @@ DEMO_SCENES = 2048  # that the demo's backbone is trained on
 
 @dataclass(frozen=True)
 class Trained:
-    """What training has left.
+    """What training has left beside its checkpoints.
 
     Attributes:
-        best: the checkpoint with the largest sum of the metrics that exist, else the last.
-        last: the last checkpoint.
         dashboard: still open, so that wandb learns of the final evaluation too.
+        hours: of training.
     """
 
-    best: Path
-    last: Path
     dashboard: Dashboard
+    hours: float
 
 
-def train(options: Options, folder: Path) -> Trained:
-    """Trains one run and writes its options, scalars and checkpoints.
+def train(options: Options, folder: Path, saved: Saved | None = None) -> Trained:
+    """Trains one run and writes its options, scalars and checkpoints (best.ckpt, last.ckpt).
 
     Args:
         options: all options.
         folder: of the run; an earlier run in it is moved aside.
+        saved: a checkpoint of the same run to go on from instead.
 
     Raises:
         UserError: data or weights are missing or do not fit.
+        Stopped: it was asked to leave, and has saved itself.
     """
     from dataset import build_data
     from model import build_module
     from model.compilation import compile_segmenter
     from model.dashboard import Dashboard
-    from utils.files import make_folder, move_aside, write_json
+    from model.saving import Saver
+    from utils.checkpoints import Progress
+    from utils.faults import memory_told
     from utils.loggers import build_loggers
-    from utils.provenance import hardware as machine
-    from utils.provenance import provenance
+    from utils.runfolder import begin
     from utils.shown import ShownImages
-    from utils.training import ValidationSteps, build_trainer, checkpoint_keepers, hardware_settings
+    from utils.stopping import StopRequest
+    from utils.training import build_trainer, hardware_settings
 
     hardware = hardware_settings(options)
     data = build_data(options)
@@ -77,53 +79,68 @@ def train(options: Options, folder: Path) -> Trained:
         compile_segmenter(module.segmenter)
     if not data.train_labelled:
         print("train data has no labels: no linear probe")
-    if (earlier := move_aside(folder)) is not None:
-        print(f"{folder} held an earlier run, now in {earlier}")
-    make_folder(folder)
-    write_json(folder / "options.json", as_tree(options))
-    write_json(folder / "provenance.json", provenance() | {"hardware": machine()})
-    if data.damaged:
-        write_json(folder / "left_out.json", data.damaged)
+    if saved is None:
+        begin(folder, options, left_out=data.damaged)
+    progress = Progress() if saved is None else saved.progress
+    data.start_after(done := module.follow(data.schedule, progress))
     validated = len(data.validation_set) > 0
-    keepers = checkpoint_keepers(folder, validated=validated)
-    loggers = build_loggers(options, folder)
+    loggers = build_loggers(options, folder, progress)
     shown = ShownImages.of(data.validation_set, options.eval.pictures)
-    dashboard = Dashboard(options, folder, shown=shown, loggers=loggers)
-    callbacks = [ValidationSteps(options.train.valid_freq), *dict.fromkeys((keepers.best, keepers.last))]
+    dashboard = Dashboard(options, folder, shown=shown, loggers=loggers, best=progress.best)
+    stop = StopRequest()
+    saver = Saver(
+        folder,
+        data.schedule,
+        every=options.train.checkpoint_every,
+        validated=validated,
+        stop=stop,
+        progress=progress,
+    )
     trainer = build_trainer(
-        options, hardware, loggers=loggers, callbacks=[*callbacks, dashboard], validate=validated
+        options,
+        hardware,
+        loggers=loggers,
+        callbacks=[dashboard, saver],
+        validate=validated,
+        schedule=data.schedule,
+        done=done,
     )
     try:
         if options.dataset.cache_features:
             encode = functools.partial(module.encode, trainer=trainer)
             precision = trainer.precision_plugin.precision
             data.keep_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
-        trainer.fit(module, datamodule=data, weights_only=True)
+        with stop, memory_told(options):
+            trainer.fit(module, datamodule=data, ckpt_path=saved and saved.path, weights_only=True)
     except BaseException:
         dashboard.close()
         raise
-    return Trained(Path(keepers.best.best_model_path), Path(keepers.last.best_model_path), dashboard)
+    return Trained(dashboard, hours=saver.spent / 3600)
 
 
 def train_and_evaluate(options: Options) -> dict[str, Any]:
     """One run from data to metrics.json and report.html; returns what the former holds."""
+    from utils.checkpoints import BEST, LAST
     from utils.files import write_json
+    from utils.runfolder import earlier_run, locked
     from utils.training import peak_memory_gib, reset_peak_memory
 
     folder = run_folder(options)
-    reset_peak_memory()
-    start = time.perf_counter()
-    trained = train(options, folder)
-    hours = (time.perf_counter() - start) / 3600
-    try:
-        result = evaluate(options, checkpoint=str(trained.best), folder=folder)
-        result |= {"train_hours": hours, "peak_memory_gib": peak_memory_gib()}
-        if options.eval.last_step:
-            result["last_step"] = evaluate(options, checkpoint=str(trained.last), folder=folder / "last")
-        write_json(folder / "metrics.json", result)
-        trained.dashboard.finish(result, checkpoint=trained.best)
-    finally:
-        trained.dashboard.close()
+    with locked(folder):
+        earlier = earlier_run(options, folder)
+        if earlier.result is not None:
+            return earlier.result
+        reset_peak_memory()
+        trained = train(options, folder, earlier.saved)
+        try:
+            result = evaluate(options, checkpoint=str(folder / BEST), folder=folder)
+            result |= {"train_hours": trained.hours, "peak_memory_gib": peak_memory_gib()}
+            if options.eval.last_step:
+                result["last_step"] = evaluate(options, checkpoint=str(folder / LAST), folder=folder / "last")
+            write_json(folder / "metrics.json", result)
+            trained.dashboard.finish(result, checkpoint=folder / BEST)
+        finally:
+            trained.dashboard.close()
     return result
 
 

@@ -1,4 +1,4 @@
-"""Loaders: an order that is a function of seed and epoch, and the sizes of train and evaluation batches."""
+"""Loaders: batches that are a function of seed and step, and the sizes of train and evaluation batches."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from utils.files import TOKENS_FOLDER
 from utils.labels import LabelSpace
 from utils.options import WITHOUT_FOLDER, DatasetOptions, Options
 from utils.randomness import generator
+from utils.schedule import Schedule
 from utils.transforms import Geometry
 
 
@@ -40,27 +41,51 @@ class DataSetKind:
     cropped: bool = True
 
 
-class EpochSampler(Sampler):
-    """(epoch, index) pairs in an order that depends on seed and epoch alone.
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """The batches of all epochs of a run, one a step, each a list of (epoch, index) pairs.
+
+    An epoch's order depends on seed and epoch alone, and its last partial batch is dropped; so a run may
+    begin at any step. As all epochs are one sequence, the workers never run dry between two of them.
 
     Args:
         size: number of items.
+        batch_size: B.
+        schedule: of the run.
         seed: of the run.
+        done: steps that are left out at the start.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self.epoch = size, seed, 0
+    def __init__(self, size: int, batch_size: int, schedule: Schedule, *, seed: int, done: int = 0) -> None:
+        self.size, self.batch_size, self.schedule, self.seed, self.done = (
+            size,
+            batch_size,
+            schedule,
+            seed,
+            done,
+        )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch."""
-        self.epoch = epoch
+    def order(self, epoch: int) -> list[int]:
+        """Indices of all items in the order of an epoch."""
+        return torch.randperm(self.size, generator=generator(self.seed, "order", epoch)).tolist()
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = torch.randperm(self.size, generator=generator(self.seed, "order", self.epoch))
-        return iter([(self.epoch, index) for index in order.tolist()])
+    def batch(self, step: int) -> list[tuple[int, int]]:
+        """The batch of a step, from 1."""
+        epoch = self.schedule.epoch(step)
+        return self._batch(step, self.order(epoch))
+
+    def _batch(self, step: int, order: list[int]) -> list[tuple[int, int]]:
+        epoch = self.schedule.epoch(step)
+        first = (step - 1 - epoch * self.schedule.per_epoch) * self.batch_size
+        return [(epoch, index) for index in order[first : first + self.batch_size]]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.done + 1, self.schedule.total + 1):
+            if step == self.done + 1 or self.schedule.ends_epoch(step - 1):
+                order = self.order(self.schedule.epoch(step))
+            yield self._batch(step, order)
 
     def __len__(self) -> int:
-        return self.size
+        return self.schedule.total - self.done
 
 
 class SegmentationData(LightningDataModule):
@@ -103,6 +128,7 @@ class SegmentationData(LightningDataModule):
             items = cut_on_the_fly(chosen, kind, sources["train"])
             self.train_set = SegmentationDataset(items, geometry, seed=options.train.seed)
             self._check_batch()
+            self.sampler = self._step_sampler()
 
     def keep_tokens(self, encode: Callable[[Tensor], Tensor], *, backbone: Any, precision: str) -> None:
         """Replaces the images of both splits by their tokens, as `dataset.cache_features` says.
@@ -132,6 +158,16 @@ class SegmentationData(LightningDataModule):
         if len(self.validation_set):
             self.validation_set = tokens_of(self.validation_set, "val")
 
+    def _step_sampler(self) -> StepSampler:
+        chosen, items, batch = self.options.train, len(self.train_set), self.options.dataloader.batch_size
+        schedule = Schedule(items // batch, chosen.epoch, chosen.valid_freq)
+        return StepSampler(items, batch, schedule, seed=chosen.seed)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the run's steps."""
+        return self.sampler.schedule
+
     def _check_batch(self) -> None:
         items, batch = len(self.train_set), self.options.dataloader.batch_size
         if items < batch:
@@ -139,6 +175,14 @@ class SegmentationData(LightningDataModule):
                 f"dataloader.batch_size is {batch}, but there are only {items} train items, and the last "
                 f"partial batch is dropped; set dataloader.batch_size={items} or less, or add images"
             )
+
+    def start_after(self, done: int) -> None:
+        """Leaves out the first steps of the run, which an earlier start has done."""
+        self.sampler.done = done
+
+    def names(self, step: int) -> list[str]:
+        """The images of a step's batch."""
+        return [self.train_set.source.name(index) for _, index in self.sampler.batch(step)]
 
     @property
     def train_labelled(self) -> bool:
@@ -151,32 +195,26 @@ class SegmentationData(LightningDataModule):
         return len(self.validation_set) > 0 and self.validation_set.source.labelled
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled batches; the last partial one is dropped."""
-        sampler = EpochSampler(len(self.train_set), self.options.train.seed)
-        return self._loader(
-            self.train_set, self.options.dataloader.batch_size, sampler=sampler, drop_last=True
-        )
+        """The batches of all steps that are left."""
+        return self._loader(self.train_set, batch_sampler=self.sampler)
 
     def val_dataloader(self) -> DataLoader:
         """All validation images, in order, for the validations of training."""
-        return self._loader(self.validation_set, self.options.dataloader.val_batch_size)
+        return self._loader(self.validation_set, batch_size=self.options.dataloader.val_batch_size)
 
     def evaluation_dataloader(self) -> DataLoader:
         """All validation images, in order, for the final evaluation."""
-        return self._loader(self.validation_set, self.options.eval.batch_size)
+        return self._loader(self.validation_set, batch_size=self.options.eval.batch_size)
 
-    def _loader(
-        self, dataset: SegmentationDataset | TokenDataset, batch_size: int, **further: Any
-    ) -> DataLoader:
+    def _loader(self, dataset: SegmentationDataset | TokenDataset, **batches: Any) -> DataLoader:
         in_memory = isinstance(dataset, TokenDataset) and self.options.dataset.cache_features == "ram"
         workers = 0 if in_memory else self.options.dataloader.num_workers  # nothing is left to decode
         return DataLoader(
             dataset,
-            batch_size,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            **further,
+            **batches,
         )
 
 

@@ -72,14 +72,21 @@ class Dashboard(Callback):
         folder: of the run.
         shown: images to show; None shows none.
         loggers: of the run; this ends them.
+        best: the largest sum of metrics of an earlier start.
     """
 
     def __init__(
-        self, options: Options, folder: Path, *, shown: ShownImages | None, loggers: Sequence[Logger]
+        self,
+        options: Options,
+        folder: Path,
+        *,
+        shown: ShownImages | None,
+        loggers: Sequence[Logger],
+        best: float = float("-inf"),
     ) -> None:
         self.options, self.folder, self.shown, self.loggers = options, folder, shown, loggers
         self.labels: LabelSpace | None = None
-        self.best = float("-inf")
+        self.best = best
         self._tables = Allowance(SHARE, 0.0)
         self._explained = Allowance(SHARE, EXPLAIN_SECONDS)
         self._step, self._sent = 0, 0  # of the last validation, and of the last tables
@@ -100,7 +107,7 @@ class Dashboard(Callback):
             self._explain(trainer, pl_module)
         for logger in self.loggers:
             logger.save()  # metrics.csv as far as it goes
-        self._write_page(pl_module, steps=trainer.max_epochs * trainer.num_training_batches)
+        self._write_page(pl_module, steps=pl_module.schedule.total)
 
     def on_train_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
         """What was not due before."""

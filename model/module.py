@@ -10,15 +10,18 @@ from torch import Tensor
 
 from model.criterion import build_criterion
 from model.evaluator import Evaluation, Evaluator
+from model.nonfinite import NonFinite
 from model.probes import ClusterProbe, LinearProbe
 from model.scalars import Pace, StepLosses, plain_numbers
 from model.segmenter import Segmenter, criterion_dropout
+from utils.checkpoints import Progress
 from utils.errors import UserError
 from utils.labels import LabelSpace
 from utils.optionfile import as_tree
 from utils.options import Options
 from utils.provenance import provenance
 from utils.randomness import generator, seeded
+from utils.schedule import Schedule
 from utils.transforms import normalise
 
 CHECKPOINT_ENTRY = "ppap"
@@ -59,42 +62,64 @@ class PPAPModule(LightningModule):
         self.restored_from: str | None = None
         self.restored_step: int | None = None
         self.last_evaluation: Evaluation | None = None
+        self.score = float("-inf")
+        self.scored: dict[str, Any] = {"assignment": None, "metrics": {}}
+        self.schedule = Schedule(per_epoch=1, epochs=1, valid_freq=1)
+        self.nonfinite = NonFinite(skip=options.train.skip_nonfinite)
+        self._done = self._before = 0  # steps of an earlier start; Lightning's first batch is the one after
         self._grad_norm = torch.tensor(0.0)
         self._losses: StepLosses | None = None
-        self._finite = torch.tensor(True)
         self._batch_index = 0
         self._pace = Pace()
 
     @property
     def iters(self) -> int:
         """Global step, from 1, of the batch in hand."""
-        return self.current_epoch * self.trainer.num_training_batches + self._batch_index + 1
+        return self._before + self._batch_index + 1
+
+    def follow(self, schedule: Schedule, progress: Progress) -> int:
+        """Takes its place in a run.
+
+        A validation that an earlier start did not come to is reached by its last step once more, of which
+        only the batch is loaded.
+
+        Args:
+            schedule: of all steps.
+            progress: of an earlier start.
+
+        Returns:
+            How many steps the sampler is to leave out.
+        """
+        self.schedule, self._done = schedule, progress.step
+        self._before = progress.step if progress.validated else progress.step - 1
+        self._batch_index = -1  # until there is a batch, `iters` is the step before
+        return self._before
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One batch: images (B, 3, H, W) uint8 or tokens, labels (B, H, W); returns the total loss."""
+        """One batch: images (B, 3, H, W) uint8 or tokens, labels (B, H, W); returns the total loss.
+
+        None, which leaves everything as it is, where an earlier start has trained on the batch.
+        """
         self._batch_index = batch_idx
+        if self.iters <= self._done:
+            return None
         losses = self.losses(batch, step=self.iters)
         self._losses = losses.detach()
         self._pace.images += len(batch.label)
-        self._finite = self._finite.to(losses.total.device) & torch.isfinite(losses.total)
-        if losses.total.device.type == "cpu" or batch_idx % self.options.train.print_freq == 0:
-            self._stop_if_not_finite()  # on a GPU this waits for the step, so not each time
+        self.nonfinite.note(self._losses, step=self.iters)
+        if losses.total.device.type == "cpu" or self._shown(self.iters):
+            self.nonfinite.stop_if_met(self._names)  # on a GPU this waits for the step, so not each time
         self.log("loss", losses.total.detach(), prog_bar=True, logger=False)
         return losses.total
 
-    def _stop_if_not_finite(self) -> None:
-        if not self._finite:
-            losses = self._losses
-            parts = {
-                "PPAP": None if losses.ppap is None else losses.ppap.loss,
-                "linear": losses.linear,
-                "cluster": losses.cluster,
-            }
-            shown = ", ".join(f"{name} {part.item():g}" for name, part in parts.items() if part is not None)
-            raise UserError(
-                f"the loss is not finite at or before step {self.iters} ({shown} now); lower optimizer.*.lr, "
-                "or set train.precision=fp32"
-            )
+    def _shown(self, step: int) -> bool:
+        """Whether a step's scalars are logged: the first of an epoch, and each `print_freq` after it."""
+        return (step - 1) % self.schedule.per_epoch % self.options.train.print_freq == 0
+
+    def _names(self, step: int) -> list[str]:
+        """The images of a step's batch."""
+        data = self.trainer.datamodule
+        return [] if data is None else data.names(step)
 
     def losses(self, batch: Any, *, step: int) -> StepLosses:
         """PPAP plus linear plus cluster loss; the probes read the code detached."""
@@ -155,8 +180,12 @@ class PPAPModule(LightningModule):
             ]
         )
 
-    def configure_gradient_clipping(self, *_arguments: Any, **_keywords: Any) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, *_: Any, **_keywords: Any
+    ) -> None:
         """Clips head and projection alone; Lightning calls this after unscaling."""
+        if self.nonfinite.skips():
+            optimizer.zero_grad(set_to_none=True)  # so that the step changes nothing
         if not self.frozen:
             self._grad_norm = torch.nn.utils.clip_grad_norm_(
                 self.segmenter.trainable(), self.options.train.grad_norm
@@ -164,10 +193,10 @@ class PPAPModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Logs the published scalars, and what they leave out, every `print_freq` steps."""
-        if batch_idx % self.options.train.print_freq:
+        if self.iters <= self._done or not self._shown(self.iters):
             return
         scalars = {
-            "epoch": self.current_epoch,
+            "epoch": self.schedule.epoch(self.iters),
             "iters": self.iters,
             "net_lr": self.options.optimizer.net.lr,
             **self._losses.scalars(),
@@ -178,6 +207,8 @@ class PPAPModule(LightningModule):
                 "grad_norm": self._grad_norm,
                 "param_norm": torch.nn.utils.get_total_norm(trainable),
             }
+        if self.nonfinite.skip:
+            scalars["skipped_steps"] = self.nonfinite.skipped
         plain = plain_numbers(scalars)  # on a GPU this waits for the step, so the pace is a true one
         self._write(plain | self._pace.scalars(self.device))
 
@@ -189,8 +220,7 @@ class PPAPModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Starts counting afresh."""
-        if self._losses is not None:
-            self._stop_if_not_finite()
+        self.nonfinite.stop_if_met(self._names)
         self._pace.pause()
         self.evaluator.reset()
 
@@ -200,8 +230,10 @@ class PPAPModule(LightningModule):
         metrics = self.last_evaluation.metrics()
         shown = {name: metrics[name] for name in ("Cluster_Accuracy", "Cluster_mIoU") if name in metrics}
         self.log_dict(shown, prog_bar=True, logger=False)
+        scores = self.last_evaluation.cluster
+        self.scored = {"assignment": list(scores.assignment) if scores else None, "metrics": metrics}
         # without a metric the newest wins
-        self.log("score", sum(metrics.values()) if metrics else float(self.global_step), logger=False)
+        self.score = sum(metrics.values()) if metrics else float(self.iters)
         if self.trainer.state.fn == "fit":
             self._write({**metrics, "iters": self.iters, "valid_loss": self.last_evaluation.valid_loss})
 
@@ -215,19 +247,23 @@ class PPAPModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what a checkpoint is about, in plain containers: classes, matching, options, versions."""
-        evaluation = self.last_evaluation
-        scores = evaluation.cluster if evaluation is not None else None
         checkpoint[CHECKPOINT_ENTRY] = {
             "class_names": list(self.labels.names),
             "palette": [list(colour) for colour in self.labels.palette],
-            "assignment": list(scores.assignment) if scores is not None else None,
-            "metrics": evaluation.metrics() if evaluation is not None else {},
+            **self.scored,
             "train_labelled": self.train_labelled,
             "step": self.iters,
-            "epoch": self.current_epoch,
+            "epoch": self.schedule.epoch(self.iters),
+            "skipped_steps": self.nonfinite.skipped,
             "options": as_tree(self.options),
             **provenance(),
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes up the last scores of the run that goes on."""
+        entry = checkpoint[CHECKPOINT_ENTRY]
+        self.scored = {"assignment": entry["assignment"], "metrics": entry["metrics"]}
+        self.nonfinite.skipped = entry.get("skipped_steps", 0)
 
 
 def check_channels(options: Options, *, n_classes: int, dim: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import itertools
 import json
 import re
@@ -32,6 +33,7 @@ from utils.options import Options
 from utils.wandb_options import name_mistake
 
 DEMO = "demo.json"
+DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT)
 NO_CHECKPOINT = ("measure_sets", "explain")  # flags that look at frozen features alone
 QUOTING = """write key=value; quote a value with spaces, commas or brackets twice: 'key="a, b"'"""
 
@@ -64,6 +66,7 @@ def parse_arguments(argv: Sequence[str] | None, *, description: str, training: b
     parser.add_argument("--data_path", help="folder of the data set")
     parser.add_argument("--check", action="store_true", help="first read every file, stop if one is damaged")
     if training:
+        parser.add_argument("--resume", action="store_true", help="go on where this run was left")
         parser.add_argument("--frozen", action="store_true", help="baseline: never update the head")
         parser.add_argument("--variants", help="JSON file of named overrides, each a run: ablation.json")
         parser.add_argument("--verify-run", metavar="DIR", help="evaluate a finished run anew and compare")
@@ -137,6 +140,7 @@ def _set_by_flags(arguments: argparse.Namespace) -> dict[str, Any]:
         "dataset.data_path": arguments.data_path,
         "dataset.check_files": True if arguments.check else None,
         "wandb.mode": "disabled" if arguments.debug else None,
+        "resume": "auto" if getattr(arguments, "resume", False) else None,
         "train.frozen": True if getattr(arguments, "frozen", False) else None,
     }
     return {key: value for key, value in flags.items() if value is not None}
@@ -259,6 +263,15 @@ def guarded(main: Callable[[], None]) -> int:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{error.label}: {error}", file=sys.stderr)
         return error.status
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = error.filename or "output_dir"
+        print(f"error: {where}: {error.strerror}; mend that, then go on with --resume", file=sys.stderr)
+        return 2
     return 0

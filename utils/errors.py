@@ -17,9 +17,11 @@ class UserError(Exception):
 
     Attributes:
         status: the program's exit status.
+        label: what the message begins with.
     """
 
     status = 2
+    label = "error"
 
     def __init__(self, mistakes: str | Iterable[str], heading: str = "") -> None:
         self.mistakes = [_own_words(mistakes)] if isinstance(mistakes, str) else list(mistakes)
@@ -32,6 +34,10 @@ class UserError(Exception):
         count = f"{len(self.mistakes)} mistake{'s' if len(self.mistakes) > 1 else ''}"
         head = f"{count} in {self.heading}:" if self.heading else f"{count}:"
         return "\n".join([head, *(f"  - {line}" for line in self.mistakes)])
+
+
+class NotFinite(UserError):
+    """A loss that is no number: what is in memory is not worth keeping."""
 
 
 class LeftOut(UserError):

@@ -15,7 +15,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import UserError, closest, first_line
 from utils.files import REPOSITORY, find_checkpoint, read_json_object, weights_file
-from utils.options import FULL_DEPTH, LEGACY_KEYS, PATCHES, WIDTH_AND_HEADS, WITHOUT_FOLDER, Options
+from utils.options import (
+    FULL_DEPTH,
+    LEGACY_KEYS,
+    PATCHES,
+    WIDTH_AND_HEADS,
+    WITHOUT_FOLDER,
+    Options,
+    checkpoint_interval,
+)
 from utils.wandb_options import wandb_mistakes
 
 OPTION_FOLDERS = (Path("json"), Path("json/server"))
@@ -28,6 +36,12 @@ class Key:
     field: dataclasses.Field
     type: Any
     optional: bool
+
+    @property
+    def default(self) -> Any:
+        """What a value is where no file names it."""
+        factory = self.field.default_factory
+        return self.field.default if factory is dataclasses.MISSING else factory()
 
     @property
     def allowed(self) -> str:
@@ -217,6 +231,10 @@ def contradictions(options: Options) -> list[str]:
             f"dataset.cache_features is {options.dataset.cache_features}, must be null with "
             "dataset.loader_crop_type random, whose images differ each epoch"
         )
+    try:
+        checkpoint_interval(options.train.checkpoint_every)
+    except ValueError as error:
+        found.append(f"train.checkpoint_every is {json.dumps(options.train.checkpoint_every)}, {error}")
     return found + wandb_mistakes(options.wandb) + _backbone_contradictions(options)
 
 

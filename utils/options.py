@@ -4,6 +4,7 @@ The key names are those of the published option files. Defaults are the paper's 
 so that an option file holds only what differs.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -230,6 +231,12 @@ class TrainOptions:
     epoch: int = option(5, "epochs", least=1)
     print_freq: int = option(25, "steps between logged scalars", least=1)
     valid_freq: int = option(100, "steps between validations, besides each epoch's end", least=1)
+    checkpoint_every: str | None = option(
+        "15 min", "steps (500) or minutes (15 min) between checkpoints, besides each validation's"
+    )
+    skip_nonfinite: bool = option(
+        False, "leave out a step whose loss is not finite, and count it, instead of stopping"
+    )
     grad_norm: float = option(10.0, "gradient norm at which head and projection are clipped", above=0)
     precision: str = option(
         "auto", "auto: fp16 on CUDA, fp32 elsewhere", choices=("auto", "fp16", "bf16", "fp32")
@@ -265,6 +272,9 @@ class Options:
     gpu_ids: list[int] = option([0], "the CUDA device; ignored elsewhere")
     output_dir: str = option("./output/", "folder that holds the folders of the runs")
     checkpoint: str = option("", "file, folder or run to load (`--checkpoint`)")
+    resume: str | None = option(
+        None, "auto: go on where an earlier start of this run stopped (`--resume`)", choices=("auto",)
+    )
     wandb: WandbOptions = field(default_factory=WandbOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     dataloader: DataloaderOptions = field(default_factory=DataloaderOptions)
@@ -273,3 +283,17 @@ class Options:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
+
+
+def checkpoint_interval(every: str | None) -> tuple[int | None, float | None]:
+    """`train.checkpoint_every` as (steps, seconds), of which at most one is not None.
+
+    Raises:
+        ValueError: it is neither; tells what it must be.
+    """
+    if every is None:
+        return None, None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(m|min|minutes?)?", str(every).strip())
+    if found is None or float(found[1]) == 0 or not (found[2] or found[1].isdigit()):
+        raise ValueError('must be a number of steps, such as 500, or of minutes, such as "15 min"')
+    return (None, 60 * float(found[1])) if found[2] else (int(found[1]), None)

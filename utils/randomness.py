@@ -6,9 +6,12 @@ So workers, prefetching, a resumed run or several ranks cannot change what is dr
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -29,3 +32,25 @@ def seeded(seed: int, *place: str | int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, *place))
         yield
+
+
+def random_states() -> dict[str, Any]:
+    """States of the global generators of Python, NumPy and torch, in what `torch.load` reads as plain."""
+    kind, keys, *further = np.random.get_state()
+    return {
+        "python": list(random.getstate()),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *further],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Puts the global generators where `random_states` found them."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *further = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *further))
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -7,39 +7,73 @@ import math
 import os
 import sys
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.precision import MixedPrecision
 
+from utils.checkpoints import WholeCheckpoints
 from utils.errors import UserError
 from utils.hardware import accelerator, chosen_precision
 from utils.options import Options
+from utils.schedule import Schedule
 
 LOSS_SCALE, GROWTH_INTERVAL = 2048.0, 1000  # the published scaler
 LEAST_TRITON = (3, 3)  # the interpreter of 3.2 crashes on the kernels
 
 
 class ValidationSteps(Callback):
-    """Validates after batch i of an epoch (from 1) where i is a multiple of `every`, and after the last.
+    """Validates after the steps that the schedule says.
 
-    Lightning's own val_check_interval leaves out an epoch's last batch unless it is a multiple.
+    Args:
+        schedule: of all steps.
+        done: steps that are left out at the start.
     """
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, schedule: Schedule, *, done: int = 0) -> None:
+        self.schedule, self.done = schedule, done
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """`val_check_batch` is compared with the batch in hand; infinity leaves the last batch alone."""
-        due = (batch_idx + 1) % self.every == 0
+        due = self.schedule.validates(self.done + batch_idx + 1)
         trainer.val_check_batch = batch_idx + 1 if due else math.inf
+
+
+class RunBar(TQDMProgressBar):
+    """One bar for all steps of a run, which names the epoch.
+
+    Args:
+        schedule: of all steps; None for an evaluation.
+        done: steps that are left out at the start.
+        refresh_rate: batches from one refresh to the next.
+    """
+
+    def __init__(self, schedule: Schedule | None, *, done: int, refresh_rate: int) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        self.schedule, self.done = schedule, done
+
+    def on_train_epoch_start(self, trainer: Trainer, *_unused: Any) -> None:
+        """Begins where an earlier start has stopped; Lightning's one epoch is the whole run."""
+        self.train_progress_bar.reset(self.schedule.total)
+        self.train_progress_bar.initial = self.train_progress_bar.n = self.done
+        self._name_epoch(self.done + 1)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts on from there."""
+        step = self.done + batch_idx + 1
+        self._name_epoch(step)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, step - 1)
+
+    def _name_epoch(self, step: int) -> None:
+        epoch = min(self.schedule.epoch(step) + 1, self.schedule.epochs)
+        self.train_progress_bar.set_description(f"Epoch {epoch}/{self.schedule.epochs}", refresh=False)
 
 
 def hardware_settings(options: Options) -> dict[str, Any]:
@@ -125,8 +159,12 @@ def build_trainer(
     loggers: list[Logger] | None = None,
     callbacks: list[Callback] | None = None,
     validate: bool = True,
+    schedule: Schedule | None = None,
+    done: int = 0,
 ) -> Trainer:
-    """A Trainer for a run, or with no loggers and callbacks for an evaluation.
+    """A Trainer for a run, or with no schedule for an evaluation.
+
+    A run is one epoch to Lightning, so that it may begin at any step.
 
     Args:
         options: all options.
@@ -134,54 +172,28 @@ def build_trainer(
         loggers: where scalars go.
         callbacks: beside the progress bar.
         validate: whether there are validation images.
+        schedule: of all steps.
+        done: steps that are left out at the start.
     """
     # each refresh waits for the device
     refresh = options.train.print_freq if hardware["accelerator"] == "cuda" else 1
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for library in ("pytorch_lightning", "lightning_fabric", "torchmetrics"):
         warnings.filterwarnings("ignore", module=library)
+    steps = [ValidationSteps(schedule, done=done)] if schedule is not None else []
+    bar = RunBar(schedule, done=done, refresh_rate=refresh)
+    plugins = [*hardware.get("plugins", []), WholeCheckpoints()]
     return Trainer(
-        **hardware,
-        max_epochs=options.train.epoch,
+        **hardware | {"plugins": plugins},
+        max_epochs=1,
         logger=loggers or False,
-        callbacks=[*(callbacks or []), TQDMProgressBar(refresh_rate=refresh)],
+        callbacks=[*steps, *(callbacks or []), bar],
         limit_val_batches=1.0 if validate else 0,
         num_sanity_val_steps=0,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks or []),
+        enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-
-
-@dataclass(frozen=True)
-class Keepers:
-    """Who writes best.ckpt, the largest `score`, and last.ckpt; the same where nothing is validated."""
-
-    best: ModelCheckpoint
-    last: ModelCheckpoint
-
-
-def checkpoint_keepers(folder: Path, *, validated: bool) -> Keepers:
-    """Both callbacks; without a validation an epoch's end saves, and best.ckpt is the newest.
-
-    Args:
-        folder: of the run.
-        validated: whether validation runs at all.
-    """
-
-    def keeper(filename: str, monitor: str | None) -> ModelCheckpoint:
-        return ModelCheckpoint(
-            dirpath=folder,
-            filename=filename,
-            monitor=monitor,
-            mode="max",
-            save_top_k=1,
-            enable_version_counter=False,
-            save_on_train_epoch_end=not validated,
-        )
-
-    best = keeper("best", "score" if validated else None)
-    return Keepers(best, keeper("last", None) if validated else best)
 
 
 def reset_peak_memory() -> None:

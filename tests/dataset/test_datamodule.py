@@ -1,6 +1,8 @@
 import pytest
 
+from dataset.datamodule import StepSampler
 from utils.errors import UserError
+from utils.schedule import Schedule
 
 
 def test_batch__larger_than_the_train_split(data_of, directory):
@@ -9,12 +11,24 @@ def test_batch__larger_than_the_train_split(data_of, directory):
 
 
 def test_order__is_a_function_of_seed_and_epoch(data_of, directory):
-    data = data_of("directory", directory)
-    sampler = data.train_dataloader().sampler
-    orders = []
-    for epoch in (0, 1, 0):
-        sampler.set_epoch(epoch)
-        orders.append([index for _, index in sampler])
+    sampler = data_of("directory", directory, train__epoch=3).train_dataloader().batch_sampler
+    orders = [sampler.order(epoch) for epoch in (0, 1, 0)]
     assert orders[0] == orders[2]
     assert sorted(orders[0]) == [0, 1, 2, 3]
-    assert data_of("directory", directory, train__seed=4).train_dataloader().sampler.seed == 4
+    assert data_of("directory", directory, train__seed=4).sampler.seed == 4
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3, 6, 7])
+def test_batches__begin_at_any_step(done):
+    """11 items, batches of 3: 3 steps an epoch, two items of each left out."""
+    sampler = StepSampler(11, 3, Schedule(per_epoch=3, epochs=3, valid_freq=2), seed=1)
+    whole = list(sampler)
+    assert len(sampler) == len(whole) == 9
+    assert [len(batch) for batch in whole] == [3] * 9
+    for epoch in range(3):
+        taken = [pair for batch in whole[3 * epoch : 3 * epoch + 3] for pair in batch]
+        assert taken == [(epoch, index) for index in sampler.order(epoch)[:9]]
+    assert [sampler.batch(step) for step in range(1, 10)] == whole
+    sampler.done = done
+    assert list(sampler) == whole[done:]
+    assert len(sampler) == 9 - done

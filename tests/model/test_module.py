@@ -98,7 +98,7 @@ def test_clipping__acts_on_the_net_alone(made):
     _, data, module = made(train__grad_norm=1e-3)
     (1e4 * module.losses(first_batch(data), step=1).total).backward()
     probe = module.cluster_probe.clusters.grad.clone()
-    module.configure_gradient_clipping()
+    module.configure_gradient_clipping(module.configure_optimizers())
     norm = torch.nn.utils.get_total_norm([p.grad for p in module.segmenter.trainable() if p.grad is not None])
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
     assert torch.equal(module.cluster_probe.clusters.grad, probe)
@@ -112,13 +112,13 @@ def scalars(folder):
 def test_training__validates_at_the_published_steps(tiny_options, tmp_path):
     """7 batches an epoch, valid_freq 3, two epochs: steps 3, 6, 7, 10, 13, 14."""
     options = tiny_options(dataset__train_images=30, train__epoch=2, train__valid_freq=3)
-    best = train(options, tmp_path / "run").best
+    train(options, tmp_path / "run")
     rows = scalars(tmp_path / "run")
     validated = [int(float(row["iters"])) for row in rows if "valid_loss" in row]
     assert validated == [3, 6, 7, 10, 13, 14]
     four = ("Cluster_mIoU", "Cluster_Accuracy", "Linear_mIoU", "Linear_Accuracy")
     totals = [sum(float(row[name]) for name in four) for row in rows if "valid_loss" in row]
-    about = torch.load(best, weights_only=True)["ppap"]
+    about = torch.load(tmp_path / "run/best.ckpt", weights_only=True)["ppap"]
     assert about["step"] == validated[totals.index(max(totals))]  # the best, not the last
     assert sum(about["metrics"].values()) == pytest.approx(max(totals))
 
@@ -143,8 +143,8 @@ def test_training__logs_the_published_scalars(tiny_options, tmp_path):
 
 
 def test_checkpoint__holds_tensors_and_plain_containers_and_what_it_is_about(tiny_options, tmp_path):
-    best = train(tiny_options(), tmp_path / "run").best
-    content = torch.load(best, weights_only=True)
+    train(tiny_options(), tmp_path / "run")
+    content = torch.load(tmp_path / "run/best.ckpt", weights_only=True)
     about = content["ppap"]
     assert about["class_names"][0] == "plain"
     assert len(about["palette"]) == len(about["assignment"]) == 7
@@ -224,7 +224,7 @@ def full_shape_step(options, device, dtype):
         with torch.autocast(device, dtype=dtype):
             losses = module.losses(batch, step=step)
         losses.total.backward()
-        module.configure_gradient_clipping()
+        module.configure_gradient_clipping(optimizer)
         optimizer.step()
         finite = bool(torch.isfinite(losses.total))  # waits for the device
         seconds = time.perf_counter() - start

@@ -21,7 +21,7 @@ def test_wandb__offline_run_is_recorded_beside_the_run(monkeypatch, tmp_path, ti
     loggers = loggers_.build_loggers(
         tiny_options(wandb__mode="online"), make_folder(tmp_path / "out" / "run")
     )
-    assert [type(logger).__name__ for logger in loggers] == ["CSVLogger", "WandbLogger"]
+    assert [type(logger).__name__ for logger in loggers] == ["RunCSVLogger", "StepWandbLogger"]
     loggers[1].log_metrics({"train_loss": 1.0}, step=1)
     loggers[1].experiment.finish()
     assert list((tmp_path / "out" / "run").rglob("run-*.wandb"))
@@ -29,7 +29,7 @@ def test_wandb__offline_run_is_recorded_beside_the_run(monkeypatch, tmp_path, ti
 
 def test_wandb__disabled_leaves_the_csv(tmp_path, tiny_options):
     loggers = loggers_.build_loggers(tiny_options(), tmp_path)
-    assert [type(logger).__name__ for logger in loggers] == ["CSVLogger"]
+    assert [type(logger).__name__ for logger in loggers] == ["RunCSVLogger"]
 
 
 def test_wandb__goes_on_with_a_run_that_is_named(monkeypatch, tmp_path, tiny_options):

@@ -1,0 +1,45 @@
+"""Faults that reach a run from outside, in words that tell what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from utils.errors import UserError, first_line
+from utils.options import Options
+
+
+@contextmanager
+def memory_told(options: Options) -> Iterator[None]:
+    """Turns a lack of memory in the block into an error that names what to lower, and to what.
+
+    Args:
+        options: of the run.
+
+    Raises:
+        UserError: memory has run out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        lacking = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not lacking and "can't allocate memory" not in str(error):  # what the CPU's allocator says
+            raise
+        raise UserError(memory_advice(options, first_line(error))) from error
+
+
+def memory_advice(options: Options, reason: str) -> str:
+    """What to lower, the largest consumer first."""
+    batch, cache = options.dataloader.batch_size, options.dataset.cache_features
+    mends = []
+    if cache == "ram":
+        mends.append('dataset.cache_features="disk" (now "ram")')
+    if batch > 1:
+        mends.append(f"dataloader.batch_size={batch // 2} (now {batch}; the loss then sees half the patches)")
+    if (size := options.dataloader.val_batch_size) > 1:
+        mends.append(f"dataloader.val_batch_size={size // 2} (now {size}; changes no result)")
+    if options.train.precision == "fp32":
+        mends.append("train.precision=bf16 (now fp32)")
+    return f"out of memory ({reason}); lower one of: {'; '.join(mends) or 'dataset.res'}"

@@ -98,8 +98,12 @@ class Saver(Callback):
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: PPAPModule, exception: BaseException) -> None:
-        """Saves where a mistake outside the program ends the run, such as an image that has gone."""
-        foreseen = isinstance(exception, UserError) and not isinstance(exception, (Stopped, NotFinite))
+        """Saves where a mistake outside the program ends the run, such as an image that has gone.
+
+        Of several processes the others know nothing of it, and cannot take part.
+        """
+        alone = trainer.world_size == 1 and isinstance(exception, UserError)
+        foreseen = alone and not isinstance(exception, (Stopped, NotFinite))
         if foreseen and self._saved_step < self._at.step:
             self._save(trainer)
 
@@ -139,6 +143,7 @@ class Saver(Callback):
             if last.exists():
                 os.replace(last, self.folder / PREVIOUS)
             os.replace(newest, last)
+        trainer.strategy.barrier()  # from here on every process may read them
         self._saved_step, self._saved = self._at.step, time.perf_counter()
 
     def _leave(self, trainer: Trainer) -> None:

@@ -44,6 +44,7 @@ def build_criterion(options: Options) -> nn.Module:
         trainpatchsplit=chosen.trainpatchsplit,
         tau=chosen.tau,
         group_size=chosen.group_size,
+        chunk_size=chosen.chunk_size,
         similarity_dtype=getattr(torch, chosen.similarity_dtype),
         backend=chosen.backend,
     )

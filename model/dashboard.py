@@ -110,7 +110,7 @@ class Dashboard(Callback):
         if self._explained.due():
             self._explain(trainer, pl_module)
         for logger in self.loggers:
-            logger.save()  # metrics.csv as far as it goes
+            logger.save()  # metrics.csv as far as it goes, which the page shows
         self._write_page(pl_module, steps=pl_module.schedule.total)
 
     def on_train_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
@@ -209,16 +209,19 @@ class Dashboard(Callback):
             "class_iou": {"before_crf": class_iou(evaluation, module.labels.names)},
         }
         state = f"Training: step {self._step:,} of {steps:,}. Pictures and CRF follow at the end."
-        write_report(self.folder, labels=module.labels, state=state, result=result, pictures=False)
+        with going_on():
+            write_report(self.folder, labels=module.labels, state=state, result=result, pictures=False)
 
 
 @contextmanager
 def going_on() -> Iterator[None]:
-    """Tells what wandb complains of, in a line: a run is worth more than its pictures there."""
+    """Tells what wandb or the disk complains of, in a line: a run is worth more than its pictures."""
     try:
         yield
     except wandb.errors.Error as error:
         print(f"wandb: {first_line(error)}; the run goes on without")
+    except OSError as error:
+        print(f"{error.filename or NAME}: {error.strerror}; the run goes on without")
 
 
 def summary_of(result: dict[str, Any]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 from pytorch_lightning import Callback, Trainer
 
 from model.module import PPAPModule
-from utils.checkpoints import BEST, LAST, NEWEST, PREVIOUS, PROGRESS, Progress, copy_whole
+from utils.checkpoints import BEST, LAST, NEWEST, PROGRESS, Progress, copy_whole, shift_names
 from utils.errors import NotFinite, UserError
 from utils.loggers import wandb_runs
 from utils.options import checkpoint_interval
@@ -135,14 +134,12 @@ class Saver(Callback):
     def _save(self, trainer: Trainer, *, best: bool = False) -> None:
         for logger in trainer.loggers:
             logger.save()  # first, so that no checkpoint is ahead of metrics.csv
-        newest, last = self.folder / NEWEST, self.folder / LAST
+        newest = self.folder / NEWEST
         trainer.save_checkpoint(newest)
         if trainer.is_global_zero:
             if best or not self.validated:
                 copy_whole(newest, self.folder / BEST)
-            if last.exists():
-                os.replace(last, self.folder / PREVIOUS)
-            os.replace(newest, last)
+            shift_names(self.folder)
         trainer.strategy.barrier()  # from here on every process may read them
         self._saved_step, self._saved = self._at.step, time.perf_counter()
 

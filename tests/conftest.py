@@ -1,4 +1,6 @@
+import json
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,22 +81,22 @@ def tiny_options(tmp_path):
 
 @pytest.fixture
 def tiny_file(tmp_path):
-    import json
+    return partial(write_tiny, tmp_path)
 
-    def write(**overrides) -> str:
-        changed = {key.replace("__", "."): value for key, value in overrides.items()}
-        tree: dict = {}
-        for key, value in (TINY | {"output_dir": str(tmp_path / "output")} | changed).items():
-            *sections, last = key.split(".")
-            node = tree
-            for section in sections:
-                node = node.setdefault(section, {})
-            node[last] = value
-        path = tmp_path / "tiny.json"
-        path.write_text(json.dumps(tree))
-        return str(path)
 
-    return write
+def write_tiny(folder: Path, **overrides) -> str:
+    """An option file of a run of seconds, whose output lies beside it."""
+    changed = {key.replace("__", "."): value for key, value in overrides.items()}
+    tree: dict = {}
+    for key, value in (TINY | {"output_dir": str(folder / "output")} | changed).items():
+        *sections, last = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = value
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(tree))
+    return str(path)
 
 
 @pytest.fixture

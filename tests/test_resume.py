@@ -2,7 +2,9 @@
 
 import csv
 import json
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,7 +17,9 @@ import torch
 import run
 from model.module import PPAPModule
 from model.saving import Saver
+from tests.conftest import write_tiny
 from utils.checkpoints import BEST, LAST, PREVIOUS, newest_complete, read_progress
+from utils.cli import guarded
 from utils.errors import UserError
 from utils.stopping import Stopped, StopRequest
 
@@ -49,11 +53,12 @@ def assert_same_run(folder, whole):
         assert same(*({"step": content["progress"]["step"]} for content in contents))
 
 
-@pytest.fixture
-def whole(tiny_file, tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
     """The folder of a run that was never stopped."""
-    run.main(["--opt", tiny_file(**LONG), "wandb.name=whole"])
-    return tmp_path / "output/whole"
+    folder = tmp_path_factory.mktemp("whole")
+    run.main(["--opt", write_tiny(folder, **LONG)])
+    return folder / "output/tiny"
 
 
 @pytest.fixture
@@ -193,14 +198,78 @@ def test_lock__two_runs_into_one_folder(tiny_file, tmp_path):
     run.main(["--opt", path])  # the lock has fallen with its process
 
 
-def killed_after(seconds, command):
-    """Starts a command and kills it, unless it ends before that; whether it was killed."""
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        _, told = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        return True
-    assert process.returncode == 0, told.decode()
-    return False
+def run_until(argv, *, renames=None):
+    """run.py in a process of its own, which kills itself instead of renaming a file for the n-th time."""
+    multiprocessing.set_start_method("fork", force=True)  # of its loaders, as on the command line
+    plain, left = os.replace, [renames]
+
+    def counted(source, target):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        plain(source, target)
+
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if renames is not None:
+        os.replace = counted
+    sys.exit(guarded(lambda: run.main(argv)))
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts run.py in a process that has torch imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "model", "dataset"])
+
+    def start(argv, **chosen):
+        process = context.Process(target=run_until, args=(argv,), kwargs=chosen)
+        process.start()
+        return process
+
+    return start
+
+
+def test_kill__before_any_rename_of_a_run(tiny_file, tmp_path, whole, start):
+    """One run, killed before its 1st, 5th, 9th ... rename, goes on each time from what it has."""
+    path, kills = tiny_file(**LONG), 0
+    for renames in range(0, 60, 4):
+        process = start(["--opt", path, "--resume", "train.checkpoint_every=2"], renames=renames)
+        process.join(120)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+    assert kills >= 4
+    assert_same_run(tmp_path / "output/tiny", whole)
+
+
+def cut_short(start, folder, *, kills, seed):
+    """Kills runs at random moments of their whole length until `kills` is reached; the finished ones."""
+    drawn, finished = random.Random(seed), []
+    path, begun = write_tiny(folder, **LONG, dataloader__num_workers=1), time.perf_counter()
+    start(["--opt", path]).join(300)
+    length = time.perf_counter() - begun
+    while kills > 0:
+        name = f"cut{len(finished)}"
+        while True:
+            process = start(["--opt", path, "--resume", f"wandb.name={name}", "train.checkpoint_every=2"])
+            process.join(drawn.uniform(0, length) if kills > 0 else 300)
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            kills -= 1
+        assert process.exitcode == 0
+        finished.append(folder / "output" / name)
+    return finished
+
+
+def test_kill__at_random_moments(tmp_path, whole, start):
+    for folder in cut_short(start, tmp_path, kills=4, seed=0):
+        assert_same_run(folder, whole)
+
+
+@pytest.mark.slow
+def test_kill__at_twenty_random_moments(tmp_path, whole, start):
+    for folder in cut_short(start, tmp_path, kills=20, seed=1):
+        assert_same_run(folder, whole)

@@ -124,6 +124,13 @@ def copy_whole(source: Path, path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}); what lay there is intact") from None
 
 
+def shift_names(folder: Path) -> None:
+    """newest.ckpt becomes last.ckpt, and last.ckpt previous.ckpt: at any moment one of them is there."""
+    if (folder / LAST).exists():
+        os.replace(folder / LAST, folder / PREVIOUS)
+    os.replace(folder / NEWEST, folder / LAST)
+
+
 def check_digest(path: Path) -> None:
     """Holds a file against its digest; one that has none, as other programs write it, passes.
 
@@ -155,9 +162,14 @@ def _digest(file: Any, size: int) -> str:
 
 
 def newest_complete(folder: Path) -> Saved | None:
-    """The checkpoint that has come furthest among those of a run that are whole; names those that are not."""
+    """The checkpoint that has come furthest among those of a run that are whole; names those that are not.
+
+    Ends a change of names that was cut short.
+    """
     found = []
-    for path in (folder / name for name in (NEWEST, LAST, PREVIOUS, BEST)):
+    if (folder / NEWEST).is_file():  # which has its name from `save_whole`, so it is whole
+        shift_names(folder)
+    for path in (folder / name for name in (LAST, PREVIOUS, BEST)):
         if not path.is_file():
             continue
         try:

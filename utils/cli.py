@@ -35,7 +35,7 @@ from utils.ranks import is_first, rank
 from utils.wandb_options import name_mistake
 
 DEMO = "demo.json"
-DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT)
+DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG)
 NO_CHECKPOINT = ("measure_sets", "explain")  # flags that look at frozen features alone
 QUOTING = """write key=value; quote a value with spaces, commas or brackets twice: 'key="a, b"'"""
 

@@ -31,15 +31,17 @@ def memory_told(options: Options) -> Iterator[None]:
 
 
 def memory_advice(options: Options, reason: str) -> str:
-    """What to lower, the largest consumer first."""
-    batch, cache = options.dataloader.batch_size, options.dataset.cache_features
-    mends = []
-    if cache == "ram":
-        mends.append('dataset.cache_features="disk" (now "ram")')
-    if batch > 1:
-        mends.append(f"dataloader.batch_size={batch // 2} (now {batch}; the loss then sees half the patches)")
+    """What to lower, and to what: what changes no result first."""
+    batch, mends = options.dataloader.batch_size, []
+    if options.dataset.cache_features == "ram":
+        mends.append("dataset.cache_features=disk (now ram)")
     if (size := options.dataloader.val_batch_size) > 1:
         mends.append(f"dataloader.val_batch_size={size // 2} (now {size}; changes no result)")
+    if (chunk := options.training_coeff.chunk_size) != 1:
+        now = "chosen by device" if chunk is None else chunk
+        mends.append(f"training_coeff.chunk_size={(chunk or 256) // 2} (now {now}; changes no result)")
+    if batch > 1:
+        mends.append(f"dataloader.batch_size={batch // 2} (now {batch}; the loss sees half the patches)")
     if options.train.precision == "fp32":
         mends.append("train.precision=bf16 (now fp32)")
-    return f"out of memory ({reason}); lower one of: {'; '.join(mends) or 'dataset.res'}"
+    return f"out of memory ({reason}). Try, in this order: {'; '.join(mends) or 'a smaller dataset.res'}"

@@ -31,12 +31,19 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Standard JSON (NaN as null), written to a temporary name and renamed."""
+    """Standard JSON (NaN as null), whole or not at all."""
+    write_text(path, json.dumps(_standard(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(
-        json.dumps(_standard(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None  # an unfinished write names no file
 
 
 def _standard(value: Any) -> Any:

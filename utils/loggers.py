@@ -23,7 +23,7 @@ from pytorch_lightning.loggers.logger import rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
 from utils.checkpoints import Progress
-from utils.errors import first_line
+from utils.errors import UserError, first_line
 from utils.optionfile import as_tree
 from utils.options import Options
 from utils.provenance import provenance
@@ -49,16 +49,27 @@ class WholeRows(ExperimentWriter):
         self.metrics, self.saved = list(rows), 0
 
     def save(self) -> None:
-        """Writes all rows, under the keys that any of them has."""
+        """Writes all rows, under the keys that any of them has.
+
+        Raises:
+            UserError: they cannot be written.
+        """
         if self.saved == len(self.metrics):
             return
         path = Path(self.metrics_file_path)
         temporary = path.with_name(f".{path.name}.part")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=sorted(set().union(*self.metrics)))
-            writer.writeheader()
-            writer.writerows(self.metrics)
-        os.replace(temporary, path)
+        try:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=sorted(set().union(*self.metrics)))
+                writer.writeheader()
+                writer.writerows(self.metrics)
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); what was saved before is intact: free some "
+                "space, then go on with --resume"
+            ) from None
         self.saved = len(self.metrics)
 
 

@@ -155,6 +155,9 @@ class CoefficientOptions:
     tau: float = option(0.8, "temperature", above=0, most=1e6)
     loss: str = option("ppap", "loss of the projections", choices=LOSSES)
     group_size: int = option(784, "consecutive patches that share a draw of anchors", least=1)
+    chunk_size: int | None = option(
+        None, "torch: anchors held against the patches at a time; null chooses", least=1
+    )
     similarity_dtype: str = option(
         "float32", "operands of the thresholded products", choices=("float32", "float16")
     )
@@ -242,6 +245,7 @@ class TrainOptions:
         "auto", "auto: fp16 on CUDA, fp32 elsewhere", choices=("auto", "fp16", "bf16", "fp32")
     )
     compile: bool = option(False, "torch.compile backbone and head; where that fails they run as they are")
+    deterministic: bool = option(False, "on CUDA: only operations that give the same bits each time; slower")
     seed: int = option(0, "seed of everything random", least=0, most=2**32 - 1)
     frozen: bool = option(False, "baseline: the head is never updated (`--frozen`)")
     compare_frozen: bool = option(False, "also run that baseline and show both side by side")

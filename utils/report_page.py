@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -14,7 +13,7 @@ from string import Template
 from typing import Any
 
 from utils.charts import LEFT, RIGHT, bars, line_chart, line_of, table
-from utils.files import read_json_object
+from utils.files import read_json_object, write_text
 from utils.labels import LabelSpace
 from utils.optionfile import as_tree, flatten
 from utils.options import Options
@@ -96,9 +95,7 @@ def write_report(
         result=result,
         pictures=there if pictures else (),
     )
-    temporary = folder / f"{NAME}.part"
-    temporary.write_text(page(report), encoding="utf-8")
-    os.replace(temporary, folder / NAME)
+    write_text(folder / NAME, page(report))
 
 
 def page(report: Report) -> str:

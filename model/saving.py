@@ -68,7 +68,7 @@ class Saver(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: PPAPModule, *_batch: Any) -> None:
         """All of the step before is done: saves where that is due, and leaves where that was asked for."""
         asked = self._asked(trainer)
-        if asked or self._due():
+        if asked or self._due(trainer):
             self._save(trainer)
         if asked:
             self._leave(trainer)
@@ -119,14 +119,17 @@ class Saver(Callback):
         )
         checkpoint[PROGRESS] = progress.as_entry()
 
-    def _due(self) -> bool:
+    def _due(self, trainer: Trainer) -> bool:
         if self._at.step <= self._saved_step:
             return False
         if not self.validated and self.schedule.ends_epoch(self._at.step):
             return True
         if self.steps is not None:
             return self._at.step % self.steps == 0
-        return self.seconds is not None and time.perf_counter() - self._saved >= self.seconds
+        if self.seconds is None:
+            return False
+        late = time.perf_counter() - self._saved >= self.seconds
+        return trainer.strategy.reduce_boolean_decision(late, all=False)  # each process has its own clock
 
     def _asked(self, trainer: Trainer) -> bool:
         return trainer.strategy.reduce_boolean_decision(self.stop.signum is not None, all=False)

@@ -63,20 +63,21 @@ def planned_ranks(wanted: TrainerOptions) -> int:
 def launch_mistake(wanted: TrainerOptions) -> str | None:
     """What to change where torchrun or srun has started other processes than the options ask for, or None."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        starter, started = "torchrun", int(os.environ["WORLD_SIZE"])
-        each = int(os.environ["LOCAL_WORLD_SIZE"])
+        starter, started = "torchrun", os.environ["WORLD_SIZE"]
+        nodes = int(started) // int(os.environ["LOCAL_WORLD_SIZE"])
     elif in_slurm_job():
-        starter, started = "srun", int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-        each = started // int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
+        starter, started = "srun", os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+        nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
     else:
         return None
-    if started == planned_ranks(wanted):
+    each = int(started) // nodes
+    if (each, nodes) == (wanted.devices, wanted.num_nodes):
         return None
     asked = f"trainer.devices x trainer.num_nodes is {wanted.devices} x {wanted.num_nodes}"
-    if starter == "srun" and started == 1:
+    if (starter, started) == ("srun", "1"):
         return (
             f"{asked}, but this is the only task: in a SLURM job, start the program with srun "
             f"--nodes={wanted.num_nodes} --ntasks-per-node={wanted.devices}"
         )
-    mend = f"set trainer.devices={each} trainer.num_nodes={started // each}"
-    return f"{asked}, but {starter} has started {started} processes: {mend}"
+    mend = f"set trainer.devices={each} trainer.num_nodes={nodes}"
+    return f"{asked}, but {starter} has started {each} x {nodes} processes: {mend}"

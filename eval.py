@@ -18,6 +18,7 @@ from utils.errors import LeftOut, UserError
 from utils.evaluation_flags import read_patch
 from utils.files import find_checkpoint
 from utils.options import Options
+from utils.ranks import is_first, planned_ranks
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -75,8 +76,9 @@ def evaluate(options: Options, *, checkpoint: str, folder: Path) -> dict[str, An
         },
         "assignment": list(assigned.assignment) if assigned else None,
     }
-    write_json(folder / "metrics.json", result)
-    write_pictures(folder, module, plain=predicted.plain, refined=predicted.refined)
+    if is_first():
+        write_json(folder / "metrics.json", result)
+        write_pictures(folder, module, plain=predicted.plain, refined=predicted.refined)
     return result
 
 
@@ -118,8 +120,10 @@ def open_refiner(options: Options) -> AbstractContextManager[CrfPool | MeanField
 
         return nullcontext(MeanField())
     from utils.crf import CrfPool
+    from utils.machine import cores
 
-    return CrfPool(options.eval.crf_workers)
+    share = max(1, cores() // options.trainer.devices)  # each process of a machine has a pool of its own
+    return CrfPool(options.eval.crf_workers or share)
 
 
 def predict(options: Options, module: PPAPModule, *, data: SegmentationData) -> Predicted:
@@ -139,7 +143,7 @@ def predict(options: Options, module: PPAPModule, *, data: SegmentationData) -> 
             trainer = build_trainer(options, hardware_settings(options))
             trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)
         if pool is not None:
-            with tqdm(total=evaluator.images, desc="CRF", unit="image") as bar:
+            with tqdm(total=evaluator.images, desc="CRF", unit="image", disable=not is_first()) as bar:
                 bar.update(evaluator.images - len(pool))
                 while waiting := len(pool):
                     bar.update(waiting - evaluator.collect_refined(wait_for_one=True))
@@ -178,6 +182,7 @@ def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
             "so there is nothing to hold the sets against; add labels"
         )
     need_ppap(options, "--measure-sets")
+    need_one_process(options, "--measure-sets")
     rows = measured(build_module(options, data.labels), data.validation_set)
     make_folder(folder)
     write_json(folder / "sets.json", rows)
@@ -219,6 +224,7 @@ def explain(options: Options, *, image: str, patch: tuple[int, int] | None, fold
     from utils.files import make_folder, read_json_object, write_json
 
     need_ppap(options, "--explain")
+    need_one_process(options, "--explain")
     data = build_data(options, train=False)
     asked = bank_images(data, image, size=options.dataloader.batch_size)
     found = explain_images(build_module(options, data.labels), asked.images, patch=patch)
@@ -236,6 +242,13 @@ def explain(options: Options, *, image: str, patch: tuple[int, int] | None, fold
     }
     write_json(file, (read_json_object(file) if file.exists() else {}) | {name: result})
     return result
+
+
+def need_one_process(options: Options, flag: str) -> None:
+    """Raises a UserError where several processes were asked for."""
+    if planned_ranks(options.trainer) > 1:
+        wanted = f"{options.trainer.devices} x {options.trainer.num_nodes}"
+        raise UserError(f"trainer.devices x trainer.num_nodes is {wanted}, must be 1 x 1 with {flag}")
 
 
 def _classes(options: Options) -> LabelSpace | None:

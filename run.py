@@ -19,6 +19,7 @@ from eval import evaluate, results_folder, run_folder
 from utils.cli import Job, guarded, parse_arguments, plan_jobs
 from utils.optionfile import flatten
 from utils.options import Options
+from utils.ranks import is_first
 
 if TYPE_CHECKING:
     from dataset.source import Batch, SegmentationDataset
@@ -137,8 +138,9 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
             result |= {"train_hours": trained.hours, "peak_memory_gib": peak_memory_gib()}
             if options.eval.last_step:
                 result["last_step"] = evaluate(options, checkpoint=str(folder / LAST), folder=folder / "last")
-            write_json(folder / "metrics.json", result)
-            trained.dashboard.finish(result, checkpoint=folder / BEST)
+            if is_first():
+                write_json(folder / "metrics.json", result)
+                trained.dashboard.finish(result, checkpoint=folder / BEST)
         finally:
             trained.dashboard.close()
     return result
@@ -297,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         finished.append(list(results.values())[-1])
         rows += sweep_rows(job, results)
         folder = Path(job.options.output_dir) / f"{job.base}-sweep"
-        if len(jobs) > 1:  # each time: a sweep that is cut short loses nothing
+        if len(jobs) > 1 and is_first():  # each time: a sweep that is cut short loses nothing
             if job is jobs[0]:
                 move_aside(folder)
             write_sweep(folder, rows)

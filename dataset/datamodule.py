@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -18,10 +20,11 @@ from dataset.crop_files import CropPlan, read_record
 from dataset.crops import RECORD, CropSource, PreparedCrops, prepared_folder
 from dataset.source import SegmentationDataset, Source
 from utils.errors import UserError
-from utils.files import TOKENS_FOLDER
+from utils.files import TOKENS_FOLDER, make_folder
 from utils.labels import LabelSpace
 from utils.options import WITHOUT_FOLDER, DatasetOptions, Options
 from utils.randomness import generator
+from utils.ranks import own_slice, planned_ranks, rank, ranks
 from utils.schedule import Schedule
 from utils.transforms import Geometry
 
@@ -45,7 +48,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     """The batches of all epochs of a run, one a step, each a list of (epoch, index) pairs.
 
     An epoch's order depends on seed and epoch alone, and its last partial batch is dropped; so a run may
-    begin at any step. As all epochs are one sequence, the workers never run dry between two of them.
+    begin at any step. As all epochs are one sequence, the workers never run dry between two of them. Of
+    several processes each gets its slice of the batch.
 
     Args:
         size: number of items.
@@ -82,10 +86,42 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         for step in range(self.done + 1, self.schedule.total + 1):
             if step == self.done + 1 or self.schedule.ends_epoch(step - 1):
                 order = self.order(self.schedule.epoch(step))
-            yield self._batch(step, order)
+            yield own_slice(self._batch(step, order))
 
     def __len__(self) -> int:
         return self.schedule.total - self.done
+
+
+class SharedBatches(Sampler[list[int]]):
+    """The batches of a split in order, dealt out to the processes in turn.
+
+    So each image is in one batch of one process, and a batch is the one that a single process would see.
+    Where the batches run out, the first one keeps the other processes in step (`number` >= `total` tells).
+
+    Args:
+        size: number of items.
+        batch_size: items a batch; the last one has what is left.
+
+    Attributes:
+        total: batches of the split.
+    """
+
+    def __init__(self, size: int, batch_size: int) -> None:
+        self.size, self.batch_size = size, batch_size
+        self.total = -(-size // batch_size)
+
+    def number(self, turn: int) -> int:
+        """The place in the split of this process's batch of a turn, from 0."""
+        return turn * ranks() + rank()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for turn in range(len(self)):
+            number = self.number(turn)
+            first = number * self.batch_size if number < self.total else 0
+            yield list(range(first, min(first + self.batch_size, self.size)))
+
+    def __len__(self) -> int:
+        return -(-self.total // ranks())
 
 
 class SegmentationData(LightningDataModule):
@@ -154,9 +190,11 @@ class SegmentationData(LightningDataModule):
                 split=split,
             )
 
-        self.train_set = tokens_of(self.train_set, "train")
-        if len(self.validation_set):
-            self.validation_set = tokens_of(self.validation_set, "val")
+        shared = folder is not None and planned_ranks(self.options.trainer) > 1
+        with FileLock(make_folder(folder.parent) / f".{folder.name}.lock") if shared else nullcontext():
+            self.train_set = tokens_of(self.train_set, "train")  # the first process computes, others read
+            if len(self.validation_set):
+                self.validation_set = tokens_of(self.validation_set, "val")
 
     def _step_sampler(self) -> StepSampler:
         chosen, items, batch = self.options.train, len(self.train_set), self.options.dataloader.batch_size
@@ -196,17 +234,20 @@ class SegmentationData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The batches of all steps that are left."""
-        return self._loader(self.train_set, batch_sampler=self.sampler)
+        return self._loader(self.train_set, self.sampler)
 
     def val_dataloader(self) -> DataLoader:
         """All validation images, in order, for the validations of training."""
-        return self._loader(self.validation_set, batch_size=self.options.dataloader.val_batch_size)
+        return self._loader(self.validation_set, self._dealt_out(self.options.dataloader.val_batch_size))
 
     def evaluation_dataloader(self) -> DataLoader:
         """All validation images, in order, for the final evaluation."""
-        return self._loader(self.validation_set, batch_size=self.options.eval.batch_size)
+        return self._loader(self.validation_set, self._dealt_out(self.options.eval.batch_size))
 
-    def _loader(self, dataset: SegmentationDataset | TokenDataset, **batches: Any) -> DataLoader:
+    def _dealt_out(self, batch_size: int) -> SharedBatches:
+        return SharedBatches(len(self.validation_set), batch_size)
+
+    def _loader(self, dataset: SegmentationDataset | TokenDataset, batches: Sampler) -> DataLoader:
         in_memory = isinstance(dataset, TokenDataset) and self.options.dataset.cache_features == "ram"
         workers = 0 if in_memory else self.options.dataloader.num_workers  # nothing is left to decode
         return DataLoader(
@@ -214,7 +255,7 @@ class SegmentationData(LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            **batches,
+            batch_sampler=batches,
         )
 
 

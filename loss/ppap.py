@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from loss.contrastive import BatchSums
 from loss.propagation import Boundaries
+from loss.ranks import gathered, ranks, share, summed
 from loss.streamed import streamed_sums
 
 BACKENDS = ("torch", "triton")
@@ -161,10 +162,16 @@ class PPAPLoss(nn.Module):
     ) -> PPAPLossOutput:
         """The loss of one batch; the gradient flows through z only.
 
+        Where torch.distributed runs, z and features are this rank's slice of the batch, as many images on
+        each rank, while anchors and generator are the same on all. Each rank holds its share of the groups
+        against the patches of all ranks: the output is that of the whole batch, and the gradient this
+        share's part of it (see `loss.ranks`).
+
         Args:
             z: projections, (N, D') of any float dtype, rows in (image, row, column) order, used as given.
             features: criterion features, (B, D, h, w) of any float dtype with B*h*w = N; normalised here.
-            anchors: (groups, A_max) int64 indices into the N patches, -1 = unused; sampled if None.
+            anchors: (groups, A_max) int64 indices into the patches (of all ranks), -1 = unused; sampled if
+                None.
             generator: the CPU generator for sampling.
 
         Raises:
@@ -172,11 +179,11 @@ class PPAPLoss(nn.Module):
         """
         self._check(z, features, anchors)
         if anchors is None:
-            anchors = self.sample_anchors(len(z), generator)
+            anchors = self.sample_anchors(ranks() * len(z), generator)
         anchors = anchors.to(z.device, non_blocking=True)
         with torch.autocast(z.device.type, enabled=False), ieee_float32():
-            bank = self.bank(features)
-            return PPAPLossOutput(*_Loss.apply(z.float(), bank, anchors, self))
+            z, bank = gathered(z.float()), gathered(self.bank(features))  # of all ranks
+            return PPAPLossOutput(*_Loss.apply(z, bank, anchors, self))
 
     def bank(self, features: Tensor) -> Tensor:
         """f_j of every patch, (B, D, h, w) of any float dtype -> (N, D) float32 of unit length.
@@ -206,9 +213,9 @@ class PPAPLoss(nn.Module):
             got = f"{tuple(anchors.shape)} {anchors.dtype}"
             raise ValueError(f"anchors must be (groups, A_max) int64 with at least one entry, got {got}")
         if anchors.device.type == "cpu":  # on a GPU this look would wait for it; the gather there checks
-            low, high = anchors.aminmax()
-            if low < -1 or high >= patches:
-                raise ValueError(f"anchors must lie in [0, {patches}) or be -1, got {low} to {high}")
+            (low, high), everywhere = anchors.aminmax(), ranks() * patches
+            if low < -1 or high >= everywhere:
+                raise ValueError(f"anchors must lie in [0, {everywhere}) or be -1, got {low} to {high}")
 
     def extra_repr(self) -> str:
         """The coefficients, for print(model)."""
@@ -221,12 +228,12 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z: Tensor, bank: Tensor, anchors: Tensor, criterion: PPAPLoss):
-        found = _add_up(z, bank, anchors, criterion=criterion, with_grad=ctx.needs_input_grad[0])
-        loss, weight, positives, negatives = found.sums.unbind()
+        found = _add_up(z, bank, share(anchors), criterion=criterion, with_grad=ctx.needs_input_grad[0])
+        loss, weight, positives, negatives = summed(found.sums).unbind()
         weight = weight.clamp_min(1)  # no positive anywhere: 0 / 1
         ctx.grad_z = None if found.grad_z is None else found.grad_z.div_(weight)
         drawn = (anchors >= 0).sum().clamp_min(1)
-        reached = None if found.reached is None else found.reached / drawn
+        reached = None if found.reached is None else summed(found.reached) / drawn
         counts = (positives / drawn, negatives / drawn, reached)
         ctx.mark_non_differentiable(*(count for count in counts if count is not None))
         return loss / weight, *counts

@@ -22,6 +22,7 @@ from utils.explain_picture import draw_explanation
 from utils.labels import LabelSpace
 from utils.loggers import attach, close_loggers, wandb_runs
 from utils.options import Options
+from utils.ranks import is_first
 from utils.report import METRICS, STAGES
 from utils.report_page import NAME, write_report
 from utils.shown import ShownImages
@@ -65,7 +66,8 @@ class Dashboard(Callback):
 
     After each validation the page has curves, metrics and IoU per class; its pictures follow at the end,
     where `finish` is called. Tables for wandb and the explanation of an anchor are made after a validation
-    where that takes at most `SHARE` of the time gone by, and in any case when training ends.
+    where that takes at most `SHARE` of the time gone by, and in any case when training ends. Of several
+    processes the first alone does so.
 
     Args:
         options: all options.
@@ -92,13 +94,15 @@ class Dashboard(Callback):
         self._step, self._sent = 0, 0  # of the last validation, and of the last tables
 
     def on_fit_start(self, trainer: Trainer, pl_module: PPAPModule) -> None:
-        """Has the evaluator keep its predictions of the images that are shown."""
+        """Has the evaluator keep its predictions of the images that are shown, on every process."""
         self.labels = pl_module.labels
-        if self.shown is not None and wandb_runs(self.loggers):
+        if self.shown is not None and self.options.wandb.mode != "disabled":
             pl_module.evaluator.pictured = frozenset(self.shown.places)
 
     def on_validation_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
         """Tables where they are due, the best metrics so far, and the page."""
+        if not is_first():
+            return
         self._step = pl_module.iters
         self._note_best(pl_module)
         if self._tables.due():
@@ -111,6 +115,8 @@ class Dashboard(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
         """What was not due before."""
+        if not is_first():
+            return
         if self._sent != self._step:
             self._send_tables(pl_module)
         self._explain(trainer, pl_module)

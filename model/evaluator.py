@@ -13,6 +13,7 @@ from model.probes import ClusterProbe, LinearProbe, read_both
 from utils.crf import CrfPool, HeadLogits
 from utils.meanfield import MeanField
 from utils.metrics import ConfusionMatrix, Scores, score
+from utils.ranks import from_all
 from utils.transforms import normalise, to_eight_bit
 from utils.upsampling import bilinear_taps
 
@@ -25,9 +26,10 @@ CLUSTER_ALPHA = 2.0  # scale of the cosines whose softmax is the CRF's unary ter
 class Prediction:
     """One image as evaluated: uint8 (3, H, W), and class or cluster maps (H, W); cluster ids unmatched.
 
-    The image is None where the network was given its tokens instead.
+    The image is None where the network was given its tokens instead; `place` is that in the set.
     """
 
+    place: int
     image: Tensor | None
     label: Tensor
     cluster: Tensor
@@ -67,6 +69,8 @@ class Evaluation:
 class Evaluator(nn.Module):
     """Collects an evaluation batch by batch; one for training's validations and the final evaluation.
 
+    Of several processes each adds batches of its own; what `compute` gives is that of all.
+
     Args:
         n_classes: number of classes.
         n_clusters: K of the cluster probe.
@@ -94,7 +98,14 @@ class Evaluator(nn.Module):
 
     @torch.no_grad()
     def update(
-        self, code: Tensor, image: Tensor | None, label: Tensor, *, linear: LinearProbe, cluster: ClusterProbe
+        self,
+        code: Tensor,
+        image: Tensor | None,
+        label: Tensor,
+        *,
+        linear: LinearProbe,
+        cluster: ClusterProbe,
+        first: int | None = None,
     ) -> None:
         """Adds a batch.
 
@@ -104,6 +115,7 @@ class Evaluator(nn.Module):
             label: (B, H, W) int64, -1 = ignore.
             linear: the linear probe.
             cluster: the cluster probe.
+            first: place in the set of the batch's first image; None where batches come in order.
         """
         size = label.shape[-2:]
         with torch.autocast(code.device.type, enabled=False):
@@ -117,7 +129,8 @@ class Evaluator(nn.Module):
         largest, _ = best["cluster"]
         self.losses.append(-(largest if norm is None else largest / norm).mean())
         if self.pictured:
-            self._keep_pictures(predicted, image=image, label=label)
+            first = self.images if first is None else first
+            self._keep_pictures(predicted, image=image, label=label, first=first)
         self.images += len(label)
         if self.pool is not None:
             self._refine(heads, norm, image=image, label=label)
@@ -129,12 +142,14 @@ class Evaluator(nn.Module):
         heads = {"cluster": code if self.is_direct else cluster.inner(code)}
         return heads | ({"linear": linear(code)} if self.with_linear else {})
 
-    def _keep_pictures(self, predicted: dict[str, Tensor], *, image: Tensor | None, label: Tensor) -> None:
+    def _keep_pictures(
+        self, predicted: dict[str, Tensor], *, image: Tensor | None, label: Tensor, first: int
+    ) -> None:
         for place in range(len(label)):
-            if self.images + place in self.pictured:
+            if first + place in self.pictured:
                 maps = [predicted[name][place].cpu() if name in predicted else None for name in HEADS]
                 shown = None if image is None else image[place].cpu()
-                self.pictures.append(Prediction(shown, label[place].cpu(), *maps))
+                self.pictures.append(Prediction(first + place, shown, label[place].cpu(), *maps))
 
     def _refine(self, heads: dict[str, Tensor], norm: Tensor | None, *, image: Tensor, label: Tensor) -> None:
         shown = to_eight_bit(normalise(image)).permute(0, 2, 3, 1)  # (B, H, W, 3)
@@ -159,17 +174,23 @@ class Evaluator(nn.Module):
                 metric.update(*(t.to(metric.counts.device) for t in (torch.as_tensor(prediction), label)))
         return len(self.pool)
 
+    def gather_pictures(self) -> None:
+        """Puts together the pictures that all processes have kept, in the order of the set."""
+        kept = [prediction for each in from_all(self.pictures) for prediction in each]
+        self.pictures = sorted(kept, key=lambda prediction: prediction.place)
+
     def compute(self, *, refined: bool = False) -> Evaluation:
-        """Scores of what was added, before or after CRF."""
-        counts = {
-            name: metric.compute().cpu() for name, metric in (self.refined if refined else self.plain).items()
-        }
-        loss = float(torch.stack(self.losses).mean()) if self.losses else float("nan")
+        """Scores of what was added by all processes, before or after CRF; to be called by all."""
+        metrics = self.refined if refined else self.plain
+        counts = {name: metric.compute().cpu() for name, metric in metrics.items()}
+        losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
+        added = from_all((counts, losses, self.images))
+        counts = {name: sum(each[name] for each, _, _ in added) for name in counts}
         return Evaluation(
             cluster=score(counts["cluster"], matched=True),
             linear=score(counts["linear"], matched=False) if self.with_linear else None,
-            valid_loss=loss,
-            images=self.images,
+            valid_loss=float(torch.cat([each for _, each, _ in added]).mean()),  # of nothing: NaN
+            images=sum(images for _, _, images in added),
         )
 
 

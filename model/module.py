@@ -21,6 +21,7 @@ from utils.optionfile import as_tree
 from utils.options import Options
 from utils.provenance import provenance
 from utils.randomness import generator, seeded
+from utils.ranks import ranks
 from utils.schedule import Schedule
 from utils.transforms import normalise
 
@@ -56,9 +57,9 @@ class PPAPModule(LightningModule):
         self.evaluator = Evaluator(
             labels.n_classes, n_clusters, is_direct=options.eval.is_direct, with_linear=train_labelled
         )
-        if self.frozen:
-            for parameter in segmenter.trainable():
-                parameter.requires_grad_(False)
+        untrained = segmenter.trainable() if self.frozen else []
+        for parameter in [*untrained, *(() if train_labelled else self.linear_probe.parameters())]:
+            parameter.requires_grad_(False)
         self.restored_from: str | None = None
         self.restored_step: int | None = None
         self.last_evaluation: Evaluation | None = None
@@ -98,19 +99,21 @@ class PPAPModule(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch: images (B, 3, H, W) uint8 or tokens, labels (B, H, W); returns the total loss.
 
-        None, which leaves everything as it is, where an earlier start has trained on the batch.
+        Of several processes each has its slice of the global batch; their gradients are parts of one sum,
+        of which DDP takes the mean. None, which leaves everything as it is, where an earlier start has
+        trained on the batch.
         """
         self._batch_index = batch_idx
         if self.iters <= self._done:
             return None
         losses = self.losses(batch, step=self.iters)
         self._losses = losses.detach()
-        self._pace.images += len(batch.label)
+        self._pace.images += ranks() * len(batch.label)
         self.nonfinite.note(self._losses, step=self.iters)
         if losses.total.device.type == "cpu" or self._shown(self.iters):
             self.nonfinite.stop_if_met(self._names)  # on a GPU this waits for the step, so not each time
         self.log("loss", losses.total.detach(), prog_bar=True, logger=False)
-        return losses.total
+        return ranks() * losses.total
 
     def _shown(self, step: int) -> bool:
         """Whether a step's scalars are logged: the first of an epoch, and each `print_freq` after it."""
@@ -213,10 +216,19 @@ class PPAPModule(LightningModule):
         self._write(plain | self._pace.scalars(self.device))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Adds a batch to the evaluator."""
-        image = getattr(batch, "image", None)
-        code = self.segmenter.code(*self._tokens(batch))
-        self.evaluator.update(code, image, batch.label, linear=self.linear_probe, cluster=self.cluster_probe)
+        """Adds a batch to the evaluator; one that only keeps this process in step with others is left out."""
+        batches = self.trainer.val_dataloaders.batch_sampler
+        number = batches.number(batch_idx)
+        if number >= batches.total:
+            return
+        self.evaluator.update(
+            self.segmenter.code(*self._tokens(batch)),
+            getattr(batch, "image", None),
+            batch.label,
+            linear=self.linear_probe,
+            cluster=self.cluster_probe,
+            first=number * batches.batch_size,
+        )
 
     def on_validation_epoch_start(self) -> None:
         """Starts counting afresh."""
@@ -227,6 +239,7 @@ class PPAPModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Scores the set; `score`, the sum of the metrics that exist, chooses the best checkpoint."""
         self.last_evaluation = self.evaluator.compute()
+        self.evaluator.gather_pictures()
         metrics = self.last_evaluation.metrics()
         shown = {name: metrics[name] for name in ("Cluster_Accuracy", "Cluster_mIoU") if name in metrics}
         self.log_dict(shown, prog_bar=True, logger=False)

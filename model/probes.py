@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loss.ranks import averaged, summed
 from utils.labels import IGNORE
 
 
@@ -28,7 +29,8 @@ class LinearProbe(nn.Module):
     def loss(self, code: Tensor, label: Tensor) -> Tensor:
         """Cross-entropy over valid pixels of the logits upsampled to the label, () float32.
 
-        Without a valid pixel it is 0 with a graph.
+        Without a valid pixel it is 0 with a graph. With several processes the mean is over the pixels of all
+        (see `loss.ranks`).
 
         Args:
             code: (B, D, h, w), detached by the caller.
@@ -38,7 +40,7 @@ class LinearProbe(nn.Module):
         ignored = (label < 0) | (label >= logits.shape[1])
         target = label.masked_fill(ignored, IGNORE)
         total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
-        return total / (~ignored).sum().clamp_min(1)
+        return summed(total) / summed((~ignored).sum()).clamp_min(1)
 
 
 class ClusterProbe(nn.Module):
@@ -64,7 +66,7 @@ class ClusterProbe(nn.Module):
         return self.inner(F.normalize(code, dim=1))
 
     def loss(self, code: Tensor, *, alpha: float | None = None) -> Tensor:
-        """Minus the mean similarity to the nearest centroid, () float32.
+        """Minus the mean similarity to the nearest centroid, () float32, over the patches of all processes.
 
         Args:
             code: (B, D, h, w), detached by the caller.
@@ -73,8 +75,8 @@ class ClusterProbe(nn.Module):
         """
         similarity = self(code).float()  # (B, K, h, w)
         if alpha is None:
-            return -similarity.amax(dim=1).mean()
-        return -((similarity * alpha).softmax(dim=1) * similarity).sum(dim=1).mean()
+            return -averaged(similarity.amax(dim=1).mean())
+        return -averaged(((similarity * alpha).softmax(dim=1) * similarity).sum(dim=1).mean())
 
 
 def read_both(code: Tensor, *, linear: LinearProbe, cluster: ClusterProbe) -> dict[str, Tensor]:

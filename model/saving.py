@@ -68,7 +68,7 @@ class Saver(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: PPAPModule, *_batch: Any) -> None:
         """All of the step before is done: saves where that is due, and leaves where that was asked for."""
         asked = self._asked(trainer)
-        if asked or self._due():
+        if asked or self._due(trainer):
             self._save(trainer)
         if asked:
             self._leave(trainer)
@@ -97,8 +97,12 @@ class Saver(Callback):
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: PPAPModule, exception: BaseException) -> None:
-        """Saves where a mistake outside the program ends the run, such as an image that has gone."""
-        foreseen = isinstance(exception, UserError) and not isinstance(exception, (Stopped, NotFinite))
+        """Saves where a mistake outside the program ends the run, such as an image that has gone.
+
+        Of several processes the others know nothing of it, and cannot take part.
+        """
+        alone = trainer.world_size == 1 and isinstance(exception, UserError)
+        foreseen = alone and not isinstance(exception, (Stopped, NotFinite))
         if foreseen and self._saved_step < self._at.step:
             self._save(trainer)
 
@@ -115,14 +119,17 @@ class Saver(Callback):
         )
         checkpoint[PROGRESS] = progress.as_entry()
 
-    def _due(self) -> bool:
+    def _due(self, trainer: Trainer) -> bool:
         if self._at.step <= self._saved_step:
             return False
         if not self.validated and self.schedule.ends_epoch(self._at.step):
             return True
         if self.steps is not None:
             return self._at.step % self.steps == 0
-        return self.seconds is not None and time.perf_counter() - self._saved >= self.seconds
+        if self.seconds is None:
+            return False
+        late = time.perf_counter() - self._saved >= self.seconds
+        return trainer.strategy.reduce_boolean_decision(late, all=False)  # each process has its own clock
 
     def _asked(self, trainer: Trainer) -> bool:
         return trainer.strategy.reduce_boolean_decision(self.stop.signum is not None, all=False)
@@ -136,6 +143,7 @@ class Saver(Callback):
             if best or not self.validated:
                 copy_whole(newest, self.folder / BEST)
             shift_names(self.folder)
+        trainer.strategy.barrier()  # from here on every process may read them
         self._saved_step, self._saved = self._at.step, time.perf_counter()
 
     def _leave(self, trainer: Trainer) -> None:

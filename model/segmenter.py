@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.backbone import FrozenViT
+from utils.ranks import own_slice, ranks
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,14 @@ def criterion_dropout(crit: Tensor, *, probability: float, generator: torch.Gene
     """Zeroes whole channels of an image, as Dropout2d does, with masks from an explicit CPU generator.
 
     Args:
-        crit: (B, D, h, w).
+        crit: (B, D, h, w), this rank's slice of the global batch.
         probability: share of channels zeroed; the others are scaled by 1 / (1 - probability).
         generator: made afresh for the step; row b of its draw belongs to image b of the global batch.
     """
     if probability == 0:
         return crit
-    kept = torch.rand(crit.shape[:2], generator=generator) >= probability  # (B, D)
+    images, channels = crit.shape[:2]
+    drawn = torch.rand(ranks() * images, channels, generator=generator)  # of the global batch
+    kept = own_slice(drawn) >= probability  # (B, D)
     mask = (kept / (1 - probability)).to(crit, non_blocking=True)
     return crit * mask[:, :, None, None]

@@ -6,6 +6,7 @@ import argparse
 import errno
 import itertools
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -30,6 +31,7 @@ from utils.evaluation_flags import add_evaluation_flags, flag_mistakes
 from utils.files import read_json_object
 from utils.optionfile import find_option_file, flatten, load_options
 from utils.options import Options
+from utils.ranks import is_first, rank
 from utils.wandb_options import name_mistake
 
 DEMO = "demo.json"
@@ -259,11 +261,21 @@ def _plain(value: Any) -> Any:
 
 
 def guarded(main: Callable[[], None]) -> int:
-    """Runs a program; a user's mistake is shown without a traceback and gives its exit status."""
+    """Runs a program; a user's mistake is shown without a traceback and gives its exit status.
+
+    Of several processes the first alone prints, but for the mistakes that another one has met alone.
+    """
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed with the process
     try:
         main()
     except UserError as error:
-        print(f"{error.label}: {error}", file=sys.stderr)
+        if is_first():
+            print(f"{error.label}: {error}", file=sys.stderr)
+        elif error.common:
+            return 0  # the first process tells
+        else:
+            print(f"{error.label} in process {rank()}: {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)

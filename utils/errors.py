@@ -18,10 +18,12 @@ class UserError(Exception):
     Attributes:
         status: the program's exit status.
         label: what the message begins with.
+        common: whether all processes of a run raise it together.
     """
 
     status = 2
     label = "error"
+    common = False
 
     def __init__(self, mistakes: str | Iterable[str], heading: str = "") -> None:
         self.mistakes = [_own_words(mistakes)] if isinstance(mistakes, str) else list(mistakes)
@@ -38,6 +40,8 @@ class UserError(Exception):
 
 class NotFinite(UserError):
     """A loss that is no number: what is in memory is not worth keeping."""
+
+    common = True
 
 
 class LeftOut(UserError):

@@ -27,6 +27,7 @@ from utils.errors import UserError, first_line
 from utils.optionfile import as_tree
 from utils.options import Options
 from utils.provenance import provenance
+from utils.ranks import is_first
 
 CSV = ExperimentWriter.NAME_METRICS_FILE
 REACH_SECONDS, WANDB_SECONDS = 3, 20
@@ -106,13 +107,15 @@ def build_loggers(options: Options, folder: Path, progress: Progress | None = No
     """A CSV file beside the run, and wandb where the options ask for it.
 
     wandb never waits for a login or a network: where one is missing, or wandb refuses the entity or the
-    key, the run is recorded offline.
+    key, the run is recorded offline. Of several processes the first alone has any.
 
     Args:
         options: all options.
         folder: of the run.
         progress: what an earlier start had come to; None for a run that starts.
     """
+    if not is_first():
+        return []
     progress = progress or Progress()
     rows = rows_until(folder / CSV, progress.step)
     loggers: list[Logger] = [RunCSVLogger(folder, rows)]

@@ -14,6 +14,8 @@ from torchmetrics import Metric
 class ConfusionMatrix(Metric):
     """Counts of (true class, prediction) over all pixels with a label in [0, n_classes).
 
+    Of several processes each counts for itself; the evaluator adds them up.
+
     Args:
         n_classes: C, rows.
         n_predictions: columns; C for the linear probe, C plus extra clusters for the cluster probe.
@@ -23,7 +25,7 @@ class ConfusionMatrix(Metric):
     counts: Tensor
 
     def __init__(self, n_classes: int, n_predictions: int) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=False)
         self.n_classes, self.n_predictions = n_classes, n_predictions
         self.add_state(
             "counts", torch.zeros(n_classes, n_predictions, dtype=torch.int64), dist_reduce_fx="sum"
@@ -38,7 +40,7 @@ class ConfusionMatrix(Metric):
         self.counts = self.counts + counts.view_as(self.counts)  # not in place: may be an inference tensor
 
     def compute(self) -> Tensor:
-        """(C, n_predictions) int64, summed over ranks."""
+        """(C, n_predictions) int64."""
         return self.counts
 
 

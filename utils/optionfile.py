@@ -24,6 +24,7 @@ from utils.options import (
     Options,
     checkpoint_interval,
 )
+from utils.ranks import planned_ranks
 from utils.wandb_options import wandb_mistakes
 
 OPTION_FOLDERS = (Path("json"), Path("json/server"))
@@ -230,6 +231,13 @@ def contradictions(options: Options) -> list[str]:
         found.append(
             f"dataset.cache_features is {options.dataset.cache_features}, must be null with "
             "dataset.loader_crop_type random, whose images differ each epoch"
+        )
+    batch, parts = options.dataloader.batch_size, planned_ranks(options.trainer)
+    if batch % parts:
+        low, high = batch // parts * parts, (batch // parts + 1) * parts
+        found.append(
+            f"dataloader.batch_size is {batch}, the images of a step on all devices together, must be a "
+            f"multiple of trainer.devices x trainer.num_nodes ({parts}): {f'{low} or ' if low else ''}{high}"
         )
     try:
         checkpoint_interval(options.train.checkpoint_every)

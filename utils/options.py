@@ -137,8 +137,8 @@ class DatasetOptions:
 class DataloaderOptions:
     """How it is read."""
 
-    batch_size: int = option(64, "images per training step", least=1)
-    val_batch_size: int = option(8, "images per validation batch while training", least=1)
+    batch_size: int = option(64, "images per training step, on all devices together", least=1)
+    val_batch_size: int = option(8, "images per validation batch while training, on each device", least=1)
     num_workers: int = option(8, "processes that decode images; no result depends on it", least=0)
 
 
@@ -252,6 +252,19 @@ class TrainOptions:
 
 
 @dataclass
+class TrainerOptions:
+    """What a run is spread over."""
+
+    devices: int = option(
+        1, "processes of a machine, each with a device (CPU: some cores) of its own", least=1
+    )
+    num_nodes: int = option(1, "machines", least=1)
+    strategy: str = option(
+        "auto", "how they work together; auto: ddp where there are several", choices=("auto", "ddp")
+    )
+
+
+@dataclass
 class EvalOptions:
     """The final evaluation."""
 
@@ -259,13 +272,15 @@ class EvalOptions:
     is_direct: bool = option(False, "take the code itself as cluster logits")
     extra_clusters: int = option(0, "must equal model.extra_clusters", least=0)
     last_step: bool = option(False, "after training, also evaluate the last step's weights, in `last`")
-    batch_size: int = option(16, "images per batch", least=1)
+    batch_size: int = option(16, "images per batch, on each device", least=1)
     crf_backend: str = option(
         "pydensecrf",
         "what refines: processes, or torch on the device of the network",
         choices=("pydensecrf", "torch"),
     )
-    crf_workers: int | None = option(None, "pydensecrf: CRF processes; null is one per core", least=1)
+    crf_workers: int | None = option(
+        None, "pydensecrf: CRF processes for a device; null: one per core in all", least=1
+    )
     pictures: int = option(8, "validation images in predictions.png; 0 draws none", least=0, most=64)
 
 
@@ -273,7 +288,9 @@ class EvalOptions:
 class Options:
     """All options of a run."""
 
-    gpu_ids: list[int] = option([0], "the CUDA device; ignored elsewhere")
+    gpu_ids: list[int] = option(
+        [0], "the CUDA devices of a machine; [0] is the first `trainer.devices`; ignored elsewhere"
+    )
     output_dir: str = option("./output/", "folder that holds the folders of the runs")
     checkpoint: str = option("", "file, folder or run to load (`--checkpoint`)")
     resume: str | None = option(
@@ -286,6 +303,7 @@ class Options:
     model: ModelOptions = field(default_factory=ModelOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    trainer: TrainerOptions = field(default_factory=TrainerOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
 
 

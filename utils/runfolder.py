@@ -17,6 +17,7 @@ from utils.files import make_folder, move_aside, read_json_object, write_json
 from utils.optionfile import SCHEMA, as_tree, flatten
 from utils.options import Options
 from utils.provenance import hardware, provenance
+from utils.ranks import is_first
 
 MAY_DIFFER = (  # what decides where and how fast a run computes, not what
     "checkpoint",
@@ -43,9 +44,14 @@ class Earlier:
 def locked(folder: Path) -> Iterator[None]:
     """Keeps a run's folder for this process; the lock falls with the process, however it ends.
 
+    Of several processes the first holds it for all.
+
     Raises:
         UserError: another run has it.
     """
+    if not is_first():
+        yield
+        return
     path = folder.with_name(f".{folder.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +98,8 @@ def earlier_run(options: Options, folder: Path) -> Earlier:
 def begin(folder: Path, options: Options, *, left_out: Sequence[str]) -> None:
     """Makes the folder of a run that starts, with what it was started with; moves an earlier run aside.
 
+    Of several processes the first does so.
+
     Args:
         folder: of the run.
         options: all options.
@@ -100,6 +108,8 @@ def begin(folder: Path, options: Options, *, left_out: Sequence[str]) -> None:
     Raises:
         UserError: it cannot be written.
     """
+    if not is_first():
+        return
     if (earlier := move_aside(folder)) is not None:
         print(f"{folder} held an earlier run, now in {earlier}")
     make_folder(folder)

@@ -23,6 +23,7 @@ class Stopped(UserError):
     """
 
     label = "stopped"
+    common = True
 
     def __init__(self, message: str, *, signum: int) -> None:
         super().__init__(message)

@@ -19,6 +19,7 @@ from utils.checkpoints import WholeCheckpoints
 from utils.errors import UserError
 from utils.hardware import accelerator, chosen_precision
 from utils.options import Options
+from utils.ranks import launch_mistake, planned_ranks
 from utils.schedule import Schedule
 
 LOSS_SCALE, GROWTH_INTERVAL = 2048.0, 1000  # the published scaler
@@ -80,39 +81,61 @@ def hardware_settings(options: Options) -> dict[str, Any]:
     """What the Trainer needs to know of device and precision; asked for before anything is written.
 
     Raises:
-        UserError: `gpu_ids` or `train.precision` do not fit this machine.
+        UserError: `gpu_ids`, `trainer.*` or `train.precision` do not fit this machine.
     """
     device = device_settings(options)
     return device | precision_settings(options, device["accelerator"])
 
 
 def device_settings(options: Options) -> dict[str, Any]:
-    """Accelerator and devices: CUDA, else Apple MPS, else the CPU.
+    """Accelerator, devices and how they work together: CUDA, else Apple MPS, else the CPU.
 
     Raises:
-        UserError: `gpu_ids` is not one device that is there.
+        UserError: `gpu_ids` or `trainer.*` ask for what is not there, or for other processes than were
+            started.
     """
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        if len(options.gpu_ids) != 1 or not 0 <= options.gpu_ids[0] < count:
-            raise UserError(
-                f"gpu_ids is {options.gpu_ids}, must be one device from 0 to {count - 1} on this machine"
-            )
-        return {"accelerator": "cuda", "devices": list(options.gpu_ids)}
+    wanted = options.trainer
+    if mistake := launch_mistake(wanted):
+        raise UserError(mistake)
+    spread = {"num_nodes": wanted.num_nodes, "strategy": wanted.strategy}
     found = accelerator()
+    if found == "cuda":
+        return {"accelerator": "cuda", "devices": cuda_devices(options), **spread}
+    if found == "mps" and wanted.devices > 1:
+        raise UserError(f"trainer.devices is {wanted.devices}, must be 1 on mps, which is one device")
     print(f"device: {found} (no CUDA device; gpu_ids {options.gpu_ids} ignored)")
-    return {"accelerator": found, "devices": 1}
+    return {"accelerator": found, "devices": wanted.devices, **spread}
+
+
+def cuda_devices(options: Options) -> list[int]:
+    """The devices of this machine that `gpu_ids` and `trainer.devices` ask for.
+
+    Raises:
+        UserError: they do not fit together, or such devices are not there.
+    """
+    wanted, there = options.trainer.devices, torch.cuda.device_count()
+    if wanted > there:
+        raise UserError(f"trainer.devices is {wanted}, must be at most {there}, the CUDA devices here")
+    chosen = list(range(wanted)) if options.gpu_ids == [0] else options.gpu_ids
+    if len(set(chosen)) != wanted or len(chosen) != wanted or not all(0 <= each < there for each in chosen):
+        how_many = "one device" if wanted == 1 else f"{wanted} devices (trainer.devices)"
+        raise UserError(f"gpu_ids is {chosen}, must be {how_many} from 0 to {there - 1} on this machine")
+    return list(chosen)
 
 
 def precision_settings(options: Options, accelerator: str) -> dict[str, Any]:
     """Autocast as `train.precision` says; float16 with the published loss scale.
+
+    Several processes scale their loss by their number, for DDP takes the mean of their gradients; so
+    activations see the gradients of a single process.
 
     Raises:
         UserError: float16 without CUDA.
     """
     chosen = chosen_precision(options, accelerator)
     if chosen == "fp16":
-        scaler = torch.amp.GradScaler("cuda", init_scale=LOSS_SCALE, growth_interval=GROWTH_INTERVAL)
+        scale = LOSS_SCALE / planned_ranks(options.trainer)
+        scaler = torch.amp.GradScaler("cuda", init_scale=scale, growth_interval=GROWTH_INTERVAL)
         return {"plugins": [MixedPrecision("16-mixed", "cuda", scaler=scaler)]}
     return {"precision": {"bf16": "bf16-mixed", "fp32": "32-true"}[chosen]}
 

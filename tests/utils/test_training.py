@@ -10,12 +10,26 @@ from utils.files import make_folder, move_aside, write_json
 def test_device__is_chosen_and_gpu_ids_are_checked(tiny_options, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert training.device_settings(tiny_options(gpu_ids=[1])) == {"accelerator": "cuda", "devices": [1]}
+    assert training.device_settings(tiny_options(gpu_ids=[1])) == {
+        "accelerator": "cuda",
+        "devices": [1],
+        "num_nodes": 1,
+        "strategy": "auto",
+    }
     with pytest.raises(UserError, match=r"gpu_ids is \[2\], must be one device from 0 to 1"):
         training.device_settings(tiny_options(gpu_ids=[2]))
+    assert training.cuda_devices(tiny_options(trainer__devices=2)) == [0, 1]
+    assert training.cuda_devices(tiny_options(trainer__devices=2, gpu_ids=[1, 0])) == [1, 0]
+    for chosen in ([1], [1, 1], [0, 2]):
+        with pytest.raises(UserError, match=r"must be 2 devices \(trainer\.devices\) from 0 to 1"):
+            training.cuda_devices(tiny_options(trainer__devices=2, gpu_ids=chosen))
+    with pytest.raises(UserError, match=r"trainer\.devices is 4, must be at most 2"):
+        training.cuda_devices(tiny_options(trainer__devices=4))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     assert training.device_settings(tiny_options())["accelerator"] == "mps"
+    with pytest.raises(UserError, match=r"trainer\.devices is 2, must be 1 on mps"):
+        training.device_settings(tiny_options(trainer__devices=2))
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     assert training.device_settings(tiny_options())["accelerator"] == "cpu"
     assert "gpu_ids [0] ignored" in capsys.readouterr().out
@@ -30,7 +44,9 @@ def test_precision__auto_and_the_published_scaler(tiny_options, monkeypatch):
     monkeypatch.setattr("torch.amp.GradScaler", lambda device, **settings: made.append((device, settings)))
     (plugin,) = training.precision_settings(tiny_options(), "cuda")["plugins"]
     assert plugin.precision == "16-mixed"
-    assert made[0] == ("cuda", {"init_scale": 2048, "growth_interval": 1000})
+    training.precision_settings(tiny_options(trainer__devices=4), "cuda")  # whose loss is 4 times as large
+    found = [settings for settings in made if settings[1]]  # others are of the precision plugin
+    assert found == [("cuda", {"init_scale": scale, "growth_interval": 1000}) for scale in (2048, 512)]
     with pytest.raises(UserError, match=r"train\.precision is fp16"):
         training.precision_settings(tiny_options(train__precision="fp16"), "cpu")
 

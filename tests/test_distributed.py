@@ -1,0 +1,267 @@
+"""Two processes on half a batch each are one process on the whole batch: losses, gradients and metrics."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import run
+from dataset.datamodule import SharedBatches
+from tests import in_two
+from tests.dataset.files import save
+from utils import ranks
+from utils.cli import guarded
+from utils.errors import NotFinite, UserError
+from utils.optionfile import REPOSITORY
+from utils.options import TrainerOptions
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+TIMES = ("images_per_s", "train_hours", "peak_memory_gib", "checkpoint")
+MINUTE = 60
+STARTERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS")
+CASES = [*(f"loss, {case}" for case in in_two.LOSSES), *(f"probes, {case}" for case in in_two.IGNORED)]
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A folder, and two processes that start while the tests' own is at work.
+
+    Lightning starts the second one, as it does for run.py.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    make_photographs(folder / "data")
+    (folder / "tiny.json").write_text(json.dumps(few_steps(folder)))
+    words = [
+        "--opt",
+        str(folder / "tiny.json"),
+        "wandb.name=two",
+        "trainer.devices=2",
+        "trainer.strategy=ddp",
+    ]
+    pair = subprocess.Popen(
+        [sys.executable, "-m", "tests.in_two", str(folder), *words],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={name: value for name, value in os.environ.items() if name not in STARTERS},
+    )  # fmt: skip
+    yield folder, pair
+    pair.kill()
+
+
+@pytest.fixture(scope="module")
+def finished(started):
+    """The folder, what one process has come to, and what two have printed."""
+    folder, pair = started
+    (one,) = run.main(["--opt", str(folder / "tiny.json")])
+    printed, _ = pair.communicate(timeout=3 * MINUTE)
+    assert pair.returncode == 0, printed
+    return folder, one, printed
+
+
+def few_steps(folder):
+    """8 steps of 4 photographs, two validations an epoch of 7 images in 3 batches."""
+    return {
+        "output_dir": str(folder / "output"),
+        "wandb": {"name": "one", "mode": "disabled"},
+        "dataset": {
+            "data_type": "directory",
+            "data_path": str(folder / "data"),
+            "crop_type": None,
+            "res": 32,
+            "val_res": 32,
+        },
+        "dataloader": {"batch_size": 4, "val_batch_size": 3, "num_workers": 0},
+        "training_coeff": {"group_size": 16, "trainpatchsplit": 4},
+        "model": {"arch": "vit", "dim": 24, "pretrained": {"depth": 2}},
+        "train": {"epoch": 2, "print_freq": 1, "valid_freq": 3},
+        "eval": {"crf_backend": "torch", "pictures": 3, "batch_size": 2},
+    }
+
+
+def make_photographs(root):
+    """17 to train on and 7 to validate on; a label ignores a part of its image, and some all of it."""
+    drawn = np.random.default_rng(0)
+    for split, count in (("train", 17), ("val", 7)):
+        for number in range(count):
+            classes = np.kron(drawn.integers(0, 3, (4, 4)), np.ones((10, 10), int))
+            image = 60 * classes[..., None] + drawn.integers(0, 90, (40, 40, 3))
+            classes[: 4 * drawn.integers(11)] = 255
+            save(root / "imgs" / split / f"{number:02d}.png", image)
+            save(root / "labels" / split / f"{number:02d}.png", classes)
+    about = {"n_classes": 3, "classes": ["dark", "grey", "light"], "ignore": 255}
+    (root / "classes.json").write_text(json.dumps(about))
+
+
+@pytest.fixture(scope="module")
+def found(finished):
+    """What one process finds for the whole batch, and each of the two for its half."""
+    folder, _, _ = finished
+    return in_two.everything(), [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", [*CASES, "dropout"])
+def test_losses__of_the_global_batch(found, case):
+    """Values are those of the whole batch on both, gradients its slices or parts of its sum."""
+    whole, parts = found
+    for name, expected in whole[case].items():
+        shares = [part[case][name] for part in parts]
+        if name == "sliced":
+            shares = [torch.cat(shares)]
+        elif name == "added":
+            shares = [sum(shares)]
+        for share in shares:
+            torch.testing.assert_close(share, expected, **CLOSE)
+
+
+def test_losses__cases_are_what_they_say(found):
+    whole, _ = found
+    assert whole["loss, no positive anywhere"]["value"] == 0
+    assert whole["loss, no positive in one process"]["counts"][-1] == 0.5
+    values = [whole[f"probes, {case}"]["value"][0] for case in in_two.IGNORED]
+    assert len(set(values)) == len(values)
+    kept = whole["dropout"]["sliced"] > 0
+    assert 0.2 < kept.float().mean() < 0.8
+
+
+def test_run__of_two_processes_is_that_of_one(finished):
+    """The command of the README, with unequal shares of labels and 7 validation images."""
+    folder, one, printed = finished
+    assert printed.count("two: best at step") == 1  # the first process alone prints
+    output = folder / "output"
+    two = json.loads((output / "two/metrics.json").read_text())
+    assert two["images"] == one["images"] == 7
+    assert two["before_crf"] == pytest.approx(one["before_crf"], abs=1e-5)
+    assert two["after_crf"] == pytest.approx(one["after_crf"], abs=1e-5)
+    assert two["valid_loss"] == pytest.approx(one["valid_loss"], abs=1e-5)
+    assert two["assignment"] == one["assignment"]
+    for file in ("confusion.npz", "predictions.png"):
+        assert (output / "two" / file).read_bytes() == (output / "one" / file).read_bytes()
+    rows = [list(csv.DictReader((output / name / "metrics.csv").open())) for name in ("one", "two")]
+    assert len(rows[0]) == len(rows[1]) == 8 + 4
+    for row, other in zip(*rows, strict=True):
+        assert {k for k in row if row[k]} - set(TIMES) == {k for k in other if other[k]} - set(TIMES)
+        for name in row.keys() - set(TIMES):
+            if row[name]:
+                assert float(other[name]) == pytest.approx(float(row[name]), rel=1e-5, abs=1e-5), name
+    states = [
+        torch.load(output / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("one", "two")
+    ]
+    for name, value in states[0].items():
+        torch.testing.assert_close(
+            states[1][name], value, atol=1e-4, rtol=1e-4
+        )  # Adam divides by the gradient
+    assert not list(Path(output).glob("*.[0-9]"))  # no process has moved another's folder aside
+
+
+def as_process(monkeypatch, rank, count):
+    for module in ("utils.ranks", "dataset.datamodule"):
+        monkeypatch.setattr(f"{module}.rank", lambda: rank)
+        monkeypatch.setattr(f"{module}.ranks", lambda: count)
+
+
+@pytest.mark.parametrize("images", [1, 7, 8, 17])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_shared_batches__each_image_once_and_equally_many_turns(monkeypatch, images, count):
+    counted, turns = [], set()
+    for rank in range(count):
+        as_process(monkeypatch, rank, count)
+        batches = SharedBatches(images, 3)
+        turns.add(len(batches))
+        for turn, batch in enumerate(batches):
+            assert batch  # a loader cannot make a batch of nothing
+            if batches.number(turn) < batches.total:
+                assert batch[0] == batches.number(turn) * 3
+                counted += batch
+    assert sorted(counted) == list(range(images))
+    assert len(turns) == 1
+
+
+def test_own_slice__are_the_batch_in_order(monkeypatch):
+    parts = []
+    for rank in range(4):
+        as_process(monkeypatch, rank, 4)
+        parts += ranks.own_slice(list(range(8)))
+    assert parts == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, False),
+        ({"LOCAL_RANK": "1", "NODE_RANK": "0"}, False),
+        ({"NODE_RANK": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, True),
+    ],
+)
+def test_is_first__as_torchrun_slurm_and_lightning_tell(monkeypatch, environment, first):
+    launched(monkeypatch, environment)
+    assert ranks.is_first() is first
+
+
+def launched(monkeypatch, environment):
+    for name in STARTERS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
+SRUN = {"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted", "told"),
+    [
+        ({}, TrainerOptions(devices=2), None),
+        (TORCHRUN, TrainerOptions(devices=8, num_nodes=2), None),
+        (
+            TORCHRUN,
+            TrainerOptions(),
+            "torchrun has started 8 x 2 .* set trainer.devices=8 trainer.num_nodes=2",
+        ),
+        (SRUN, TrainerOptions(devices=2, num_nodes=2), None),
+        (
+            SRUN,
+            TrainerOptions(devices=4),
+            "srun has started 2 x 2 .* set trainer.devices=2 trainer.num_nodes=2",
+        ),
+        ({"SLURM_JOB_ID": "1"}, TrainerOptions(), None),
+        ({"SLURM_JOB_ID": "1"}, TrainerOptions(devices=2), "srun --nodes=1 --ntasks-per-node=2"),
+    ],
+)
+def test_launch__that_does_not_fit_the_options_is_told(monkeypatch, environment, wanted, told):
+    launched(monkeypatch, environment)
+    mistake = ranks.launch_mistake(wanted)
+    assert mistake is None if told is None else re.search(told, mistake)
+
+
+def test_batch_size__must_be_shared_out_evenly(tiny_options):
+    with pytest.raises(UserError, match=r"batch_size is 4.*trainer\.num_nodes \(3\): 3 or 6"):
+        tiny_options(trainer__devices=3)
+
+
+def test_guarded__one_process_tells_what_all_have_met(monkeypatch, capsys):
+    def fails(error):
+        def main():
+            print("progress")
+            raise error
+
+        return guarded(main)
+
+    launched(monkeypatch, {"RANK": "1"})
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which guarded silences
+    assert fails(NotFinite("the loss")) == 0
+    assert fails(UserError("an image")) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "error in process 0: an image\n")
+    launched(monkeypatch, {"RANK": "0"})
+    assert fails(NotFinite("the loss")) == 2

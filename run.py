@@ -6,12 +6,10 @@ option file -> typed options -> data -> backbone -> head -> loss and probes -> m
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +21,7 @@ from utils.ranks import is_first
 
 if TYPE_CHECKING:
     from dataset.source import Batch, SegmentationDataset
-    from model.dashboard import Dashboard
+    from model.fitting import Trained
     from utils.checkpoints import Saved
 
 FROZEN = "-frozen"  # ends the name of a baseline
@@ -31,19 +29,6 @@ VERIFIED = 0.01  # points by which a number may differ on another machine
 DEMO_SCENES = 2048  # that the demo's backbone is trained on
 
 # What needs torch is imported inside functions; see eval.py.
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What training has left beside its checkpoints.
-
-    Attributes:
-        dashboard: still open, so that wandb learns of the final evaluation too.
-        hours: of training.
-    """
-
-    dashboard: Dashboard
-    hours: float
 
 
 def train(options: Options, folder: Path, saved: Saved | None = None) -> Trained:
@@ -61,15 +46,9 @@ def train(options: Options, folder: Path, saved: Saved | None = None) -> Trained
     from dataset import build_data
     from model import build_module
     from model.compilation import compile_segmenter
-    from model.dashboard import Dashboard
-    from model.saving import Saver
-    from utils.checkpoints import Progress
-    from utils.faults import memory_told
-    from utils.loggers import build_loggers
+    from model.fitting import fit
     from utils.runfolder import begin
-    from utils.shown import ShownImages
-    from utils.stopping import StopRequest
-    from utils.training import build_trainer, hardware_settings
+    from utils.training import hardware_settings
 
     hardware = hardware_settings(options)
     data = build_data(options)
@@ -82,41 +61,7 @@ def train(options: Options, folder: Path, saved: Saved | None = None) -> Trained
         print("train data has no labels: no linear probe")
     if saved is None:
         begin(folder, options, left_out=data.damaged)
-    progress = Progress() if saved is None else saved.progress
-    data.start_after(done := module.follow(data.schedule, progress))
-    validated = len(data.validation_set) > 0
-    loggers = build_loggers(options, folder, progress)
-    shown = ShownImages.of(data.validation_set, options.eval.pictures)
-    dashboard = Dashboard(options, folder, shown=shown, loggers=loggers, best=progress.best)
-    stop = StopRequest()
-    saver = Saver(
-        folder,
-        data.schedule,
-        every=options.train.checkpoint_every,
-        validated=validated,
-        stop=stop,
-        progress=progress,
-    )
-    trainer = build_trainer(
-        options,
-        hardware,
-        loggers=loggers,
-        callbacks=[dashboard, saver],
-        validate=validated,
-        schedule=data.schedule,
-        done=done,
-    )
-    try:
-        if options.dataset.cache_features:
-            encode = functools.partial(module.encode, trainer=trainer)
-            precision = trainer.precision_plugin.precision
-            data.keep_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
-        with stop, memory_told(options):
-            trainer.fit(module, datamodule=data, ckpt_path=saved and saved.path, weights_only=True)
-    except BaseException:
-        dashboard.close()
-        raise
-    return Trained(dashboard, hours=saver.spent / 3600)
+    return fit(options, folder, module=module, data=data, hardware=hardware, saved=saved)
 
 
 def train_and_evaluate(options: Options) -> dict[str, Any]:

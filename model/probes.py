@@ -39,6 +39,8 @@ class LinearProbe(nn.Module):
         logits = F.interpolate(self(code), size=label.shape[-2:], mode="bilinear").float()  # (B, C, H, W)
         ignored = (label < 0) | (label >= logits.shape[1])
         target = label.masked_fill(ignored, IGNORE)
+        if logits.is_cuda and torch.are_deterministic_algorithms_enabled():  # of which maps have none
+            logits, target = logits.permute(0, 2, 3, 1).flatten(0, 2), target.flatten()  # (B*H*W, C)
         total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
         return summed(total) / summed((~ignored).sum()).clamp_min(1)
 

@@ -209,7 +209,7 @@ def build_trainer(
     return Trainer(
         **hardware | {"plugins": plugins},
         max_epochs=1,
-        deterministic=options.train.deterministic or None,
+        deterministic=options.train.deterministic,
         logger=loggers or False,
         callbacks=[*steps, *(callbacks or []), bar],
         limit_val_batches=1.0 if validate else 0,

@@ -170,8 +170,7 @@ def test_training__workers_change_nothing(tiny_options, tmp_path):
         options = tiny_options(dataloader__num_workers=workers, dataset__loader_crop_type="random",
                                dataset__crop_type="five")  # fmt: skip
         train(options, tmp_path / f"run{workers}")
-        rows = scalars(tmp_path / f"run{workers}")
-        curves.append([{key: row[key] for key in row if key != "images_per_s"} for row in rows])
+        curves.append(loss_rows(tmp_path / f"run{workers}"))
     assert curves[0] == curves[1]
 
 
@@ -205,6 +204,25 @@ def test_training__reduced_precision_steps_and_clips_after_unscaling(
     for name in ("total_loss", "train_loss", "grad_norm", "num_positives"):  # not 2048 times as large
         assert float(low[name]) == pytest.approx(float(full[name]), rel=0.1)
     assert scaler.get_scale() == 2048
+
+
+def test_training__deterministic_operations_are_asked_for_and_change_nothing(tiny_options, tmp_path):
+    for chosen in (True, False):  # the second leaves the process as it was
+        train(tiny_options(train__deterministic=chosen), tmp_path / f"{chosen}")
+        assert torch.are_deterministic_algorithms_enabled() is chosen
+    assert loss_rows(tmp_path / "True") == loss_rows(tmp_path / "False")
+
+
+def loss_rows(folder):
+    return [{key: row[key] for key in row if key != "images_per_s"} for row in scalars(folder)]
+
+
+@pytest.mark.gpu
+def test_training__deterministic_gives_the_same_bits_on_cuda(tiny_options, tmp_path):
+    for name in ("one", "two"):
+        train(tiny_options(train__deterministic=True, train__epoch=4), tmp_path / name)
+    assert loss_rows(tmp_path / "one") == loss_rows(tmp_path / "two")
+    torch.use_deterministic_algorithms(False)
 
 
 def full_shape_step(options, device, dtype):

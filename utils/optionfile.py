@@ -15,7 +15,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import UserError, closest, first_line
 from utils.files import REPOSITORY, find_checkpoint, read_json_object, weights_file
-from utils.options import FULL_DEPTH, LEGACY_KEYS, PATCHES, WIDTH_AND_HEADS, WITHOUT_FOLDER, Options
+from utils.options import (
+    FETCHED_AS,
+    FULL_DEPTH,
+    LEGACY_KEYS,
+    PATCHES,
+    WIDTH_AND_HEADS,
+    WITHOUT_FOLDER,
+    Options,
+)
 from utils.wandb_options import wandb_mistakes
 
 OPTION_FOLDERS = (Path("json"), Path("json/server"))
@@ -264,11 +272,15 @@ def missing_files(options: Options) -> list[str]:
             find_checkpoint(options.checkpoint, options.output_dir)
         except UserError as error:
             found.append(str(error))
-    folder = options.dataset.data_path
-    if options.dataset.data_type not in WITHOUT_FOLDER and not (folder and Path(folder).is_dir()):
+    folder, data_type = options.dataset.data_path, options.dataset.data_type
+    if data_type not in WITHOUT_FOLDER and not (folder and Path(folder).is_dir()):
+        fetch = (
+            f"python dataset/dataset_download.py {FETCHED_AS.get(data_type)} --root {folder or '<folder>'}"
+        )
         found.append(
             f"dataset.data_path is {json.dumps(folder)}: no such folder; name the folder of the "
-            f"{options.dataset.data_type} data with --data_path"
+            f"{data_type} data with --data_path"
+            + (f", or get them: {fetch}" if data_type in FETCHED_AS else "")
         )
     return found
 

@@ -27,6 +27,8 @@ DATA_TYPES = [
     "synthetic",
 ]
 WITHOUT_FOLDER = {"synthetic"}  # data sets that read no file
+FETCHED_AS = {f"cocostuff{n}": "cocostuff" for n in (27, 15, 3)}  # data set -> dataset_download.py's name
+FETCHED_AS |= {name: name for name in ("cityscapes", "potsdam", "potsdamraw")}
 ARCHS = ["dino", "dinov2", "vit"]
 LOSSES = ["ppap"]
 

@@ -7,6 +7,7 @@ import pytest
 from dataset import DATA_SETS
 from model import build_module
 from model.backbone import FrozenViT
+from utils.download.sources import TARGETS
 from utils.errors import UserError
 from utils.labels import LabelSpace
 from utils.optionfile import (
@@ -19,7 +20,7 @@ from utils.optionfile import (
     load_options,
     missing_files,
 )
-from utils.options import LEGACY_KEYS, Options
+from utils.options import DATA_TYPES, LEGACY_KEYS, Options
 
 OUR_FILES = sorted(path for path in (REPOSITORY / "json").rglob("*.json") if path.name != "ablation.json")
 PUBLISHED_NAMES = [
@@ -194,6 +195,14 @@ def test_missing_files__are_reported_with_the_rest(tmp_path):
     for part in ("no.pth: no such file", '"no": no such folder', "train.epoch is -1"):
         assert part in text
     assert missing_files(build_options({"dataset.data_type": "synthetic"}, source="x")) == []
+
+
+def test_missing_folder__is_told_with_the_command_that_fills_it():
+    for data_type in DATA_TYPES:
+        flat = {"dataset.data_type": data_type, "dataset.data_path": "no"}
+        text = " ".join(missing_files(build_options(flat | {"dataset.n_classes": None}, source="x")))
+        fetched = [name for name in TARGETS if f"dataset_download.py {name} --root no" in text]
+        assert fetched == [name for name in TARGETS if data_type.rstrip("0123456789") == name]
 
 
 def test_empty_section__is_accepted():

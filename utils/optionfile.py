@@ -278,7 +278,7 @@ def _backbone_contradictions(options: Options) -> list[str]:
 
 
 def missing_files(options: Options) -> list[str]:
-    """Files and folders that the options name and that are not there."""
+    """Files that the options name and that are not there, and a data set without a folder."""
     found = []
     weights = options.model.pretrained.pretrained_weights
     if weights is not None and not weights_file(weights).is_file():
@@ -290,12 +290,9 @@ def missing_files(options: Options) -> list[str]:
             find_checkpoint(options.checkpoint, options.output_dir)
         except UserError as error:
             found.append(str(error))
-    folder = options.dataset.data_path
-    if options.dataset.data_type not in WITHOUT_FOLDER and not (folder and Path(folder).is_dir()):
-        found.append(
-            f"dataset.data_path is {json.dumps(folder)}: no such folder; name the folder of the "
-            f"{options.dataset.data_type} data with --data_path"
-        )
+    kind = options.dataset.data_type
+    if kind not in WITHOUT_FOLDER and not options.dataset.data_path:  # a folder is looked into by its data set
+        found.append(f"dataset.data_path is not set: name the folder of the {kind} data with --data_path")
     return found
 
 

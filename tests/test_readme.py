@@ -1,7 +1,6 @@
 """The README says what the code does: its options table, its option files and its commands."""
 
 import csv
-import dataclasses
 import json
 import os
 import re
@@ -19,15 +18,11 @@ from utils.optionfile import REPOSITORY, SCHEMA, find_option_file, load_options
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
-def default_of(field: dataclasses.Field):
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
-
-
 def option_rows() -> list[str]:
     """The rows of the options table as the schema has them."""
     rows = []
     for key, entry in SCHEMA.items():
-        default = json.dumps(default_of(entry.field))
+        default = json.dumps(entry.default)
         allowed = entry.allowed.replace("|", "\\|")
         rows.append(f"| `{key}` | `{default}` | {entry.field.metadata['help']} | {allowed} |")
     return rows

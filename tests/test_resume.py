@@ -6,24 +6,27 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import run
 from model.module import PPAPModule
 from model.saving import Saver
 from tests.conftest import write_tiny
+from tests.utils.wandb_file import WandbFile
 from utils.checkpoints import BEST, LAST, PREVIOUS, newest_complete, read_progress
 from utils.cli import guarded
 from utils.errors import UserError
+from utils.runfolder import locked
 from utils.stopping import Stopped, StopRequest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 TIMES = {"images_per_s", "train_hours", "peak_memory_gib", "checkpoint"}
 LONG = {"train__epoch": 3, "train__valid_freq": 3, "train__print_freq": 1, "eval__is_crf": False}  # 12 steps
 
@@ -63,12 +66,12 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def stopping(monkeypatch):
-    def stop_in(step, *, hook="training_step", signum=signal.SIGTERM):
+    def stop_in(step, *, hook="training_step", signum=signal.SIGTERM, only=lambda module: True):
         """Has this process signalled where a step, or the validation after it, is computed."""
         plain = getattr(PPAPModule, hook)
 
         def signalled(module, *arguments):
-            if module.iters + (hook == "training_step") == step:
+            if module.iters + (hook == "training_step") == step and only(module):
                 os.kill(os.getpid(), signum)
             return plain(module, *arguments)
 
@@ -108,6 +111,93 @@ def test_signal__puts_the_handlers_back():
         time.sleep(0.01)
         assert stop.signum == signal.SIGTERM
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_signal__a_second_ctrl_c_leaves_at_once(tiny_file, tmp_path, start):
+    """The first one waits for a step that never ends."""
+    process = start(["--opt", tiny_file(**LONG)], stuck_in_step=3)
+    try:
+        await_file(tmp_path / "output/tiny/stuck", process)
+        for _ in range(2):
+            os.kill(process.pid, signal.SIGINT)
+            time.sleep(0.3)
+        process.join(10)
+        assert process.exitcode == 128 + signal.SIGINT
+    finally:
+        process.kill()
+
+
+def test_signal__in_a_slurm_job_requeues_it(tiny_file, tmp_path, stopping, monkeypatch):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_JOB_NAME", "ppap")
+    monkeypatch.setattr("pytorch_lightning.plugins.environments.SLURMEnvironment.detect", lambda: False)
+    stopping(2, signum=signal.SIGUSR1)
+    with pytest.raises(Stopped, match=r"step 2 of 12.*SLURM job 77 is requeued; go on with"):
+        run.main(["--opt", tiny_file(**LONG)])
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+
+
+def test_wandb__has_each_point_once(tiny_file, tmp_path, stopping):
+    """Stopped at step 8, after the validation of step 7; the last file has the whole run."""
+    path, folder = tiny_file(**LONG, wandb__mode="offline"), tmp_path / "output/tiny"
+    undo = stopping(9)
+    with pytest.raises(Stopped):
+        run.main(["--opt", path])
+    undo()
+    (before,) = (folder / "wandb").glob("offline-run-*")
+    run.main(["--opt", path, "--resume"])
+    (now,) = (folder / "wandb").glob("offline-run-*")
+    assert [old.name for old in (folder / "wandb").glob("superseded-*")] == [
+        before.name.replace("offline", "superseded")
+    ]
+    assert now.name.rsplit("-", 1)[1] == before.name.rsplit("-", 1)[1]  # the run's id
+    found = WandbFile(now).history
+    losses = [(row["iters"], row["total_loss"]) for row in found if "total_loss" in row]
+    logged = [row for row in rows_of(folder) if row["total_loss"]]
+    assert losses == [(float(row["iters"]), float(row["total_loss"])) for row in logged]
+    assert [step for step, _ in losses] == list(range(1, 13))
+    assert [row["iters"] for row in found if "valid_loss" in row] == [3, 4, 7, 8, 11, 12]
+
+
+def test_resume__where_nothing_is_validated(tiny_file, tmp_path, stopping):
+    (tmp_path / "photos").mkdir()
+    for number in range(16):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"photos/{number}.png")
+    path = tiny_file(
+        **LONG,
+        dataset__data_type="directory",
+        dataset__data_path=str(tmp_path / "photos"),
+        dataset__n_classes=5,
+    )
+    undo = stopping(7)
+    with pytest.raises(Stopped):
+        run.main(["--opt", path])
+    undo()
+    run.main(["--opt", path, "--resume"])
+    run.main(["--opt", path, "wandb.name=whole"])
+    assert_same_run(tmp_path / "output/tiny", tmp_path / "output/whole")
+    assert read_progress(tmp_path / "output/tiny" / BEST).step == 12
+
+
+def test_resume__a_sweep_goes_on_with_the_run_that_was_left(tiny_file, tmp_path, stopping, capsys):
+    words = ["--opt", tiny_file(**LONG), "train.seed=0,1,2"]
+    undo = stopping(4, only=lambda module: module.options.train.seed == 1)
+    with pytest.raises(Stopped):
+        run.main(words)
+    undo()
+    capsys.readouterr()
+    results = run.main([*words, "--resume"])
+    told = capsys.readouterr().out
+    assert len(results) == 3
+    assert "tiny-seed=0: this run is finished" in told
+    assert "going on after step 4" in told
+    assert "tiny-seed=2 holds nothing to go on from" in told
+    assert (tmp_path / "output/tiny-sweep").is_dir()
 
 
 def test_resume__finished_is_not_run_again(tiny_file, capsys, monkeypatch):
@@ -175,31 +265,48 @@ def test_checkpoint_every__that_is_no_interval(tiny_options, every):
         tiny_options(train__checkpoint_every=every)
 
 
-def test_lock__two_runs_into_one_folder(tiny_file, tmp_path):
-    """The second is another process, as the lock is one of processes."""
-    path = tiny_file()
-    code = (
-        "import sys; from utils.runfolder import locked; from pathlib import Path\n"
-        f"with locked(Path({str(tmp_path / 'output/tiny')!r})): print('held', flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+def hold(folder):
+    """Has the lock of a run's folder until it is killed, and tells by a file."""
+    with locked(folder):
+        (folder.parent / "held").touch()
+        time.sleep(600)
+
+
+def test_lock__two_runs_into_one_folder(tiny_file, tmp_path, forkserver):
+    path, folder = tiny_file(), tmp_path / "output/tiny"
+    holder = forkserver.Process(target=hold, args=(folder,))
+    holder.start()
     try:
-        assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(
-            UserError, match=r"another run is writing there .*tiny\.lock.*another wandb\.name"
-        ):
+        await_file(folder.parent / "held", holder)
+        with pytest.raises(UserError, match=r"another run is writing there .*tiny\.lock.*wandb\.name"):
             run.main(["--opt", path])
-        assert not (tmp_path / "output/tiny").exists()
+        assert not folder.exists()
     finally:
         holder.kill()
-        holder.communicate()
+        holder.join()
     run.main(["--opt", path])  # the lock has fallen with its process
 
 
-def run_until(argv, *, renames=None):
-    """run.py in a process of its own, which kills itself instead of renaming a file for the n-th time."""
+def await_file(path, process):
+    while not path.exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+
+
+def stay(module, batch, batch_idx, *, step, step_of):
+    """A training step that never ends where it is the one that is asked for."""
+    if batch_idx + 1 == step:
+        (Path(module.options.output_dir) / module.options.wandb.name / "stuck").touch()
+        while True:
+            time.sleep(0.1)
+    return step_of(module, batch, batch_idx)
+
+
+def run_until(argv, *, renames=None, stuck_in_step=None):
+    """run.py in a process of its own.
+
+    It kills itself instead of renaming a file for the n-th time, or never ends a step, with a file to tell.
+    """
     multiprocessing.set_start_method("fork", force=True)  # of its loaders, as on the command line
     plain, left = os.replace, [renames]
 
@@ -212,17 +319,24 @@ def run_until(argv, *, renames=None):
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if renames is not None:
         os.replace = counted
+    if stuck_in_step is not None:
+        PPAPModule.training_step = partialmethod(stay, step=stuck_in_step, step_of=PPAPModule.training_step)
     sys.exit(guarded(lambda: run.main(argv)))
 
 
 @pytest.fixture(scope="module")
-def start():
-    """Starts run.py in a process that has torch imported already."""
+def forkserver():
+    """Starts processes that have torch imported already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "model", "dataset"])
+    return context
 
+
+@pytest.fixture
+def start(forkserver):
     def start(argv, **chosen):
-        process = context.Process(target=run_until, args=(argv,), kwargs=chosen)
+        """Starts run.py."""
+        process = forkserver.Process(target=run_until, args=(argv,), kwargs=chosen)
         process.start()
         return process
 

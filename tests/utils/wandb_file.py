@@ -4,6 +4,7 @@ wandb's Python reader of that log went with its move to Go, so the framing is re
 """
 
 import json
+import time
 from pathlib import Path
 
 from wandb.proto.wandb_internal_pb2 import Record
@@ -43,6 +44,11 @@ class WandbFile:
     def __init__(self, folder: Path) -> None:
         (path,) = folder.rglob("run-*.wandb")
         self.path, self.records = path, messages(path)
+        for _ in range(100):  # wandb's own process may still be writing what was sent to it
+            if self.records and self.records[-1].WhichOneof("record_type") == "exit":
+                break
+            time.sleep(0.1)
+            self.records = messages(path)
         self.history = [_items(r.history.item) for r in self.records if r.HasField("history")]
         self.summary: dict = {}
         self.config: dict = {}

@@ -64,7 +64,7 @@ def train(options: Options, folder: Path, saved: Saved | None = None) -> Trained
     from model.dashboard import Dashboard
     from model.saving import Saver
     from utils.checkpoints import Progress
-    from utils.faults import memory_told
+    from utils.faults import memory_told, others_told
     from utils.loggers import build_loggers
     from utils.runfolder import begin
     from utils.shown import ShownImages
@@ -111,7 +111,7 @@ def train(options: Options, folder: Path, saved: Saved | None = None) -> Trained
             encode = functools.partial(module.encode, trainer=trainer)
             precision = trainer.precision_plugin.precision
             data.keep_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
-        with stop, memory_told(options):
+        with stop, memory_told(options), others_told():
             trainer.fit(module, datamodule=data, ckpt_path=saved and saved.path, weights_only=True)
     except BaseException:
         dashboard.close()

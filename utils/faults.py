@@ -9,7 +9,7 @@ import torch
 
 from utils.errors import UserError, first_line
 from utils.options import Options
-from utils.ranks import planned_ranks
+from utils.ranks import planned_ranks, ranks
 
 
 @contextmanager
@@ -29,6 +29,26 @@ def memory_told(options: Options) -> Iterator[None]:
         if not lacking and "can't allocate memory" not in str(error):  # what the CPU's allocator says
             raise
         raise UserError(memory_advice(options, first_line(error))) from error
+
+
+@contextmanager
+def others_told() -> Iterator[None]:
+    """Turns the loss of another process of the run into an error that says so.
+
+    Raises:
+        UserError: another process has ended, or has not answered.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks() == 1:
+            raise
+        if not (isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)):
+            raise
+        raise UserError(
+            f"another process of this run has ended or does not answer ({first_line(error)}); its own "
+            "message says why: mend that, then go on with --resume"
+        ) from error
 
 
 def memory_advice(options: Options, reason: str) -> str:

@@ -13,7 +13,7 @@ from model.dashboard import Dashboard
 from model.module import PPAPModule
 from model.saving import Saver
 from utils.checkpoints import Progress, Saved
-from utils.faults import memory_told
+from utils.faults import memory_told, others_told
 from utils.loggers import build_loggers
 from utils.options import Options
 from utils.shown import ShownImages
@@ -86,7 +86,7 @@ def fit(
                 encode = functools.partial(module.encode, trainer=trainer)
                 precision = trainer.precision_plugin.precision
                 data.keep_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
-            with stop:
+            with stop, others_told():
                 trainer.fit(module, datamodule=data, ckpt_path=saved and saved.path, weights_only=True)
     except BaseException:
         dashboard.close()

@@ -100,12 +100,11 @@ class PPAPModule(LightningModule):
         """One batch: images (B, 3, H, W) uint8 or tokens, labels (B, H, W); returns the total loss.
 
         Of several processes each has its slice of the global batch; their gradients are parts of one sum,
-        of which DDP takes the mean. None, which leaves everything as it is, where an earlier start has
-        trained on the batch.
+        of which DDP takes the mean. Where an earlier start has trained on the batch, nothing is changed.
         """
         self._batch_index = batch_idx
-        if self.iters <= self._done:
-            return None
+        if self._trained:
+            return self._no_loss()
         losses = self.losses(batch, step=self.iters)
         self._losses = losses.detach()
         self._pace.images += ranks() * len(batch.label)
@@ -114,6 +113,17 @@ class PPAPModule(LightningModule):
             self.nonfinite.stop_if_met(self._names)  # on a GPU this waits for the step, so not each time
         self.log("loss", losses.total.detach(), prog_bar=True, logger=False)
         return ranks() * losses.total
+
+    @property
+    def _trained(self) -> bool:
+        """Whether an earlier start has trained on the batch in hand."""
+        return self.iters <= self._done
+
+    def _no_loss(self) -> Tensor | None:
+        """A loss that changes nothing: None, which Lightning takes from a single process alone."""
+        if ranks() == 1:
+            return None
+        return 0 * sum(parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
 
     def _shown(self, step: int) -> bool:
         """Whether a step's scalars are logged: the first of an epoch, and each `print_freq` after it."""
@@ -187,7 +197,7 @@ class PPAPModule(LightningModule):
         self, optimizer: torch.optim.Optimizer, *_: Any, **_keywords: Any
     ) -> None:
         """Clips head and projection alone; Lightning calls this after unscaling."""
-        if self.nonfinite.skips():
+        if self._trained or self.nonfinite.skips():
             optimizer.zero_grad(set_to_none=True)  # so that the step changes nothing
         if not self.frozen:
             self._grad_norm = torch.nn.utils.clip_grad_norm_(
@@ -196,7 +206,7 @@ class PPAPModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Logs the published scalars, and what they leave out, every `print_freq` steps."""
-        if self.iters <= self._done or not self._shown(self.iters):
+        if self._trained or not self._shown(self.iters):
             return
         scalars = {
             "epoch": self.schedule.epoch(self.iters),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from utils.download.transfer import FetchError, Patience, Wanted, fetch
 from utils.errors import UserError, first_line
@@ -166,10 +167,13 @@ def official_file(backbone: OfficialBackbone) -> Path:
                 f"{path}: its SHA-256 is not {backbone.sha256}; delete it, and it is fetched again"
             )
         return path
-    print(f"{backbone.name}: from {backbone.address}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fetch([backbone.address], path, wanted=Wanted(sha256=backbone.sha256), patience=PATIENCE)
+        lock = path.parent.with_name(f".{path.name}.lock")
+        with FileLock(lock):  # of several processes one fetches it, and the others wait
+            if not path.is_file():
+                print(f"{backbone.name}: from {backbone.address}")
+                fetch([backbone.address], path, wanted=Wanted(sha256=backbone.sha256), patience=PATIENCE)
     except (FetchError, OSError) as error:
         reason = error.mistakes[0] if isinstance(error, FetchError) else first_line(error)
         raise UserError(

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,19 @@ import pytest
 import torch
 
 import run
+from dataset import build_data
 from dataset.datamodule import SharedBatches
+from model import build_module
 from tests import in_two
 from tests.dataset.files import save
 from utils import ranks
+from utils.checkpoints import Progress
 from utils.cli import guarded
 from utils.errors import NotFinite, UserError
+from utils.faults import others_told
 from utils.optionfile import REPOSITORY
 from utils.options import TrainerOptions
+from utils.schedule import Schedule
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 TIMES = ("images_per_s", "train_hours", "peak_memory_gib", "checkpoint")
@@ -265,3 +271,72 @@ def test_guarded__one_process_tells_what_all_have_met(monkeypatch, capsys):
     assert (printed.out, printed.err) == ("", "error in process 0: an image\n")
     launched(monkeypatch, {"RANK": "0"})
     assert fails(NotFinite("the loss")) == 2
+
+
+def test_step__of_an_earlier_start_changes_nothing(tiny_options, monkeypatch):
+    """Several processes need a loss even so; each parameter has a part in it, or DDP would wait for one."""
+    options = tiny_options(train__skip_nonfinite=True)
+    module = build_module(options, build_data(options).labels)
+    monkeypatch.setattr("model.module.ranks", lambda: 2)
+    module.follow(Schedule(4, 1, 3), Progress(step=3, validated=False))
+    optimizer = module.configure_optimizers()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    module.training_step(None, 0).backward()
+    assert all(parameter.grad is not None for parameter in module.parameters() if parameter.requires_grad)
+    module.configure_gradient_clipping(optimizer)
+    optimizer.step()
+    assert not optimizer.state
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("message", ["/gloo/transport/tcp/pair.cc: Connection reset by peer", "other"])
+def test_others_told__names_the_other_process(monkeypatch, message):
+    monkeypatch.setattr("utils.faults.ranks", lambda: 2)
+    with pytest.raises(RuntimeError if message == "other" else UserError, match=message), others_told():
+        raise RuntimeError(message)
+
+
+LEAVING = """
+import os, signal, sys
+import run
+from model import PPAPModule
+from utils.cli import guarded
+
+step = PPAPModule.training_step
+
+def signalled(module, batch, batch_idx):
+    if module.iters == 3 and os.environ["LOCAL_RANK"] == "0":  # in step 4, the last of an epoch
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(module, batch, batch_idx)
+
+PPAPModule.training_step = signalled
+sys.exit(guarded(run.main))
+"""
+
+
+@pytest.mark.slow
+def test_run__of_two_processes_goes_on_where_it_was_left(tmp_path):
+    """The first process is asked to leave; the validation of that step is still to be done."""
+    make_photographs(tmp_path / "data")
+    (tmp_path / "tiny.json").write_text(json.dumps(few_steps(tmp_path)))
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    plain = {name: value for name, value in os.environ.items() if name not in STARTERS}
+    for program, status, words in (
+        ("run.py", 0, ["wandb.name=whole"]),
+        (str(tmp_path / "leaving.py"), 128 + signal.SIGTERM, ["wandb.name=left"]),
+        ("run.py", 0, ["wandb.name=left", "--resume"]),
+    ):
+        words += ["--opt", str(tmp_path / "tiny.json"), "trainer.devices=2", "eval.is_crf=false"]
+        done = subprocess.run(
+            [sys.executable, program, *words],
+            cwd=REPOSITORY, env=plain | {"PYTHONPATH": str(REPOSITORY)},
+            capture_output=True, text=True, timeout=5 * MINUTE, check=False,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+    assert "going on after step 4" in done.stdout
+    whole, left = ((tmp_path / "output" / name) for name in ("whole", "left"))
+    rows = [list(csv.DictReader((folder / "metrics.csv").open())) for folder in (whole, left)]
+    for row, other in zip(*rows, strict=True):
+        assert {**row, "images_per_s": ""} == {**other, "images_per_s": ""}
+    states = [torch.load(folder / "last.ckpt", weights_only=True)["state_dict"] for folder in (whole, left)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

@@ -291,7 +291,9 @@ def missing_files(options: Options) -> list[str]:
         except UserError as error:
             found.append(str(error))
     kind = options.dataset.data_type
-    if kind not in WITHOUT_FOLDER and not options.dataset.data_path:  # a folder is looked into by its data set
+    if (
+        kind not in WITHOUT_FOLDER and not options.dataset.data_path
+    ):  # a folder is looked into by its data set
         found.append(f"dataset.data_path is not set: name the folder of the {kind} data with --data_path")
     return found
 

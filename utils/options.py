@@ -139,7 +139,9 @@ class DataloaderOptions:
 
     batch_size: int = option(64, "images per training step, on all devices together", least=1)
     val_batch_size: int = option(8, "images per validation batch while training, on each device", least=1)
-    num_workers: int = option(8, "processes that decode images; no result depends on it", least=0)
+    num_workers: int = option(
+        8, "processes that decode images for a device; no result depends on it", least=0
+    )
 
 
 @dataclass

@@ -92,6 +92,7 @@ def requeue() -> str:
 
 
 def command_to_go_on() -> str:
-    """The command line of this program, with --resume."""
-    words = ["python", *sys.argv]
+    """The command line of this program, with --resume; torchrun's own words are not known here."""
+    starter = ["torchrun", "..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
+    words = [*starter, *sys.argv]
     return shlex.join(words if "--resume" in words else [*words, "--resume"])

@@ -200,8 +200,8 @@ def build_trainer(
     """
     # each refresh waits for the device
     refresh = options.train.print_freq if hardware["accelerator"] == "cuda" else 1
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for library in ("pytorch_lightning", "lightning_fabric", "torchmetrics"):
+        logging.getLogger(library).setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", module=library)
     steps = [ValidationSteps(schedule, done=done)] if schedule is not None else []
     bar = RunBar(schedule, done=done, refresh_rate=refresh)

@@ -21,8 +21,9 @@ if not __package__:  # run as a file: what is imported below lies in the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from utils.cli import guarded, parse_overrides
+from utils.contradictions import missing_files
 from utils.errors import UserError, listed
-from utils.optionfile import find_option_file, load_options, missing_files
+from utils.optionfile import find_option_file, load_options
 from utils.options import WITHOUT_FOLDER, Options
 
 if TYPE_CHECKING:

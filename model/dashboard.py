@@ -31,7 +31,7 @@ from utils.wandb_media import confusion_table, iou_chart, prediction_table
 EXPLANATION = "explanation.png"
 FINAL_FILES = ("metrics.json", NAME)
 FINAL_PICTURES = ("predictions.png", "confusion.png", "class_iou.png")
-SHARE = 0.01  # of a run's time that wandb's tables, or the explanation, may take while it trains
+TABLES_SHARE, EXPLAIN_SHARE = 0.05, 0.01  # of a run's time that each may take while it trains
 EXPLAIN_SECONDS = 4.0  # what the explanation is taken to cost before it was made
 
 
@@ -66,7 +66,7 @@ class Dashboard(Callback):
 
     After each validation the page has curves, metrics and IoU per class; its pictures follow at the end,
     where `finish` is called. Tables for wandb and the explanation of an anchor are made after a validation
-    where that takes at most `SHARE` of the time gone by, and in any case when training ends. Of several
+    where that takes at most a share of the time gone by, and in any case when training ends. Of several
     processes the first alone does so.
 
     Args:
@@ -89,8 +89,8 @@ class Dashboard(Callback):
         self.options, self.folder, self.shown, self.loggers = options, folder, shown, loggers
         self.labels: LabelSpace | None = None
         self.best = best
-        self._tables = Allowance(SHARE, 0.0)
-        self._explained = Allowance(SHARE, EXPLAIN_SECONDS)
+        self._tables = Allowance(TABLES_SHARE, 0.0)
+        self._explained = Allowance(EXPLAIN_SHARE, EXPLAIN_SECONDS)
         self._step, self._sent = 0, 0  # of the last validation, and of the last tables
 
     def on_fit_start(self, trainer: Trainer, pl_module: PPAPModule) -> None:

@@ -14,9 +14,8 @@ from model.module import PPAPModule
 from utils.checkpoints import BEST, LAST, NEWEST, PROGRESS, Progress, copy_whole, shift_names
 from utils.errors import NotFinite, UserError
 from utils.loggers import wandb_runs
-from utils.options import checkpoint_interval
 from utils.randomness import random_states, set_random_states
-from utils.schedule import Schedule
+from utils.schedule import Schedule, checkpoint_interval
 from utils.stopping import Stopped, StopRequest, command_to_go_on, in_slurm_job, requeue
 
 

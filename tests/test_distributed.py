@@ -15,7 +15,7 @@ import torch
 
 import run
 from dataset import build_data
-from dataset.datamodule import SharedBatches
+from dataset.samplers import SharedBatches
 from model import build_module
 from tests import in_two
 from tests.dataset.files import save

@@ -4,7 +4,6 @@ The key names are those of the published option files. Defaults are the paper's 
 so that an option file holds only what differs.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -307,17 +306,3 @@ class Options:
     train: TrainOptions = field(default_factory=TrainOptions)
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
-
-
-def checkpoint_interval(every: str | None) -> tuple[int | None, float | None]:
-    """`train.checkpoint_every` as (steps, seconds), of which at most one is not None.
-
-    Raises:
-        ValueError: it is neither; tells what it must be.
-    """
-    if every is None:
-        return None, None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(m|min|minutes?)?", str(every).strip())
-    if found is None or float(found[1]) == 0 or not (found[2] or found[1].isdigit()):
-        raise ValueError('must be a number of steps, such as 500, or of minutes, such as "15 min"')
-    return (None, 60 * float(found[1])) if found[2] else (int(found[1]), None)

@@ -1,6 +1,6 @@
 import pytest
 
-from dataset.datamodule import StepSampler
+from dataset.samplers import StepSampler
 from utils.errors import UserError
 from utils.schedule import Schedule
 

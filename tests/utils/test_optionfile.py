@@ -189,7 +189,7 @@ def test_contradictions(flat, part):
 
 
 def test_missing_files__are_reported_with_the_rest(tmp_path):
-    flat = {"model.pretrained.pretrained_weights": "no.pth", "dataset.data_path": None, "train.epoch": -1}
+    flat = {"model.pretrained.pretrained_weights": "no.pth", "dataset.data_path": "", "train.epoch": -1}
     text = mistakes(flat, check_files=True)
     for part in ("no.pth: no such file", "data_path is not set: name", "train.epoch is -1"):
         assert part in text

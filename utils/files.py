@@ -23,7 +23,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # the last: nested thousands deep
         raise UserError(f"{path}: not a readable JSON file: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold an object {{...}}, holds {type(content).__name__}")

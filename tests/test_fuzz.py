@@ -304,6 +304,16 @@ def test_command_line(words):
     assert "the command line" in message
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "${nowhere}"])
+@pytest.mark.parametrize(
+    "key", ["base", "checkpoint", "dataset.data_path", "model.pretrained.pretrained_weights"]
+)
+def test_names_that_no_file_can_have(key, name, tmp_path):
+    (tmp_path / "odd.json").write_text(json.dumps({key: name}))
+    with pytest.raises(UserError):
+        load_options(tmp_path / "odd.json", check_files=True)
+
+
 class Touch:
     """A pickle of it makes a file when it is loaded in full."""
 

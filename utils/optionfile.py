@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import typing
 from pathlib import Path
 from types import NoneType, UnionType
@@ -120,7 +121,7 @@ def find_option_file(name: str, *, beside: Path | None = None, flag: str = "--op
     places = ([beside / name] if beside else []) + [Path(name), *(folder / name for folder in folders)]
     for place in places:
         for candidate in (place, Path(f"{place}.json")):
-            if candidate.is_file():
+            if os.path.isfile(candidate):  # unlike Path.is_file, no error where a name is too long
                 return candidate
     known = {path.name for folder in folders for path in folder.glob("*.json")}
     asked = f"base of an option file in {beside}: {name}" if beside else f"{flag} {name}"
@@ -255,7 +256,7 @@ def missing_files(options: Options) -> list[str]:
     """Files and folders that the options name and that are not there."""
     found = []
     weights = options.model.pretrained.pretrained_weights
-    if weights is not None and not weights_file(weights).is_file():
+    if weights is not None and not os.path.isfile(weights_file(weights)):
         found.append(
             f"model.pretrained.pretrained_weights is {weights}: no such file; null takes the official"
         )
@@ -265,7 +266,7 @@ def missing_files(options: Options) -> list[str]:
         except UserError as error:
             found.append(str(error))
     folder = options.dataset.data_path
-    if options.dataset.data_type not in WITHOUT_FOLDER and not (folder and Path(folder).is_dir()):
+    if options.dataset.data_type not in WITHOUT_FOLDER and not os.path.isdir(folder):
         found.append(
             f"dataset.data_path is {json.dumps(folder)}: no such folder; name the folder of the "
             f"{options.dataset.data_type} data with --data_path"

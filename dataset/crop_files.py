@@ -17,7 +17,7 @@ from PIL import Image
 from dataset.crops import CROPS, RECORD, crop_boxes, prepared_folder
 from dataset.source import RawItem, Source, classes_of
 from utils.errors import UserError
-from utils.files import read_json_object, write_json
+from utils.files import read_json_object, replacing, write_json
 from utils.images import open_image, open_label
 from utils.options import DatasetOptions
 
@@ -121,14 +121,10 @@ def write_crops(plan: CropPlan, index: int) -> str | None:
     except UserError as damage:
         return str(damage)
     for name, content in files.items():
-        path = plan.folder / name
-        temporary = path.with_name(path.name + ".part")
         try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
+            with replacing(plan.folder / name) as temporary:
+                temporary.write_bytes(content)
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
             raise unwritable(plan.folder, error) from None
     return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from model.module import CHECKPOINT_ENTRY, PPAPModule
 from model.pretrained import is_state, load_strictly, read_tensors
 from utils.errors import UserError, first_line
+from utils.files import replacing
 
 PUBLISHED_PARTS = {  # published dict entry -> our prefix
     "linear_model_state_dict": "linear_probe.classifier.",
@@ -106,9 +106,8 @@ def export(checkpoint: CheckpointFile, path: Path) -> None:
     )  # as in the released files
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        torch.save(counts | parts | optimizers | {"best": best}, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save(counts | parts | optimizers | {"best": best}, temporary)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
         raise UserError(f"{path}: cannot be written ({first_line(error)}); choose another place") from None
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from tqdm import trange
 from model.backbone import FrozenViT
 from model.pretrained import backbone_spec
 from utils.errors import UserError
-from utils.files import make_folder
+from utils.files import make_folder, replacing
 from utils.options import Options
 from utils.randomness import generator, seeded
 from utils.transforms import normalise
@@ -154,8 +153,8 @@ def distilled_backbone(options: Options, scenes: Tensor, *, centred_on: int) -> 
 def save_backbone(vit: FrozenViT, path: Path) -> Path:
     """Writes its weights as safetensors, whole or not at all; returns the path."""
     make_folder(path.parent)
-    save_file(vit.state_dict(), part := path.with_suffix(".part"))
-    os.replace(part, path)
+    with replacing(path) as temporary:
+        save_file(vit.state_dict(), temporary)
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from PIL import Image
 from scipy import ndimage
 
 from utils.errors import UserError, first_line
+from utils.files import replacing
 from utils.maskids import MaskIds
 
 LONGEST_OVERLAY = 2048  # pixels: to look at, where the mask has every pixel
@@ -98,10 +98,9 @@ def specks(classes: np.ndarray) -> np.ndarray:
 
 
 def _write(path: Path, picture: Image.Image, **how: object) -> None:
-    temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(temporary, **how)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            picture.save(temporary, **how)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({first_line(error)}); choose another --out") from None

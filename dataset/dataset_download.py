@@ -18,9 +18,8 @@ if not __package__:  # run as a file: what is imported below lies in the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from utils.cli import guarded
-from utils.download.acquire import Means, acquire, describe
-from utils.download.ledger import Ledger
-from utils.download.sources import TARGETS, Archive, Target
+from utils.download.acquire import Means, acquire, describe, pending, unpack_archives
+from utils.download.sources import TARGETS, Target
 from utils.download.transfer import Patience
 from utils.errors import UserError
 
@@ -81,18 +80,23 @@ def _mistakes(arguments: argparse.Namespace, target: Target, root: Path) -> list
 
 def _run(target: Target, means: Means, *, name: str, dry: bool) -> None:
     root = means.root
-    finding = target.check(root)
-    if not finding.mistakes and not _pending(target, root):
+    finding, left = target.check(root), pending(target, root)
+    if not finding.mistakes and not left:
         print(f"{root}: {name} is complete already, nothing to do")
         _conclude(target, root, finding.counts)
         return
-    if target.instructions:
+    if finding.mistakes and target.instructions:
         print(target.instructions.format(root=shlex.quote(str(root))), flush=True)
     if dry:
-        print("\n".join([*describe(target, means), "a dry run: nothing was written"]))
+        lines = [f"would unpack: {archive.name}" for archive in left]
+        lines = describe(target, means) if finding.mistakes else lines
+        print("\n".join([*lines, "a dry run: nothing was written"]))
         return
     root.mkdir(parents=True, exist_ok=True)
-    acquire(target, means)
+    if finding.mistakes:
+        acquire(target, means)
+    else:
+        unpack_archives(left, means)
     finding = target.check(root)
     if finding.mistakes:
         hint = "fetch what is missing as said above, and run this again"
@@ -103,13 +107,6 @@ def _run(target: Target, means: Means, *, name: str, dry: bool) -> None:
         raise UserError([*finding.mistakes, hint], f"{root}, which is not a complete {name}")
     print(f"{root}: {name} is complete")
     _conclude(target, root, finding.counts)
-
-
-def _pending(target: Target, root: Path) -> bool:
-    """Whether an archive lies there that has not been unpacked."""
-    archives = [file for plan in target.plans for file in plan if isinstance(file, Archive)]
-    there = [archive for archive in archives if (root / archive.name).is_file()]
-    return bool(there) and not all(map(Ledger(root).has_unpacked, there))
 
 
 def _conclude(target: Target, root: Path, counts: Mapping[str, int]) -> None:

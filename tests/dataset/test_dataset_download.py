@@ -297,6 +297,18 @@ def test_by_hand__whole_data_set_is_left_alone(download, server, tmp_path, capsy
     assert server.seen == []
 
 
+def test_by_hand__archive_beside_a_whole_data_set_is_unpacked_and_no_other_fetched(
+    download, server, tmp_path, capsys
+):
+    for name, content in coco_files().items():
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(content)
+    (tmp_path / "data/val2017.zip").write_bytes(server.pages["val2017.zip"].body)
+    download("cocostuff")
+    assert "val2017.zip: unpacked 3 files, 3 of them there already" in capsys.readouterr().out
+    assert server.seen == []
+
+
 def test_damaged_archive__is_named_and_fetched_again_once_deleted(download, server, tmp_path):
     whole = server.pages["potsdam.zip"]
     at = whole.body.index(b"MATLAB")

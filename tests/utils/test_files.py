@@ -17,9 +17,14 @@ def test_replacing__new_content_under_the_old_name(tmp_path):
 def test_replacing__failure_leaves_the_old_file_alone(tmp_path, begun):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(OSError, match="full"), replacing(path) as temporary:
-        if begun:
-            temporary.write_text("n")
-        raise OSError("full")
+
+    def write():
+        with replacing(path) as temporary:
+            if begun:
+                temporary.write_text("n")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        write()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

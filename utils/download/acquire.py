@@ -122,6 +122,24 @@ def acquire(target: Target, means: Means) -> None:
     raise FetchError([*reasons, hint], "fetching: no address gave the file")
 
 
+def pending(target: Target, root: Path) -> list[Archive]:
+    """The archives that lie there and have not been unpacked."""
+    ledger = Ledger(root)
+    archives = [file for plan in target.plans for file in plan if isinstance(file, Archive)]
+    return [each for each in archives if (root / each.name).is_file() and not ledger.has_unpacked(each)]
+
+
+def unpack_archives(archives: list[Archive], means: Means) -> None:
+    """Unpacks archives that lie there; fetches nothing.
+
+    Raises:
+        UserError: too little space, or an archive that is damaged or refused.
+    """
+    ledger = Ledger(means.root)
+    for archive in archives:
+        _unpack(archive, ledger, means=means)
+
+
 def _is_here(file: File, ledger: Ledger, root: Path) -> bool:
     unpacked = isinstance(file, Archive) and ledger.has_unpacked(file)
     return unpacked or (root / file.name).is_file()

@@ -107,6 +107,7 @@ class PreparedCrops(FileSource):
         if not images:
             raise UserError(f"{folder / 'img' / split}: holds no <number>.jpg; prepare it or remove {folder}")
         labels = folder / "label" / split
-        targets = [labels / f"{path.stem}.png" if labels.is_dir() else None for path in images]
+        labelled = labels.is_dir()  # asked once: there are five crops an image
+        targets = [labels / f"{path.stem}.png" if labelled else None for path in images]
         classes = {class_id + 1: class_id for class_id in range(n_classes)}
         super().__init__(images, targets, rule=class_rule({0: IGNORE} | classes, other=INVALID))

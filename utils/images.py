@@ -125,7 +125,8 @@ def find_images(folder: Path, *, without: Path | None = None) -> FoundImages:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".") and Path(place, name) != without]
+        # in order, so that of two links to one folder every machine follows the same
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and Path(place, n) != without)
         for name in files:
             path = Path(place, name)
             ending = path.suffix.lower()

@@ -1,5 +1,7 @@
 """Every kind of photograph becomes 8-bit RGB, upright; what cannot be read is named."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -82,3 +84,20 @@ def test_find__sorts_what_a_folder_holds(tmp_path):
     assert found.others == {".txt": 1, "": 1}
     assert "1 without ending, 1 .txt; 1 video, such as" in found.passed_over()
     assert find_images(tmp_path / "a").passed_over() == ""
+
+
+def test_find__of_two_links_the_first_by_name_whatever_the_disk_says(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.jpg").touch()
+    (tmp_path / "in").mkdir()
+    for name in ("c", "b"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "elsewhere")
+    walk = os.walk
+
+    def backwards(*arguments, **more):
+        for place, folders, files in walk(*arguments, **more):
+            folders.sort(reverse=True)
+            yield place, folders, files
+
+    monkeypatch.setattr(os, "walk", backwards)
+    assert find_images(tmp_path / "in").images == [tmp_path / "in/b/a.jpg"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torchvision.datasets import Cityscapes as TorchvisionCityscapes
 
-from dataset.source import INVALID, FileSource, class_rule, missing_data, not_there
+from dataset.source import INVALID, FileSource, class_rule, fetch_command, missing_data, not_there
 from utils.labels import IGNORE, LabelSpace
 from utils.options import DatasetOptions
 
@@ -44,9 +44,7 @@ class Cityscapes(FileSource):
 
     def __init__(self, options: DatasetOptions, split: str) -> None:
         root = Path(options.data_path)
-        prepare = (
-            f"say what to fetch, and unpack it: python dataset/dataset_download.py cityscapes --root {root}"
-        )
+        prepare = f"say what to fetch, and unpack it: {fetch_command('cityscapes', root)}"
         images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
         targets = [
             root / "gtFine" / split / path.parent.name / path.name.replace("_leftImg8bit", "_gtFine_labelIds")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dataset.source import INVALID, FileSource, class_rule, missing_data, not_there
+from dataset.source import INVALID, FileSource, class_rule, fetch_command, missing_data, not_there
 from utils.errors import UserError
 from utils.labels import IGNORE, LabelSpace
 from utils.options import DatasetOptions
@@ -75,7 +75,7 @@ class CocoStuff(FileSource):
     def __init__(self, options: DatasetOptions, split: str) -> None:
         root, folder = Path(options.data_path), f"{split}2017"
         listing = root / "curated" / folder / LISTS[options.data_type, split]
-        prepare = f"fetch it with: python dataset/dataset_download.py cocostuff --root {root}"
+        prepare = f"fetch it with: {fetch_command('cocostuff', root)}"
         if not listing.is_file():
             raise missing_data(root, [listing], holds=HOLDS, prepare=prepare)
         ids = listing.read_text().split()

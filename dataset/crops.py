@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from dataset.source import INVALID, FileSource, RawItem, Source, class_rule
@@ -94,7 +95,7 @@ class PreparedCrops(FileSource):
     def __init__(self, folder: Path, split: str, n_classes: int) -> None:
         record = folder / RECORD
         if record.is_file() and read_json_object(record).get("complete") is not True:
-            data_path = folder.parent.parent
+            data_path = shlex.quote(str(folder.parent.parent))
             raise UserError(
                 f"{folder}: its crops are not complete ({RECORD} says so); go on with: python "
                 f"dataset/crop_datasets.py --opt <option file> --data_path {data_path}; or remove the folder "

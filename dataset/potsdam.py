@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.matfile import read_array
-from dataset.source import INVALID, FileSource, RawItem, class_rule, missing_data, not_there
+from dataset.source import INVALID, FileSource, RawItem, class_rule, fetch_command, missing_data, not_there
 from utils.errors import UserError, first_line
 from utils.labels import IGNORE, LabelSpace
 from utils.options import DatasetOptions
@@ -49,7 +49,7 @@ class Potsdam(FileSource):
         root, kind = Path(options.data_path), options.data_type
         words = {
             "holds": HOLDS[kind],
-            "prepare": f"fetch it with: python dataset/dataset_download.py {kind} --root {root}",
+            "prepare": f"fetch it with: {fetch_command(kind, root)}",
         }
         if kind == "potsdamraw":
             below, first = root / "processed", root / "processed/imgs/*.mat"

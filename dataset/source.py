@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -162,6 +163,16 @@ def missing_data(root: str | Path, missing: Sequence[str | Path], *, holds: str,
     return UserError(
         f"dataset.data_path is {root}: {missing[0]} is missing{more}; the folder must hold {holds}; {prepare}"
     )
+
+
+def fetch_command(name: str, root: Path) -> str:
+    """The command that fills the folder of a published data set, as a shell takes it.
+
+    Args:
+        name: what dataset_download.py calls it.
+        root: `dataset.data_path`.
+    """
+    return f"python dataset/dataset_download.py {name} --root {shlex.quote(str(root))}"
 
 
 def not_there(paths: Sequence[Path]) -> list[Path]:

@@ -99,6 +99,13 @@ def test_missing__names_the_folder_what_it_should_hold_and_the_command(data_of, 
     assert command in str(error.value)
 
 
+@pytest.mark.parametrize("data_type", sorted(set(PREPARATION) - {"directory"}))
+def test_missing__command_is_what_a_shell_takes(data_of, tmp_path, data_type):
+    with pytest.raises(UserError) as error:
+        data_of(data_type, tmp_path / "my data")
+    assert f"--root '{tmp_path / 'my data'}'" in str(error.value)
+
+
 def test_missing__covers_every_data_set_of_files():
     assert set(PREPARATION) == set(DATA_SETS) - {"synthetic"}
 

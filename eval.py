@@ -298,11 +298,8 @@ def export_published(arguments: Namespace) -> None:
     """
     from model.checkpoint import export, read_checkpoint
 
-    output_dir, name = Options().output_dir, arguments.checkpoint
-    if arguments.opt is not None:
-        options = plan_jobs(arguments)[0].options  # a sweep's jobs differ in what a checkpoint has not
-        output_dir, name = options.output_dir, options.checkpoint
-    found = find_checkpoint(name, output_dir)
+    options = plan_jobs(arguments)[0].options  # a sweep's jobs differ in what a checkpoint has not
+    found = find_checkpoint(options.checkpoint, options.output_dir)
     export(read_checkpoint(found), Path(arguments.export))
     print(f"{found} written in the published format: {arguments.export}")
 

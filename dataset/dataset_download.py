@@ -116,4 +116,4 @@ def _conclude(target: Target, root: Path, counts: Mapping[str, int]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(guarded(main, then="give the same command again"))

@@ -260,10 +260,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def guarded(main: Callable[[], None]) -> int:
+def guarded(main: Callable[[], None], *, then: str = "go on with --resume") -> int:
     """Runs a program; a user's mistake is shown without a traceback and gives its exit status.
 
     Of several processes the first alone prints, but for the mistakes that another one has met alone.
+
+    Args:
+        main: the program.
+        then: what to do after an interruption, or once a fault of the disk is mended.
     """
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed with the process
@@ -278,12 +282,12 @@ def guarded(main: Callable[[], None]) -> int:
             print(f"{error.label} in process {rank()}: {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print(f"interrupted; {then}", file=sys.stderr)
         return 130
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         where = error.filename or "output_dir"
-        print(f"error: {where}: {error.strerror}; mend that, then go on with --resume", file=sys.stderr)
+        print(f"error: {where}: {error.strerror}; mend that, then {then}", file=sys.stderr)
         return 2
     return 0

@@ -1,3 +1,4 @@
+import errno
 import json
 
 import pytest
@@ -101,6 +102,27 @@ def test_guarded__message_and_status_two(capsys):
 
     assert guarded(main) == 2
     assert capsys.readouterr().err == "error: 2 mistakes in a file:\n  - first\n  - second\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; {}"),
+        (
+            OSError(errno.ENOSPC, "No space left", "a.png"),
+            2,
+            "error: a.png: No space left; mend that, then {}",
+        ),
+    ],
+)
+def test_guarded__advice_is_the_program_s_own(capsys, error, status, told):
+    def main():
+        raise error
+
+    assert guarded(main) == status
+    assert capsys.readouterr().err == told.format("go on with --resume") + "\n"
+    assert guarded(main, then="try again") == status
+    assert capsys.readouterr().err == told.format("try again") + "\n"
 
 
 def variants_file(tmp_path, content):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from filelock import FileLock
 
 from utils.download.transfer import FetchError, Patience, Wanted, fetch
 from utils.errors import UserError, first_line
+from utils.files import sha256_of
 from utils.options import FULL_DEPTH, WIDTH_AND_HEADS
 from utils.report import markdown
 
@@ -162,7 +162,7 @@ def official_file(backbone: OfficialBackbone) -> Path:
     """
     path = backbone.file
     if path.is_file():
-        if backbone.sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != backbone.sha256:
+        if backbone.sha256 and sha256_of(path) != backbone.sha256:
             raise UserError(
                 f"{path}: its SHA-256 is not {backbone.sha256}; delete it, and it is fetched again"
             )

@@ -128,8 +128,8 @@ class Dashboard(Callback):
             result: what metrics.json holds.
             checkpoint: the best.
         """
-        hours = f"{60 * result['train_hours']:.1f} minutes of training"
-        state = f"{result['images']:,} validation images, {hours}."
+        spent = f"{60 * result['train_hours']:.1f} minutes of training"
+        state = f"{result['images']:,} validation images, {spent}."
         write_report(self.folder, labels=self.labels, state=f"Finished: {state}", result=result)
         with going_on():
             self._send_result(result, checkpoint=checkpoint)

@@ -38,10 +38,8 @@ class MaskIds:
             UserError: an id that does not exist.
         """
         last = len(self.names) - 1
-        unknown = [f"--names: {number}={name}: ids are 0 to {last}" for number, name in given.items()
-                   if number > last]  # fmt: skip
-        if unknown:
-            raise UserError(unknown)
+        if unknown := [f"{number}={name}" for number, name in given.items() if number > last]:
+            raise UserError([f"--names: {words}: ids are 0 to {last}" for words in unknown])
         return replace(self, names=tuple(given.get(id_, name) for id_, name in enumerate(self.names)))
 
 

@@ -63,7 +63,7 @@ class PhotoSegmenter:
     def __init__(self, module: PPAPModule, *, assignment: list[int] | None, asked: Asked) -> None:
         options, labels = module.options, module.labels
         self.asked, self.patch = asked, module.segmenter.backbone.spec.patch
-        self.res = asked.res or options.dataset.val_res
+        self.res = options.dataset.val_res if asked.res is None else asked.res
         self.backend = options.eval.crf_backend if asked.crf is True else asked.crf
         self.device = torch.device(asked.device or accelerator())
         self._check(with_linear=module.evaluator.with_linear)

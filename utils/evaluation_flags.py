@@ -46,7 +46,8 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
 
 def flag_mistakes(arguments: argparse.Namespace) -> list[str]:
     """What is wrong with them, one line each."""
-    given = {flag for flag in (*BELONG, *PROGRAMS) if _value(arguments, flag) not in (None, False)}
+    values = {flag: _value(arguments, flag) for flag in (*BELONG, *PROGRAMS)}
+    given = {flag for flag, value in values.items() if value is not None and value is not False}
     mistakes = []
     if len(programs := [flag for flag in PROGRAMS if flag in given]) > 1:
         mistakes.append(f"{' and '.join(programs)} are different programs: give one of them")

@@ -187,6 +187,11 @@ def test_asked__mistakes_come_together(module, tmp_path):
     assert load_segmenter(path)(photo(20, 20)).shape == (20, 20)
 
 
+def test_asked__a_resolution_of_zero_is_a_mistake(checkpoint):
+    with pytest.raises(UserError, match="res is 0, must be at least 8, one patch"):
+        load_segmenter(checkpoint, res=0)
+
+
 def test_memory__names_tiles(checkpoint, monkeypatch):
     segment = load_segmenter(checkpoint)
 

@@ -217,6 +217,12 @@ def test_images__flags_that_do_not_go_together(tiny_file):
         assert part in text
 
 
+@pytest.mark.parametrize("flag", ["--res", "--tile"])
+def test_images__a_flag_of_zero_is_one_that_is_given(tiny_file, flag):
+    with pytest.raises(UserError, match=f"{flag} is 0, which belongs to --images"):
+        jobs("--opt", tiny_file(), flag, "0", training=False)
+
+
 def test_images__need_no_data_set_and_are_evals_own(tiny_file):
     words = ("--opt", tiny_file(dataset__data_type="directory"), "--images", "a", "--out", "b")
     assert len(jobs(*words, training=False)) == 1

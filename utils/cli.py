@@ -31,7 +31,7 @@ from utils.evaluation_flags import add_evaluation_flags, flag_mistakes
 from utils.files import read_json_object
 from utils.optionfile import find_option_file, flatten, load_options
 from utils.options import Options
-from utils.ranks import is_first, rank
+from utils.ranks import is_first, place
 from utils.wandb_options import name_mistake
 
 DEMO = "demo.json"
@@ -275,7 +275,7 @@ def guarded(main: Callable[[], None]) -> int:
         elif error.common:
             return 0  # the first process tells
         else:
-            print(f"{error.label} in process {rank()}: {error}", file=sys.stderr)
+            print(f"{error.label} in process {'.'.join(map(str, place()))}: {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)

@@ -166,7 +166,7 @@ def test_run__of_two_processes_is_that_of_one(finished):
 
 
 def as_process(monkeypatch, rank, count):
-    for module in ("utils.ranks", "dataset.datamodule"):
+    for module in ("utils.ranks", "dataset.samplers"):
         monkeypatch.setattr(f"{module}.rank", lambda: rank)
         monkeypatch.setattr(f"{module}.ranks", lambda: count)
 

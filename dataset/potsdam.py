@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.io import loadmat
 
+from dataset.matfile import read_array
 from dataset.source import INVALID, FileSource, RawItem, class_rule, missing_data, not_there
 from utils.errors import UserError, first_line
 from utils.labels import IGNORE, LabelSpace
@@ -56,9 +56,9 @@ class Potsdam(FileSource):
             ids = sorted(path.stem for path in (below / "imgs").glob("*.mat"))
         else:
             below, first = root, root / LISTS[split]
-            if first.is_file() and not first.read_text().split():
+            ids = _listed(first)
+            if first.is_file() and not ids:
                 raise UserError(f"{first}: names no patch, must hold one id a line; {words['prepare']}")
-            ids = first.read_text().split() if first.is_file() else []
         images = [below / "imgs" / f"{name}.mat" for name in ids]
         targets = [below / "gt" / f"{name}.mat" for name in ids]
         missing = not_there([*images, *targets]) if ids else [first]
@@ -77,6 +77,14 @@ class Potsdam(FileSource):
                 f"{image.shape[:2]}; make them equal"
             )
         return RawItem(Image.fromarray(image), Image.fromarray(target))
+
+
+def _listed(path: Path) -> list[str]:
+    """The ids in a list; none where there is no such file."""
+    try:
+        return path.read_text(encoding="utf-8").split() if path.is_file() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable list ({first_line(error)}); fetch it again") from None
 
 
 def _image(path: Path) -> np.ndarray:
@@ -100,11 +108,13 @@ def _target(path: Path) -> np.ndarray:
 
 def _read(path: Path, key: str, *, ndim: int) -> np.ndarray:
     try:
-        content = loadmat(path)
-    except Exception as error:  # a damaged file raises zlib's, struct's and scipy's own errors
-        raise UserError(f"{path}: not a readable .mat file ({first_line(error)})") from None
-    found = content.get(key)
-    if found is None or found.ndim != ndim or not found.size or found.dtype.kind not in "uif":
-        shape = "missing" if found is None else f"of shape {found.shape} and type {found.dtype}"
-        raise UserError(f"{path}: entry {key!r} is {shape}, must be an array of numbers with {ndim} axes")
+        found = read_array(path, key)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable .mat file ({first_line(error)}); fetch it again") from None
+    if found is None:
+        raise UserError(f"{path}: entry {key!r} is missing, must be an array of numbers with {ndim} axes")
+    if found.ndim != ndim or not found.size:
+        raise UserError(f"{path}: entry {key!r} is of shape {found.shape}, must have {ndim} axes")
+    if not np.isfinite(found).all():
+        raise UserError(f"{path}: entry {key!r} holds NaN or infinite values; mend or remove it")
     return found

@@ -48,7 +48,7 @@ def read_checkpoint(path: Path) -> CheckpointFile:
     content = read_tensors(path, "checkpoint")
     if isinstance(content, dict) and isinstance(content.get(CHECKPOINT_ENTRY), dict):
         loaded = CheckpointFile(path, content.get("state_dict"), content[CHECKPOINT_ENTRY])
-        if is_state(loaded.state):
+        if is_state(loaded.state) and _has_names(loaded.about):
             return loaded
     elif isinstance(content, dict) and all(
         is_state(content.get(part)) for part in ("net_model_state_dict", *PUBLISHED_PARTS)
@@ -56,6 +56,12 @@ def read_checkpoint(path: Path) -> CheckpointFile:
         return CheckpointFile(path, published_state(content), {})
     keys = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
     raise UserError(f"{path}: neither one of our checkpoints nor a published one (it holds: {keys})")
+
+
+def _has_names(about: dict[str, Any]) -> bool:
+    """Whether the class names are a sequence of strings, or not there."""
+    names = about.get("class_names", ())
+    return isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
 
 
 def published_state(content: dict[str, Any]) -> dict[str, torch.Tensor]:

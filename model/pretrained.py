@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,10 +127,20 @@ def read_tensors(path: Path, kind: str) -> Any:
         UserError: damaged, or more than that is in it.
     """
     try:
+        _refuse_bomb(path)
         with torch.serialization.safe_globals(NUMPY_SCALARS):  # published files may hold a metric as one
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises almost anything
         raise unreadable(path, kind, error) from None
+
+
+def _refuse_bomb(path: Path) -> None:
+    """torch stores without compression: a content larger than its file is none of torch's."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > path.stat().st_size:
+            raise ValueError(f"its content of {size} bytes is larger than the file")
 
 
 def unreadable(path: Path, kind: str, error: Exception) -> UserError:
@@ -176,8 +187,16 @@ def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str
         for name, value in own.items()
         if name in state and state[name].shape != value.shape
     ]
+    mistakes += [
+        f"{name}: {state[name].dtype} in the file, {value.dtype} in the model"
+        for name, value in own.items()
+        if name in state and state[name].is_complex() != value.is_complex()
+    ]
     if mistakes:
         more = [f"... and {len(mistakes) - 8} more"] if len(mistakes) > 8 else []
         hint = "compare model.* and the data set of the options with what the file was made for"
         raise UserError([*mistakes[:8], *more, hint], f"{source}, which does not fit")
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, NotImplementedError) as error:  # sparse or quantized tensors
+        raise UserError(f"{source}: holds tensors that cannot be copied ({first_line(error)})") from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 from utils.errors import UserError
 from utils.files import find_checkpoint, weights_file
@@ -81,7 +83,7 @@ def missing_files(options: Options) -> list[str]:
     """Files that the options name and that are not there, and a data set without a folder."""
     found = []
     weights = options.model.pretrained.pretrained_weights
-    if weights is not None and not weights_file(weights).is_file():
+    if weights is not None and not os.path.isfile(weights_file(weights)):
         found.append(
             f"model.pretrained.pretrained_weights is {weights}: no such file; null takes the official"
         )
@@ -90,7 +92,20 @@ def missing_files(options: Options) -> list[str]:
             find_checkpoint(options.checkpoint, options.output_dir)
         except UserError as error:
             found.append(str(error))
-    kind = options.dataset.data_type
-    if kind not in WITHOUT_FOLDER and not options.dataset.data_path:  # its data set looks into a folder
+    kind, folder = options.dataset.data_type, options.dataset.data_path
+    if kind not in WITHOUT_FOLDER and not folder:  # its data set looks into a folder
         found.append(f"dataset.data_path is not set: name the folder of the {kind} data with --data_path")
+    elif kind not in WITHOUT_FOLDER and _cannot_be(folder):
+        found.append(f"dataset.data_path is {json.dumps(folder)}: no folder can be called so")
     return found
+
+
+def _cannot_be(path: str) -> bool:
+    """Whether the system itself refuses a path."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    except ValueError:  # a NUL in it
+        return True
+    return False

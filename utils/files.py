@@ -23,7 +23,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # the last: nested thousands deep
         raise UserError(f"{path}: not a readable JSON file: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold an object {{...}}, holds {type(content).__name__}")
@@ -91,7 +91,7 @@ def move_aside(path: Path) -> Path | None:
 def weights_file(name: str) -> Path:
     """A weights file: a path, or one below the project, as model/weights/demo.safetensors."""
     path = Path(name)
-    return path if path.exists() or path.is_absolute() else REPOSITORY / path
+    return path if os.path.exists(path) or path.is_absolute() else REPOSITORY / path
 
 
 def find_checkpoint(name: str, output_dir: str) -> Path:
@@ -102,12 +102,15 @@ def find_checkpoint(name: str, output_dir: str) -> Path:
     """
     if not name:
         raise UserError("no checkpoint is named: give --checkpoint a file, a folder or the name of a run")
-    if Path(name).is_file():
+    if os.path.isfile(name):  # unlike Path.is_file, no error where a name is too long
         return Path(name)
     places = [folder / file for folder in (Path(name), Path(output_dir) / name) for file in CHECKPOINTS]
     for place in places:
-        if place.is_file():
+        if os.path.isfile(place):
             return place
-    runs = sorted({path.parent.name for file in CHECKPOINTS for path in Path(output_dir).glob(f"*/{file}")})
+    known = Path(output_dir) if os.path.isdir(output_dir) else None
+    runs = sorted(
+        {path.parent.name for file in CHECKPOINTS for path in known.glob(f"*/{file}")} if known else ()
+    )
     there = f"runs in {output_dir}: {', '.join(runs)}" if runs else f"{output_dir} holds no run"
     raise UserError(f"checkpoint {name}: none of {', '.join(map(str, places))} is there; {there}")

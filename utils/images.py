@@ -14,7 +14,6 @@ from utils.errors import UserError, first_line
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 VIDEO_ENDINGS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif"}
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 SIXTEEN_BIT = 2**16
 
 
@@ -32,7 +31,9 @@ def open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return upright_rgb(image, str(path))
-    except UNREADABLE as error:
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's decoders raise what they like
         raise UserError(f"{path}: not a readable image ({first_line(error)}); mend or remove it") from None
 
 
@@ -50,7 +51,7 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
         upright = ImageOps.exif_transpose(image)
         if not image.mode.startswith(("I", "F")):
             return upright.convert("RGB")
-    except UNREADABLE as error:
+    except Exception as error:  # Pillow's decoders raise what they like
         raise UserError(f"{name}: not a readable image ({first_line(error)}); mend or remove it") from None
     values = np.asarray(upright)  # (H, W), of 16, 32 or floating bits
     if upright.mode == "F" or values.min() < 0 or values.max() >= SIXTEEN_BIT:
@@ -71,7 +72,7 @@ def open_label(path: Path, size: tuple[int, int]) -> Image.Image:
     try:
         with Image.open(path) as label:
             label.load()
-    except UNREADABLE as error:
+    except Exception as error:  # Pillow's decoders raise what they like
         raise UserError(f"{path}: not a readable label ({first_line(error)}); mend or remove it") from None
     if label.mode not in ("L", "P"):
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import typing
 from pathlib import Path
 from types import NoneType, UnionType
@@ -129,7 +130,7 @@ def find_option_file(name: str, *, beside: Path | None = None, flag: str = "--op
     places = ([beside / name] if beside else []) + [Path(name), *(folder / name for folder in folders)]
     for place in places:
         for candidate in (place, Path(f"{place}.json")):
-            if candidate.is_file():
+            if os.path.isfile(candidate):  # unlike Path.is_file, no error where a name is too long
                 return candidate
     known = {path.name for folder in folders for path in folder.glob("*.json")}
     asked = f"base of an option file in {beside}: {name}" if beside else f"{flag} {name}"

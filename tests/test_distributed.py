@@ -23,9 +23,9 @@ from utils import ranks
 from utils.checkpoints import Progress
 from utils.cli import guarded
 from utils.errors import NotFinite, UserError
-from utils.faults import others_told
+from utils.faults import faults_told
 from utils.optionfile import REPOSITORY
-from utils.options import TrainerOptions
+from utils.options import Options, TrainerOptions
 from utils.schedule import Schedule
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -290,9 +290,10 @@ def test_step__of_an_earlier_start_changes_nothing(tiny_options, monkeypatch):
 
 
 @pytest.mark.parametrize("message", ["/gloo/transport/tcp/pair.cc: Connection reset by peer", "other"])
-def test_others_told__names_the_other_process(monkeypatch, message):
+def test_faults_told__names_the_other_process(monkeypatch, message):
     monkeypatch.setattr("utils.faults.ranks", lambda: 2)
-    with pytest.raises(RuntimeError if message == "other" else UserError, match=message), others_told():
+    expected = RuntimeError if message == "other" else UserError
+    with pytest.raises(expected, match=message), faults_told(Options()):
         raise RuntimeError(message)
 
 

@@ -41,7 +41,7 @@ def told_of(error: BaseException, options: Options) -> str | None:
         workers = options.dataloader.num_workers
         return (
             f"a process that loads images has ended ({reason}), as where memory or /dev/shm runs out; set "
-            f"dataloader.num_workers={workers // 2} (now {workers}), or enlarge them (docker run --shm-size), "
+            f"dataloader.num_workers={workers // 2} (now {workers}), enlarge them (docker run --shm-size); "
             "then go on with --resume"
         )
     distributed = isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)

@@ -158,7 +158,7 @@ def read_variants(name: str, *, given: set[str]) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: not such a file, or it changes a key that the command line sets as well.
     """
-    path = find_option_file(name, flag="--variants")
+    path = find_option_file(name, asked="--variants")
     variants = read_json_object(path)
     mistakes = [
         f"{variant}: is {json.dumps(changed)}, must be an object of options"

@@ -130,6 +130,7 @@ def predict(options: Options, module: PPAPModule, *, data: SegmentationData) -> 
     """Runs the network over the validation split; with pydensecrf others refine what it has predicted."""
     from tqdm import tqdm
 
+    from utils.faults import faults_told
     from utils.shown import shown_places
     from utils.training import build_trainer, hardware_settings
 
@@ -141,7 +142,8 @@ def predict(options: Options, module: PPAPModule, *, data: SegmentationData) -> 
         evaluator.pool = pool
         if images:
             trainer = build_trainer(options, hardware_settings(options))
-            trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)
+            with faults_told(options):
+                trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)
         if pool is not None:
             with tqdm(total=evaluator.images, desc="CRF", unit="image", disable=not is_first()) as bar:
                 bar.update(evaluator.images - len(pool))

@@ -13,7 +13,7 @@ from model.dashboard import Dashboard
 from model.module import PPAPModule
 from model.saving import Saver
 from utils.checkpoints import Progress, Saved
-from utils.faults import memory_told, others_told
+from utils.faults import faults_told
 from utils.loggers import build_loggers
 from utils.options import Options
 from utils.shown import ShownImages
@@ -81,12 +81,12 @@ def fit(
         done=done,
     )
     try:
-        with memory_told(options):
+        with faults_told(options):
             if options.dataset.cache_features:
                 encode = functools.partial(module.encode, trainer=trainer)
                 precision = trainer.precision_plugin.precision
                 data.keep_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
-            with stop, others_told():
+            with stop:
                 trainer.fit(module, datamodule=data, ckpt_path=saved and saved.path, weights_only=True)
     except BaseException:
         dashboard.close()

@@ -13,6 +13,7 @@ from pytorch_lightning import Callback, Trainer
 from model.module import PPAPModule
 from utils.checkpoints import BEST, LAST, NEWEST, PROGRESS, Progress, copy_whole, shift_names
 from utils.errors import NotFinite, UserError
+from utils.faults import lost_loader
 from utils.loggers import wandb_runs
 from utils.randomness import random_states, set_random_states
 from utils.schedule import Schedule, checkpoint_interval
@@ -96,13 +97,13 @@ class Saver(Callback):
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: PPAPModule, exception: BaseException) -> None:
-        """Saves where a mistake outside the program ends the run, such as an image that has gone.
+        """Saves where a fault outside the program ends the run, such as an image that has gone.
 
         Of several processes the others know nothing of it, and cannot take part.
         """
-        alone = trainer.world_size == 1 and isinstance(exception, UserError)
-        foreseen = alone and not isinstance(exception, (Stopped, NotFinite))
-        if foreseen and self._saved_step < self._at.step:
+        foreseen = isinstance(exception, UserError) and not isinstance(exception, (Stopped, NotFinite))
+        alone = trainer.world_size == 1
+        if alone and (foreseen or lost_loader(exception)) and self._saved_step < self._at.step:
             self._save(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: PPAPModule, checkpoint: dict[str, Any]) -> None:

@@ -23,9 +23,9 @@ from utils import ranks
 from utils.checkpoints import Progress
 from utils.cli import guarded
 from utils.errors import NotFinite, UserError
-from utils.faults import others_told
+from utils.faults import faults_told
 from utils.optionfile import REPOSITORY
-from utils.options import TrainerOptions
+from utils.options import Options, TrainerOptions
 from utils.schedule import Schedule
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -166,7 +166,7 @@ def test_run__of_two_processes_is_that_of_one(finished):
 
 
 def as_process(monkeypatch, rank, count):
-    for module in ("utils.ranks", "dataset.datamodule"):
+    for module in ("utils.ranks", "dataset.samplers"):
         monkeypatch.setattr(f"{module}.rank", lambda: rank)
         monkeypatch.setattr(f"{module}.ranks", lambda: count)
 
@@ -268,7 +268,7 @@ def test_guarded__one_process_tells_what_all_have_met(monkeypatch, capsys):
     assert fails(NotFinite("the loss")) == 0
     assert fails(UserError("an image")) == 2
     printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", "error in process 0: an image\n")
+    assert (printed.out, printed.err) == ("", "error in process 1: an image\n")
     launched(monkeypatch, {"RANK": "0"})
     assert fails(NotFinite("the loss")) == 2
 
@@ -290,9 +290,10 @@ def test_step__of_an_earlier_start_changes_nothing(tiny_options, monkeypatch):
 
 
 @pytest.mark.parametrize("message", ["/gloo/transport/tcp/pair.cc: Connection reset by peer", "other"])
-def test_others_told__names_the_other_process(monkeypatch, message):
+def test_faults_told__names_the_other_process(monkeypatch, message):
     monkeypatch.setattr("utils.faults.ranks", lambda: 2)
-    with pytest.raises(RuntimeError if message == "other" else UserError, match=message), others_told():
+    expected = RuntimeError if message == "other" else UserError
+    with pytest.raises(expected, match=message), faults_told(Options()):
         raise RuntimeError(message)
 
 

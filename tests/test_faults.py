@@ -1,11 +1,14 @@
 """Faults that come from outside: the message tells the mend, and nothing before them is lost."""
 
 import errno
+import multiprocessing
 import resource
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import run
 from model.module import PPAPModule
@@ -158,3 +161,56 @@ def test_nonfinite__a_step_is_left_out_and_counted(tiny_file, tmp_path, spoil_st
     steps = {int(state["step"]) for state in content["optimizer_states"][0]["state"].values()}
     assert steps == {11}  # all but one have changed the weights
     assert all(torch.isfinite(value).all() for value in content["state_dict"].values())
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(16):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"photos/{number}.png")
+    return {
+        "dataset__data_type": "directory",
+        "dataset__data_path": str(tmp_path / "photos"),
+        "dataset__n_classes": 5,
+        "dataloader__num_workers": 2,
+    }
+
+
+def test_image__that_goes_missing_midway(tiny_file, tmp_path, photographs, spoil_step, capsys):
+    """In a loader's process; the step before it is kept, and the run goes on once the image is back."""
+    path, folder = tiny_file(**LONG | photographs | {"train__epoch": 6}), tmp_path / "photos"
+    run.main(["--opt", path, "wandb.name=whole"])
+
+    def hide(losses):
+        folder.rename(tmp_path / "elsewhere")
+        return losses
+
+    undo = spoil_step(5, hide)
+    with pytest.raises(UserError, match=rf"^{folder}/\d+\.png: not a readable image \(.*No such file"):
+        run.main(["--opt", path])
+    undo()
+    (tmp_path / "elsewhere").rename(folder)
+    reached = newest_complete(tmp_path / "output/tiny").progress.step
+    assert 5 <= reached < 24
+    capsys.readouterr()
+    run.main(["--opt", path, "--resume"])
+    assert f"going on after step {reached}" in capsys.readouterr().out
+    assert_same_run(tmp_path / "output/tiny", tmp_path / "output/whole")
+
+
+def test_loader__that_is_killed(tiny_file, tmp_path, photographs, spoil_step):
+    def kill(losses):
+        for child in multiprocessing.active_children():
+            child.kill()
+        return losses
+
+    undo = spoil_step(6, kill)
+    path = tiny_file(**LONG | photographs | {"train__epoch": 6})
+    with pytest.raises(UserError, match=r"loads images has ended .*num_workers=1 \(now 2\).*--resume"):
+        run.main(["--opt", path])
+    undo()
+    assert 6 <= newest_complete(tmp_path / "output/tiny").progress.step < 24
+    run.main(["--opt", path, "--resume", "dataloader.num_workers=0"])
+    run.main(["--opt", path, "wandb.name=whole"])
+    assert_same_run(tmp_path / "output/tiny", tmp_path / "output/whole")

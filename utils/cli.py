@@ -31,7 +31,7 @@ from utils.evaluation_flags import add_evaluation_flags, flag_mistakes
 from utils.files import read_json_object
 from utils.optionfile import find_option_file, flatten, load_options
 from utils.options import Options
-from utils.ranks import is_first, rank
+from utils.ranks import is_first, place
 from utils.wandb_options import name_mistake
 
 DEMO = "demo.json"
@@ -158,7 +158,7 @@ def read_variants(name: str, *, given: set[str]) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: not such a file, or it changes a key that the command line sets as well.
     """
-    path = find_option_file(name, flag="--variants")
+    path = find_option_file(name, asked="--variants")
     variants = read_json_object(path)
     mistakes = [
         f"{variant}: is {json.dumps(changed)}, must be an object of options"
@@ -279,7 +279,7 @@ def guarded(main: Callable[[], None], *, then: str = "go on with --resume") -> i
         elif error.common:
             return 0  # the first process tells
         else:
-            print(f"{error.label} in process {rank()}: {error}", file=sys.stderr)
+            print(f"{error.label} in process {'.'.join(map(str, place()))}: {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
         print(f"interrupted; {then}", file=sys.stderr)

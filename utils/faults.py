@@ -13,42 +13,49 @@ from utils.ranks import planned_ranks, ranks
 
 
 @contextmanager
-def memory_told(options: Options) -> Iterator[None]:
-    """Turns a lack of memory in the block into an error that names what to lower, and to what.
+def faults_told(options: Options) -> Iterator[None]:
+    """Turns faults of the machine in the block into errors that tell what to change.
 
     Args:
         options: of the run.
 
     Raises:
-        UserError: memory has run out.
+        UserError: memory has run out, or a process that loads images or trains beside this one has ended.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        lacking = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not lacking and "can't allocate memory" not in str(error):  # what the CPU's allocator says
+        message = told_of(error, options)
+        if message is None:
             raise
-        raise UserError(memory_advice(options, first_line(error))) from error
+        raise UserError(message) from error
 
 
-@contextmanager
-def others_told() -> Iterator[None]:
-    """Turns the loss of another process of the run into an error that says so.
+def told_of(error: BaseException, options: Options) -> str | None:
+    """What to change where an error is a fault of the machine; None where it is not."""
+    reason = first_line(error)
+    # what the CPU's allocator says
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:
+        return memory_advice(options, reason)
+    if lost_loader(error):
+        workers = options.dataloader.num_workers
+        return (
+            f"a process that loads images has ended ({reason}), as where memory or /dev/shm runs out; set "
+            f"dataloader.num_workers={workers // 2} (now {workers}), enlarge them (docker run --shm-size); "
+            "then go on with --resume"
+        )
+    distributed = isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
+    if ranks() > 1 and distributed:
+        return (
+            f"another process of this run has ended or does not answer ({reason}); its own message says "
+            "why: mend that, then go on with --resume"
+        )
+    return None
 
-    Raises:
-        UserError: another process has ended, or has not answered.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if ranks() == 1:
-            raise
-        if not (isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)):
-            raise
-        raise UserError(
-            f"another process of this run has ended or does not answer ({first_line(error)}); its own "
-            "message says why: mend that, then go on with --resume"
-        ) from error
+
+def lost_loader(error: BaseException) -> bool:
+    """Whether a loader's process has ended: the data stops, between two steps."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 
 def memory_advice(options: Options, reason: str) -> str:

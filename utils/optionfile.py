@@ -115,13 +115,13 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def find_option_file(name: str, *, beside: Path | None = None, flag: str = "--opt") -> Path:
+def find_option_file(name: str, *, beside: Path | None = None, asked: str = "--opt") -> Path:
     """A path, or a bare name found in json/ or json/server/ of the current folder or of the project.
 
     Args:
         name: what the user gave; '.json' may be left out.
         beside: a folder that is looked into first.
-        flag: what asked for it.
+        asked: what asked for it.
 
     Raises:
         UserError: no such file; names the nearest.
@@ -133,9 +133,8 @@ def find_option_file(name: str, *, beside: Path | None = None, flag: str = "--op
             if os.path.isfile(candidate):  # unlike Path.is_file, no error where a name is too long
                 return candidate
     known = {path.name for folder in folders for path in folder.glob("*.json")}
-    asked = f"base of an option file in {beside}: {name}" if beside else f"{flag} {name}"
     raise UserError(
-        f"{asked}: no such file, and not a name in json/ or json/server/.{closest(name, known)} "
+        f"{asked} {name}: no such file, and not a name in json/ or json/server/.{closest(name, known)} "
         f"There are: {', '.join(sorted(known))}"
     )
 
@@ -152,7 +151,10 @@ def read_option_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return flatten(tree)
-    below = read_option_file(find_option_file(str(base), beside=path.parent), (*seen, path.resolve()))
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base is {json.dumps(base)}, must name an option file")
+    found = find_option_file(base, beside=path.parent, asked=f"{path}: base")
+    below = read_option_file(found, (*seen, path.resolve()))
     return below | flatten(tree)
 
 

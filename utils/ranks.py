@@ -18,11 +18,16 @@ Rows = TypeVar("Rows", bound=Sequence)
 
 def is_first() -> bool:
     """Whether this is the process that prints and writes; known before they have found each other."""
+    return set(place()) == {0}
+
+
+def place() -> tuple[int, ...]:
+    """What the starter calls this process: its rank, or that of its machine and its own there."""
     if "RANK" in os.environ:  # torchrun
-        return os.environ["RANK"] == "0"
+        return (int(os.environ["RANK"]),)
     if "SLURM_STEP_NUM_TASKS" in os.environ and "LOCAL_RANK" not in os.environ:  # srun
-        return os.environ.get("SLURM_PROCID", "0") == "0"
-    return all(os.environ.get(name, "0") == "0" for name in ("NODE_RANK", "LOCAL_RANK"))
+        return (int(os.environ.get("SLURM_PROCID", "0")),)
+    return tuple(int(os.environ.get(name, "0")) for name in ("NODE_RANK", "LOCAL_RANK"))
 
 
 def rank() -> int:

@@ -205,7 +205,7 @@ def test_find__what_is_no_file(name, tmp_path):
     with pytest.raises(UserError, match="no such file"):
         find_option_file(name)
     (tmp_path / "a.json").write_text(json.dumps({"base": name or "none"}))
-    with pytest.raises(UserError, match=r"base of an option file in .*: no such file"):
+    with pytest.raises(UserError, match=r"\.json: base .*: no such file"):
         load_options(tmp_path / "a.json")
 
 

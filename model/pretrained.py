@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from model.backbone import BackboneSpec, FrozenViT
 from model.official import NATIVE_RES, official_backbone, official_file
+from utils.checkpoints import refuse_bomb
 from utils.errors import UserError, first_line
 from utils.files import weights_file
 from utils.options import ARCHS, FULL_DEPTH, WIDTH_AND_HEADS, Options
@@ -127,20 +127,11 @@ def read_tensors(path: Path, kind: str) -> Any:
         UserError: damaged, or more than that is in it.
     """
     try:
-        _refuse_bomb(path)
+        refuse_bomb(path)
         with torch.serialization.safe_globals(NUMPY_SCALARS):  # published files may hold a metric as one
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises almost anything
         raise unreadable(path, kind, error) from None
-
-
-def _refuse_bomb(path: Path) -> None:
-    """torch stores without compression: a content larger than its file is none of torch's."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > path.stat().st_size:
-            raise ValueError(f"its content of {size} bytes is larger than the file")
 
 
 def unreadable(path: Path, kind: str, error: Exception) -> UserError:

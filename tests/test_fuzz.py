@@ -29,6 +29,7 @@ from model import build_module
 from model.checkpoint import read_checkpoint, restore
 from model.module import CHECKPOINT_ENTRY
 from model.pretrained import clean_state, load_strictly, read_state
+from utils.checkpoints import Progress, read_progress
 from utils.cli import parse_overrides
 from utils.errors import UserError
 from utils.images import open_image, open_label
@@ -49,6 +50,11 @@ def written(save):
     file = io.BytesIO()
     save(file)
     return file.getvalue()
+
+
+def saved(content):
+    """The bytes of a checkpoint."""
+    return written(lambda file: torch.save(content, file))
 
 
 def pictures():
@@ -255,6 +261,9 @@ def kinds(module):
         load_strictly(module, clean_state(read_state(path), 2), str(path))
 
     state = {name: value.contiguous() for name, value in module.state_dict().items()}
+    progress = {"progress": Progress(step=3).as_entry()}
+    resumable = [(".ckpt", saved(progress))]
+    resumable += [(".ckpt", saved({"progress": odd})) for odd in (3, {"step": "x"})]
     weights = [(".safetensors", save_tensors(state))]
     weights += [(".pth", written(lambda file: torch.save({"teacher": state}, file)))]
     return {
@@ -268,10 +277,14 @@ def kinds(module):
         "list": (damaged([(".txt", b"one\ntwo\n")]), read_list),
         "checkpoint": (damaged(checkpoints(module)), read_module),
         "weights": (damaged(weights), read_weights),
+        "progress": (damaged(resumable), read_progress),
     }
 
 
-KINDS = ("options", "classes", "names", "image", "label", "directory", "mat", "list", "checkpoint", "weights")
+KINDS = (
+    *("options", "classes", "names", "image", "label", "directory", "mat", "list"),
+    *("checkpoint", "weights", "progress"),
+)
 
 
 @pytest.fixture
@@ -287,7 +300,7 @@ def test_sample(kind, module, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_ten_thousand(kind, module, tmp_path):
+def test_eleven_thousand(kind, module, tmp_path):
     fuzz(*kinds(module)[kind], folder=tmp_path, count=1000)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import struct
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from utils.errors import UserError, first_line
+from utils.files import replacing
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 NEWEST = "newest.ckpt"  # until last.ckpt has become previous.ckpt
@@ -77,18 +79,12 @@ def save_whole(content: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: it cannot be written; what lay under the name is intact.
     """
-    temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
-        with temporary.open("r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            comment = MARK + _digest(file, size - 2).encode()
-            file.seek(size - 2)  # the length of the comment, 0 so far, ends the archive
-            file.write(struct.pack("<H", len(comment)) + comment)
-        move_into_place(temporary, path)
+        with replacing(path, sync=True) as temporary:
+            torch.save(content, temporary)
+            _sign(temporary)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
-        temporary.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         raise UserError(
             f"{path}: cannot be written ({first_line(error)}; {free / 1e9:.1f} GB are free there); what was "
@@ -96,17 +92,13 @@ def save_whole(content: dict[str, Any], path: Path) -> None:
         ) from None
 
 
-def move_into_place(temporary: Path, path: Path) -> None:
-    """Renames a file once the disk has it, so that a power cut leaves the old one or the new one."""
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+def _sign(path: Path) -> None:
+    """Makes the digest of an archive its comment."""
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        comment = MARK + _digest(file, size - 2).encode()
+        file.seek(size - 2)  # the length of the comment, 0 so far, ends the archive
+        file.write(struct.pack("<H", len(comment)) + comment)
 
 
 def copy_whole(source: Path, path: Path) -> None:
@@ -115,12 +107,10 @@ def copy_whole(source: Path, path: Path) -> None:
     Raises:
         UserError: it cannot be written; what lay under the name is intact.
     """
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        shutil.copyfile(source, temporary)
-        move_into_place(temporary, path)
+        with replacing(path, sync=True) as temporary:
+            shutil.copyfile(source, temporary)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); what lay there is intact") from None
 
 
@@ -149,6 +139,19 @@ def check_digest(path: Path) -> None:
                 raise UserError(f"{path}: damaged (its content is not that of its SHA-256)")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def refuse_bomb(path: Path) -> None:
+    """torch stores without compression: a content larger than its file is none of torch's.
+
+    Raises:
+        ValueError: it is larger.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > path.stat().st_size:
+            raise ValueError(f"its content of {size} bytes is larger than the file")
 
 
 def _digest(file: Any, size: int) -> str:
@@ -187,7 +190,11 @@ def read_progress(path: Path) -> Progress:
     """
     check_digest(path)
     try:
-        return Progress(**torch.load(path, map_location="cpu", weights_only=True)[PROGRESS])
+        refuse_bomb(path)
+        progress = Progress(**torch.load(path, map_location="cpu", weights_only=True)[PROGRESS])
+        if not (isinstance(progress.step, int) and isinstance(progress.best, float)):
+            raise TypeError("its progress is not a run's")
+        return progress
     except Exception as error:  # a damaged pickle raises almost anything
         raise UserError(
             f"{path}: no checkpoint to go on from ({type(error).__name__}: {first_line(error)})"

@@ -54,8 +54,9 @@ def told_of(error: BaseException, options: Options) -> str | None:
 
 
 def lost_loader(error: BaseException) -> bool:
-    """Whether a loader's process has ended: the data stops, between two steps."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+    """Whether a loader's process has ended or lacks shared memory: the data stops, between two steps."""
+    words = ("DataLoader worker (pid", "shared memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def memory_advice(options: Options, reason: str) -> str:

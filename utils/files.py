@@ -48,18 +48,34 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """A temporary name beside a file, which takes the file's place when the block ends well.
 
     Where it does not, nothing is left of the temporary file, and the old one is as it was.
+
+    Args:
+        path: of the file.
+        sync: whether to wait for the disk, so that after a power cut either file is whole.
     """
     temporary = path.with_name(f"{path.name}.part")
     try:
         yield temporary
+        if sync:
+            _sync(temporary, os.O_RDWR)
         os.replace(temporary, path)
+        if sync and os.name == "posix":  # elsewhere folders cannot be opened
+            _sync(path.parent, os.O_RDONLY)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path, how: int) -> None:
+    opened = os.open(path, how)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def sha256_of(path: Path) -> str:

@@ -24,6 +24,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from utils.checkpoints import Progress
 from utils.errors import UserError, first_line
+from utils.files import replacing
 from utils.optionfile import as_tree
 from utils.options import Options
 from utils.provenance import provenance
@@ -57,15 +58,12 @@ class WholeRows(ExperimentWriter):
         if self.saved == len(self.metrics):
             return
         path = Path(self.metrics_file_path)
-        temporary = path.with_name(f".{path.name}.part")
         try:
-            with temporary.open("w", newline="", encoding="utf-8") as file:
+            with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, fieldnames=sorted(set().union(*self.metrics)))
                 writer.writeheader()
                 writer.writerows(self.metrics)
-            os.replace(temporary, path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise UserError(
                 f"{path}: cannot be written ({error.strerror}); what was saved before is intact: free some "
                 "space, then go on with --resume"

@@ -138,7 +138,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); mend that or choose another --root"
+            f"{path}: cannot be written ({error.strerror}); mend that or choose another folder"
         ) from None
 
 

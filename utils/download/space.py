@@ -16,7 +16,7 @@ def require_space(folder: Path, need: int, what: str) -> None:
     if need > free:
         raise UserError(
             f"{folder}: {what} needs {readable(need)}, {readable(free)} are free; free some space or choose "
-            "another --root"
+            "another folder"
         )
 
 

@@ -247,13 +247,22 @@ def test_resume__a_damaged_checkpoint_is_named_and_the_one_before_it_used(
 
 
 def test_checkpoints__come_every_so_many_steps_and_two_are_kept(tiny_file, tmp_path, monkeypatch):
-    saved = []
-    plain = Saver._save
-    monkeypatch.setattr(
-        Saver, "_save", lambda self, *a, **k: [saved.append(self._at.step), plain(self, *a, **k)]
-    )
-    run.main(["--opt", tiny_file(**LONG | {"train__valid_freq": 100}), "train.checkpoint_every=2"])
-    assert saved == [2, 4, 6, 8, 10, 12]  # each once, those of a validation too
+    saved, plain = [], Saver._save
+
+    def noted(saver, *arguments, **keywords):
+        saved.append(saver._at.step)
+        plain(saver, *arguments, **keywords)
+
+    monkeypatch.setattr(Saver, "_save", noted)
+    seldom = tiny_file(**LONG | {"train__valid_freq": 100})
+    run.main(["--opt", seldom, "train.checkpoint_every=0.00001 min", "wandb.name=minutes"])
+    assert saved == list(range(1, 13))  # less than a millisecond
+    saved.clear()
+    run.main(["--opt", seldom, "train.checkpoint_every=null", "wandb.name=none"])
+    assert saved == [4, 8, 12]  # those of validations
+    saved.clear()
+    run.main(["--opt", seldom, "train.checkpoint_every=2"])
+    assert saved == [2, 4, 6, 8, 10, 12]  # each once
     there = {path.name for path in (tmp_path / "output/tiny").glob("*.ckpt")}
     assert there == {BEST, LAST, PREVIOUS}
     assert read_progress(tmp_path / "output/tiny" / PREVIOUS).step == 10

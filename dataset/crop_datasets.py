@@ -22,14 +22,12 @@ if not __package__:  # run as a file: what is imported below lies in the project
 
 from utils.cli import guarded, parse_overrides
 from utils.contradictions import missing_files
-from utils.errors import UserError, listed
+from utils.errors import Interrupted, UserError, listed
 from utils.optionfile import find_option_file, load_options
 from utils.options import WITHOUT_FOLDER, Options
 
 if TYPE_CHECKING:
     from dataset.crop_files import CropPlan
-
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 # What needs torch is imported inside functions: a mistyped option is answered at once.
 
@@ -205,11 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             prepare(plan, workers=workers, dry_run=arguments.dry_run, skip_damaged=skip)
     except KeyboardInterrupt:
         writing = not (arguments.check or arguments.dry_run)
-        end = (
-            "what is written stays, the same command goes on from there" if writing else "nothing was changed"
-        )
-        print(f"\ninterrupted: {end}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        stays = "what is written stays, the same command goes on from there"
+        raise Interrupted(stays if writing else "nothing was changed") from None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from utils.cli import guarded
 from utils.download.acquire import Means, acquire, describe, pending, unpack_archives
 from utils.download.sources import TARGETS, Target
 from utils.download.transfer import Patience
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 
 
 def main(
@@ -45,9 +45,8 @@ def main(
     try:
         _run(target, means, name=arguments.target, dry=arguments.dry_run)
     except KeyboardInterrupt:
-        raise UserError(
-            f"stopped; what was fetched stays in {root} (unfinished files as .part): the same command goes "
-            "on from there"
+        raise Interrupted(
+            f"what is fetched stays in {root} (unfinished as .part), the same command goes on from there"
         ) from None
     except OSError as error:
         place = error.filename or root

@@ -50,6 +50,13 @@ class LeftOut(UserError):
     status = 1
 
 
+class Interrupted(UserError):
+    """Ctrl-C, and what stays of what was done; the exit status is that of shells."""
+
+    status = 130
+    label = "interrupted"
+
+
 def _own_words(message: str) -> str:
     """A message as it was raised: torch raises a worker's exception anew with its traceback as the text."""
     return message.rsplit(f"{UserError.__module__}.UserError: ", 1)[-1].strip()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from utils.machine import cores
 
 PACKAGES = (
     "torch",
@@ -65,7 +66,7 @@ def hardware() -> dict[str, object]:
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model() or platform.processor() or None,
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
     }
 

@@ -24,7 +24,7 @@ from tests.utils.download.server import Fault, Page, serving, targets_at
 from utils.download import archives, layout
 from utils.download.sources import TARGETS, Archive
 from utils.download.transfer import Patience
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.options import DatasetOptions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -206,7 +206,7 @@ def test_stopped_run__goes_on_where_it_was(download, server, tmp_path, monkeypat
 
     with monkeypatch.context() as patched:
         patched.setattr(Patience, "wait", stop)
-        with pytest.raises(UserError, match=r"stopped; .*\.part\): the same command goes on"):
+        with pytest.raises(Interrupted, match=r"\.part\), the same command goes on"):
             download("cocostuff")
     assert (tmp_path / "data/val2017.zip.part").stat().st_size == 700
     server.seen.clear()
@@ -243,7 +243,7 @@ def test_stopped_unpacking__goes_on_where_it_was(download, server, tmp_path, mon
 
     with monkeypatch.context() as patched:
         patched.setattr(archives, "_extract", stop_at_the_third)
-        with pytest.raises(UserError, match="stopped"):
+        with pytest.raises(Interrupted):
             download("potsdamraw")
     server.seen.clear()
     download("potsdamraw")

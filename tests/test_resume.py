@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import run
 from model.module import PPAPModule
@@ -98,6 +99,7 @@ def test_signal__saves_leaves_and_goes_on(tiny_file, tmp_path, whole, stopping, 
         run.main(["--opt", path])
     undo()
     assert stopped.value.status == 128 + signum
+    assert not list(tqdm._instances), "an open bar writes whenever it is collected"
     reached = read_progress(folder / LAST)
     assert (reached.step, reached.validated) == (step, hook == "training_step" and step % 4 not in (0, 3))
     run.main(["--opt", path, "--resume"])

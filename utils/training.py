@@ -72,6 +72,16 @@ class RunBar(TQDMProgressBar):
         self._name_epoch(step)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, step - 1)
 
+    def on_exception(self, trainer: Trainer, *_unused: Any) -> None:
+        """Closes the bars, which would otherwise write when they are collected.
+
+        That may be in the midst of anything: where wandb listens to what is written, setting its context
+        variable from there breaks those of Python before 3.12 (python/cpython#148891).
+        """
+        for bar in (self._train_progress_bar, self._val_progress_bar, self._test_progress_bar):
+            if bar is not None:
+                bar.close()
+
     def _name_epoch(self, step: int) -> None:
         epoch = min(self.schedule.epoch(step) + 1, self.schedule.epochs)
         self.train_progress_bar.set_description(f"Epoch {epoch}/{self.schedule.epochs}", refresh=False)

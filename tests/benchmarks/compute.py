@@ -26,7 +26,7 @@ from utils.transforms import normalise
 
 LITERAL_BATCH = {"cpu": 16, "cuda": 64}  # beyond it an (A, N, D) tensor is too large
 LOSS_BATCHES = {"cpu": (4, 8), "cuda": (8, 64)}
-GROWTH_BATCHES = {"cpu": (8, 16, 32, 64, 128), "cuda": (8, 16, 32, 64, 128, 256)}
+GROWTH_BATCHES = (8, 16, 32, 64, 128, 256)
 TIMED_ONCE = {"cpu": 64, "cuda": 256}  # a larger batch takes minutes a run
 GROWTH_STEPS = range(6)
 
@@ -83,9 +83,8 @@ def bench_loss(bench: Bench, shape: str) -> list[Row]:
 def bench_growth(bench: Bench, shape: str) -> list[Row]:
     """How the loss alone grows with the batch and with T."""
     rows = []
-    batches = GROWTH_BATCHES[bench.device.type]
-    settings = [{"batch": batches[0], "prop_iter": steps} for steps in GROWTH_STEPS]
-    settings += [{"batch": batch} for batch in batches]
+    settings = [{"batch": GROWTH_BATCHES[0], "prop_iter": steps} for steps in GROWTH_STEPS]
+    settings += [{"batch": batch} for batch in GROWTH_BATCHES]
     for setting in settings:
         batch, changed = setting["batch"], {k: v for k, v in setting.items() if k != "batch"}
         options = shape_options(shape)
@@ -94,7 +93,7 @@ def bench_growth(bench: Bench, shape: str) -> list[Row]:
         name = f"growth, batch {batch}, T = {options.training_coeff.prop_iter}"
         forms = {"ours": loss_form(criterion, inputs)}
         costs = {"ours": [loss_cost(options, inputs)]}
-        repeats = 1 if batch > TIMED_ONCE[bench.device.type] else None
+        repeats = 0 if batch > TIMED_ONCE[bench.device.type] else None
         rows += bench.compare(name, forms, costs=costs, repeats=repeats)
     return rows
 

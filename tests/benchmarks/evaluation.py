@@ -16,11 +16,12 @@ from tests.benchmarks import literal
 from tests.benchmarks.inputs import scene, shape_options
 from tests.benchmarks.measure import Bench, Cost, Row
 from utils.crf import CrfPool, HeadLogits, crf_missing
+from utils.machine import cores
 from utils.meanfield import MeanField
 from utils.upsampling import upsample
 
 EVALUATED = {"cpu": 4, "cuda": 16}  # images in a batch; the literal form upsamples all channels
-REFINED = 6
+REFINED = 12  # images, and at least two for each process: an end at which some are idle weighs little
 
 
 def bench_eval(bench: Bench, shape: str) -> list[Row]:
@@ -113,7 +114,7 @@ def bench_crf(bench: Bench, shape: str) -> list[Row]:
     options = shape_options(shape)
     n_classes = DATA_SETS[options.dataset.data_type].labels(options.dataset).n_classes
     res, side = options.dataset.val_res, options.dataset.val_res // options.model.pretrained.dino_patch_size
-    items = [unrefined(number, n_classes, side=side, res=res) for number in range(REFINED)]
+    items = [unrefined(number, n_classes, side=side, res=res) for number in range(max(REFINED, 2 * cores()))]
     moved = [item.on(bench.device) for item in items]
     with CrfPool(1) as single, CrfPool() as pool:
         forms = {
@@ -122,6 +123,6 @@ def bench_crf(bench: Bench, shape: str) -> list[Row]:
             f"ours, {pool.workers} processes": partial(pooled_crf, items, pool),
             f"ours, torch on {bench.device.type}": partial(device_crf, moved),
         }
-        rows = bench.compare("crf", forms, items=REFINED)
+        rows = bench.compare("crf", forms, items=len(items))
     print(f"crf: {pool.workers} processes are {rows[1].seconds / rows[2].seconds:.2f} times as fast as one")
     return rows

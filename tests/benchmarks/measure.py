@@ -118,11 +118,12 @@ class Bench:
             forms: name -> what to run.
             costs: name -> what that form cannot do without, for its floor; one after another.
             items: that one run deals with.
-            repeats: timed runs of each form; None: as many as of any.
+            repeats: timed runs of each form; None: as many as of any; 0: the one that peak memory is taken
+                from, which otherwise warms up.
         """
-        peaks = {name: self.peak(form) for name, form in forms.items()}  # these runs warm up too
-        seconds: dict[str, list[float]] = {name: [] for name in forms}
-        for _ in range(repeats or self.repeats):
+        first = {name: self.peak(form) for name, form in forms.items()}
+        seconds = {name: [] if repeats != 0 else [spent] for name, (spent, _) in first.items()}
+        for _ in range(self.repeats if repeats is None else repeats):
             for name, form in forms.items():
                 seconds[name].append(self.once(form))
         medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -136,7 +137,7 @@ class Bench:
                     name,
                     median,
                     _half_quartiles(seconds[name]),
-                    peaks[name],
+                    first[name][1],
                     items=None if items is None else items / median,
                     gain=None if literal is None else literal / median,
                     floor=sum(map(self.floor, needed)) if needed else None,
@@ -153,19 +154,21 @@ class Bench:
         self._wait()
         return time.perf_counter() - start
 
-    def peak(self, form: Callable[[], Any]) -> float:
-        """MiB that a run holds at its highest beyond what was held before; NaN where it cannot be known."""
+    def peak(self, form: Callable[[], Any]) -> tuple[float, float]:
+        """Seconds of one run, and MiB that it holds at its highest beyond what was held before.
+
+        The latter is NaN where it cannot be known.
+        """
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            form()
-            torch.cuda.synchronize()
-            return (torch.cuda.max_memory_allocated() - before) / MIB
+            seconds = self.once(form)
+            return seconds, (torch.cuda.max_memory_allocated() - before) / MIB
         before = _resident_from_now_on()
-        form()
-        return (_status("VmHWM") - before) / MIB
+        seconds = self.once(form)
+        return seconds, (_status("VmHWM") - before) / MIB
 
     def floor(self, cost: Cost) -> float:
         """Seconds: operations at the rate of a large product, or bytes at that of a large copy."""

@@ -166,7 +166,7 @@ def test_restart__after_the_process_ended(words, directory, data_of, how, monkey
     """SIGKILL of the first process alone; SIGINT of all of them, as Ctrl-C sends it."""
     many(directory, 60)
     slow = crop_files.encoded
-    monkeypatch.setattr(crop_files, "encoded", lambda *given: (time.sleep(0.02), slow(*given))[1])
+    monkeypatch.setattr(crop_files, "encoded", lambda *given: (time.sleep(0.1), slow(*given))[1])
     process = started(words(directory, workers=2), directory)
     if how == "killed":
         os.kill(process.pid, signal.SIGKILL)

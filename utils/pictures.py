@@ -126,7 +126,7 @@ def draw_sets(path: Path, rows: Sequence[dict[str, float]], *, title: str) -> No
         title: above the figure.
     """
     steps = list(range(len(rows)))
-    figure, (quality, size) = plt.subplots(1, 2, figsize=(8.4, 3.2))
+    figure, (quality, size) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for key, name in (
         ("purity", "purity of negatives"),
         ("precision", "precision of positives"),
@@ -143,9 +143,8 @@ def draw_sets(path: Path, rows: Sequence[dict[str, float]], *, title: str) -> No
     )
     size.set(xlabel="relocations t", ylabel="% of the patches", ylim=(0, 100), xticks=steps)
     for axis in (quality, size):
-        axis.legend(fontsize=8, loc="center right")
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)  # hides no curve
         axis.set_title(title if axis is quality else "", fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -147,6 +147,7 @@ def started(arguments, folder):
 
     def run():
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
         with open(folder / "said", "w") as said:
             sys.stdout = sys.stderr = said
             sys.exit(guarded(functools.partial(main, arguments)))

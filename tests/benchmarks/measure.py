@@ -121,7 +121,7 @@ class Bench:
             repeats: timed runs of each form; None: as many as of any; 0: the one that peak memory is taken
                 from, which otherwise warms up.
         """
-        first = {name: self.peak(form) for name, form in forms.items()}
+        first = {name: self.first_run(form) for name, form in forms.items()}
         seconds = {name: [] if repeats != 0 else [spent] for name, (spent, _) in first.items()}
         for _ in range(self.repeats if repeats is None else repeats):
             for name, form in forms.items():
@@ -154,7 +154,7 @@ class Bench:
         self._wait()
         return time.perf_counter() - start
 
-    def peak(self, form: Callable[[], Any]) -> tuple[float, float]:
+    def first_run(self, form: Callable[[], Any]) -> tuple[float, float]:
         """Seconds of one run, and MiB that it holds at its highest beyond what was held before.
 
         The latter is NaN where it cannot be known.

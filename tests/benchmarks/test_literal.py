@@ -81,7 +81,7 @@ def test_inputs__every_set_is_there():
 def test_bench__ratio_and_floor_of_known_times(monkeypatch):
     bench = Bench(torch.device("cpu"), repeats=3)
     seconds = {"literal": 4.0, "ours": 0.5}
-    monkeypatch.setattr(bench, "peak", lambda form: (9.0, 0.0))  # slow, as first runs are
+    monkeypatch.setattr(bench, "first_run", lambda form: (9.0, 0.0))  # slow, as first runs are
     monkeypatch.setattr(bench, "once", lambda form: seconds[form()])
     monkeypatch.setattr(bench, "rate", lambda operand: 100.0)
     monkeypatch.setattr(bench, "bandwidth", lambda: 10.0)

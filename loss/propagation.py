@@ -6,6 +6,7 @@ ECCV 2024. Pure functions on tensors: nothing here is random, stateful or in nee
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -94,10 +95,10 @@ def relocate(proxies: Proxies, total: Tensor, *, size: Tensor, boundaries: Bound
 
 
 @torch.no_grad()
-def propagate(
+def propagations(
     anchors: Tensor, bank: Tensor, boundaries: Boundaries, *, operand: torch.dtype = torch.float32
-) -> Propagation:
-    """Moves each anchor's proxy to where its neighbours are densest and adapts its boundaries.
+) -> Iterator[Propagation]:
+    """Moves each anchor's proxy to where its neighbours are densest and adapts its boundaries, step by step.
 
     An empty P_{t-1} leaves the proxy where it is (m_t = 0).
 
@@ -106,15 +107,27 @@ def propagate(
         bank: f_j of every patch of the batch, (N, D) float32, unit length.
         boundaries: the coefficients.
         operand: what a proxy is rounded to before it is compared with the bank; sums stay float32.
+
+    Yields:
+        Where the proxies have come to for t = 0..T. The next step overwrites `similarity`.
     """
     proxies = start(anchors, boundaries)
     similarity = proxies.vectors.to(operand).float() @ bank.T  # (A, N)
+    yield Propagation(proxies.vectors, similarity, proxies.phi, proxies.psi, proxies.moved)
     for _ in range(boundaries.steps):
         inside = similarity.gt_(proxies.phi)  # (A, N), 1 on P_{t-1}; in place, as fresh memory costs more
         size = inside.sum(dim=1, keepdim=True)  # (A, 1)
         proxies = relocate(proxies, inside @ bank, size=size, boundaries=boundaries)
-        similarity = torch.mm(proxies.vectors.to(operand).float(), bank.T, out=inside)
-    return Propagation(proxies.vectors, similarity, proxies.phi, proxies.psi, proxies.moved)
+        torch.mm(proxies.vectors.to(operand).float(), bank.T, out=similarity)
+        yield Propagation(proxies.vectors, similarity, proxies.phi, proxies.psi, proxies.moved)
+
+
+def propagate(
+    anchors: Tensor, bank: Tensor, boundaries: Boundaries, *, operand: torch.dtype = torch.float32
+) -> Propagation:
+    """Where the proxies have come to for t = T; arguments as of `propagations`."""
+    *_, reached = propagations(anchors, bank, boundaries, operand=operand)
+    return reached
 
 
 @dataclass(frozen=True)

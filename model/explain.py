@@ -10,7 +10,7 @@ from pytorch_lightning import Trainer
 from torch import Tensor
 
 from loss import ieee_float32
-from loss.propagation import Boundaries, Propagation, propagate, select_sets
+from loss.propagation import Boundaries, Propagation, propagations, select_sets
 from model.module import PPAPModule
 from utils.errors import UserError
 from utils.explanation import AMBIGUOUS, ITSELF, NEGATIVE, POSITIVE, Explanation
@@ -44,10 +44,9 @@ def explain(
     if np.prod(shape) != len(bank) or not all(0 <= at < n for at, n in zip(anchor, shape, strict=True)):
         raise ValueError(f"anchor (image, row, column) {anchor} and {len(bank)} patches of grids {grid}")
     index = torch.tensor([np.ravel_multi_index(anchor, shape)], device=bank.device)  # (1,)
-    reached = []
-    for steps in range(boundaries.steps + 1):
-        with torch.autocast(bank.device.type, enabled=False), ieee_float32():
-            reached.append(propagate(bank[index], bank, replace(boundaries, steps=steps), operand=operand))
+    with torch.autocast(bank.device.type, enabled=False), ieee_float32():
+        steps = propagations(bank[index], bank, boundaries, operand=operand)
+        reached = [replace(at, similarity=at.similarity.clone()) for at in steps]
     similarity = torch.cat([at.similarity for at in reached])  # (T + 1, N)
     zones = torch.cat([_zones(at, index) for at in reached])  # (T + 1, N)
     return Explanation(

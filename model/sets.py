@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from loss import ieee_float32
-from loss.propagation import Boundaries, Sets, propagate, select_sets
+from loss.propagation import Boundaries, Sets, propagations, select_sets
 from model.module import PPAPModule
 from utils.randomness import generator
 from utils.training import build_trainer, hardware_settings
@@ -64,12 +64,9 @@ def set_quality(
     anchors = anchors[classes[anchors] >= 0]  # (A,)
     valid = (classes >= 0).repeat(len(anchors), 1).scatter_(1, anchors[:, None], False)  # (A, N)
     same = (classes[anchors][:, None] == classes) & valid  # (A, N)
-    found = []
-    for steps in range(boundaries.steps + 1):
-        with torch.autocast(bank.device.type, enabled=False), ieee_float32():
-            reached = propagate(bank[anchors], bank, replace(boundaries, steps=steps), operand=operand)
-        found.append(_held_against(select_sets(reached, anchors), same, valid=valid))
-    return found
+    with torch.autocast(bank.device.type, enabled=False), ieee_float32():
+        steps = propagations(bank[anchors], bank, boundaries, operand=operand)
+        return [_held_against(select_sets(reached, anchors), same, valid=valid) for reached in steps]
 
 
 def measured(module: PPAPModule, items: Dataset) -> list[dict[str, float]]:

@@ -1,9 +1,10 @@
 import math
+from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
 
-from loss.propagation import Boundaries, Propagation, propagate, select_sets
+from loss.propagation import Boundaries, Propagation, propagate, propagations, select_sets
 
 
 def test_propagate__one_step_by_hand():
@@ -39,6 +40,18 @@ def test_propagate__batched_equals_single():
         alone = propagate(bank[index : index + 1], bank, boundaries)
         torch.testing.assert_close(alone.phi, together.phi[index : index + 1])
         torch.testing.assert_close(alone.proxies, together.proxies[index : index + 1])
+
+
+def test_propagations__each_step_is_a_shorter_run():
+    bank = F.normalize(torch.randn(40, 6, generator=torch.Generator().manual_seed(3)), dim=1)
+    boundaries = Boundaries(0.3, 0.0, 3, sigma_pos=3, sigma_amb=3)
+    count = 0
+    for steps, reached in enumerate(propagations(bank[:7], bank, boundaries)):
+        alone = propagate(bank[:7], bank, replace(boundaries, steps=steps))
+        for name in ("proxies", "similarity", "phi", "psi", "moved"):
+            torch.testing.assert_close(getattr(reached, name), getattr(alone, name), rtol=0, atol=0)
+        count += 1
+    assert count == 4
 
 
 def test_select_sets__leaves_out_the_anchor_and_the_ambiguous():

@@ -85,9 +85,9 @@ def masked_contrastive(
         with_slope: whether to fill `slope`.
     """
     scale = tau / BASE_TEMPERATURE
-    count = positives.sum(dim=1)  # (A,)
+    members = positives.to(logits.dtype)  # (A, N), 1 on P: quicker to multiply by and to add up than bools
+    count = members.sum(dim=1)  # (A,)
     valid = count > 0
-    members = positives.to(logits.dtype)  # (A, N), 1 on P: quicker to multiply by than the bools
     kept_logits = logits.masked_fill(~kept, -torch.inf)  # (A, N)
     top = kept_logits.detach().amax(dim=1)  # (A,)
     top = top.masked_fill(top == -torch.inf, 0)  # without P there may be no kept one

@@ -34,7 +34,7 @@ from loss.ranks import gathered, ranks, share, summed
 from loss.streamed import streamed_sums
 
 BACKENDS = ("torch", "triton")
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}  # entries of one (anchors, N) float32 tensor
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**25}  # entries of one (anchors, N) float32 tensor
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class PPAPLoss(nn.Module):
         similarity_dtype: operands of the products that are compared with a boundary, float32 or float16
             (rounded to it, accumulated in float32).
         chunk_size: anchors held against the N patches at a time; None chooses by device and N. A group
-            that does not fit is propagated twice, once to learn how many of its anchors count.
+            that does not fit is compared with the patches once more than one that does.
         backend: "torch", or "triton" for the kernels of `loss.kernels`, which hold a bit a pair and up to
             32 partial sums (A, D) instead of chunks; on CUDA, or on the CPU in Triton's interpreter
             (TRITON_INTERPRET=1).

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loss.contrastive import BatchSums, anchor_weights, masked_contrastive
-from loss.propagation import Boundaries, Sets, propagate, select_sets
+from loss.propagation import Boundaries, Propagation, Proxies, Sets, compare, propagate, select_sets
 
 
 def streamed_sums(
@@ -56,40 +56,57 @@ def _add_groups(
     """Sums over the anchors of some groups, (8,); adds their gradient to `grad_z` (N, D).
 
     Both are still to be divided by the weight of all groups. An anchor's weight hangs on how many anchors
-    of its group have a positive, so that must be known first.
+    of its group have a positive, so all are propagated first.
     """
-    how = {"boundaries": boundaries, "operand": operand}
     drawn = groups >= 0  # (g, A_max)
-    parts = groups.flatten().clamp_min(0).split(rows)  # (a,) each
-    found = _find(parts[0], bank, **how) if len(parts) == 1 else None
-    if found is not None:
-        valid = found.sets.positives.any(dim=1)  # (A,)
-    else:
-        valid = torch.cat([_find(part, bank, **how).sets.positives.any(dim=1) for part in parts])  # (A,)
-    weights = anchor_weights(valid, drawn)
-    loss, counts, reached = z.new_zeros(()), z.new_zeros(2), z.new_zeros(4)
-    for part, weight, used in zip(parts, weights.each.split(rows), drawn.flatten().split(rows), strict=True):
-        here = _find(part, bank, **how) if found is None else found
-        loss += _add_rows(part, z, here.sets, weight=weight, tau=tau, grad_z=grad_z)
-        size = here.sets.positives.sum(dim=1)  # (A,)
-        counts += (torch.stack([size, here.sets.below]) * used).sum(dim=1)  # (2,)
-        reached += (torch.stack([*here.path, size == 0]) * used).sum(dim=1)  # (4,)
-    return torch.stack([loss, weights.total.to(z.dtype), *counts, *reached])
+    index = groups.flatten().clamp_min(0)  # (A,)
+    parts = index.chunk(-(-len(index) // rows))  # alike in size: a product with few rows is slow
+    how = {"boundaries": boundaries, "operand": operand, "keep_sets": len(parts) == 1}
+    found = [_find(part, bank, **how) for part in parts]
+    tally = torch.cat([here.tally for here in found])  # (A, 6)
+    weights = anchor_weights(tally[:, 0] > 0, drawn)
+    loss = z.new_zeros(())
+    for here, weight in zip(found, weights.each.split(len(parts[0])), strict=True):
+        sets = here.sets or _select(here.settled, here.index, bank, operand)
+        loss += _add_rows(here.index, z, sets, weight=weight, tau=tau, grad_z=grad_z)
+    sums = (tally * drawn.view(-1, 1)).sum(dim=0)  # (6,)
+    return torch.cat([torch.stack([loss, weights.total.to(z.dtype)]), sums.to(z.dtype)])
 
 
 @dataclass(frozen=True)
 class _Found:
-    """P and Q of A anchors, and Phi_T, Psi_T and m_1 + ... + m_T, (A,) each; similarities are let go."""
+    """What A anchors have come to. Without `sets` nothing as large as (A, N) is held.
 
-    sets: Sets
-    path: tuple[Tensor, Tensor, Tensor]
+    Attributes:
+        index: the anchors' places in the bank, (A,) int64.
+        settled: where their proxies are.
+        tally: |P|, |{below Psi_T}|, Phi_T, Psi_T, m_1 + ... + m_T and whether P is empty, (A, 6) float64.
+        sets: P and Q; None where they are to be selected again.
+    """
+
+    index: Tensor
+    settled: Proxies
+    tally: Tensor
+    sets: Sets | None
 
 
-def _find(index: Tensor, bank: Tensor, *, boundaries: Boundaries, operand: torch.dtype) -> _Found:
-    """P and Q of the anchors at `index` (A,) in the bank (N, D)."""
+def _find(
+    index: Tensor, bank: Tensor, *, boundaries: Boundaries, operand: torch.dtype, keep_sets: bool
+) -> _Found:
+    """Propagates the anchors at `index` (A,) in the bank (N, D)."""
     reached = propagate(bank[index], bank, boundaries, operand=operand)
-    path = (reached.phi[:, 0], reached.psi[:, 0], reached.moved[:, 0])
-    return _Found(select_sets(reached, index), path)
+    sets = select_sets(reached, index)
+    size = sets.positives.sum(dim=1, dtype=torch.int32)  # (A,)
+    phi, psi, moved = reached.phi[:, 0], reached.psi[:, 0], reached.moved[:, 0]
+    tally = torch.stack([t.double() for t in (size, sets.below, phi, psi, moved, size == 0)], dim=1)
+    settled = Proxies(reached.proxies, reached.phi, reached.psi, reached.moved)
+    return _Found(index, settled, tally, sets if keep_sets else None)
+
+
+def _select(settled: Proxies, index: Tensor, bank: Tensor, operand: torch.dtype) -> Sets:
+    """P and Q of the anchors at `index` (A,) by one product, as their proxies are known."""
+    similarity = compare(settled.vectors, bank, operand=operand)  # (A, N)
+    return select_sets(Propagation(settled.vectors, similarity, settled.phi, settled.psi), index)
 
 
 def _add_rows(

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from loss import PPAPLoss
 from loss.ppap import ieee_float32
+from loss.propagation import propagate
 from tests.loss.oracle import oracle_loss
 
 GOLDEN_LOSSES = ["loss_cocostuff8", "loss_cocostuff16", "loss_cityscapes_base", "loss_potsdam"]
@@ -137,6 +138,23 @@ def test_loss__chunked_equals_unchunked_with_a_leftover(chunk_size):
     torch.testing.assert_close(parts.loss, whole.loss)
     torch.testing.assert_close(parts.reached, whole.reached)
     torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 7, 1000])
+def test_loss__every_anchor_is_propagated_once_whatever_the_chunk(monkeypatch, chunk_size):
+    propagated = []
+
+    def count(anchors, *arguments, **settings):
+        propagated.append(len(anchors))
+        return propagate(anchors, *arguments, **settings)
+
+    monkeypatch.setattr("loss.streamed.propagate", count)
+    z, features = clustered_batch(images=3, side=4)
+    criterion = PPAPLoss(**COEFFICIENTS | {"group_size": 24}, chunk_size=chunk_size)
+    anchors = criterion.sample_anchors(len(z), torch.Generator().manual_seed(1))
+    criterion(z, features, anchors)
+    assert sum(propagated) == anchors.numel()
+    assert max(propagated) <= chunk_size
 
 
 def test_loss__memory_is_bounded_by_the_chunk():

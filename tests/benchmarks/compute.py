@@ -129,7 +129,7 @@ def step_form(module: PPAPModule, optimizer: torch.optim.Optimizer, losses: Call
             total = losses()
         scaler.scale(total).backward()
         scaler.unscale_(optimizer)
-        module.configure_gradient_clipping()
+        module.configure_gradient_clipping(optimizer)
         scaler.step(optimizer)
         scaler.update()
 

@@ -22,6 +22,7 @@ from tests.benchmarks import literal
 from tests.benchmarks.compute import LITERAL_BATCH, literal_losses, network_cost, step_form, step_loss_cost
 from tests.benchmarks.inputs import random_module, shape_options, write_photographs
 from tests.benchmarks.measure import Bench, Row
+from utils.checkpoints import Progress
 from utils.machine import cores
 from utils.options import Options
 from utils.training import build_trainer, precision_settings
@@ -115,7 +116,9 @@ def fitted(bench: Bench, module: PPAPModule, data: SegmentationData) -> Callable
     loader = data.train_dataloader()
 
     def run() -> None:
-        trainer = build_trainer(data.options, hardware_of(bench, data.options), validate=False)
+        module.follow(data.schedule, Progress())
+        hardware = hardware_of(bench, data.options)
+        trainer = build_trainer(data.options, hardware, validate=False, schedule=data.schedule)
         trainer.fit(module, loader)
 
     return run

@@ -103,3 +103,27 @@ def test_program__writes_what_it_prints(tmp_path, capsys):
     assert stored["rows"][1]["seconds"] == rows[1].seconds > 0
     assert stored["rates"]["float32 Gop/s"] > 0
     assert "loss, batch 8: ours" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("case", "forms"),
+    [
+        ("growth", ["ours"] * 12),
+        ("step", ["ours", "literal"]),
+        ("epoch", ["ours", "literal", "ours, cached tokens"]),
+        ("eval", ["literal", "ours"]),
+        ("data", ["literal", "ours", "ours, cut on the fly"]),
+    ],
+)
+def test_program__runs_every_case(monkeypatch, case, forms):
+    monkeypatch.setattr("tests.benchmarks.compute.GROWTH_BATCHES", (1, 2, 3, 4, 5, 6))
+    rows = main([case, "--device", "cpu", "--shape", "small", "--repeats", "1"])
+    assert [row.form for row in rows] == forms
+    assert all(row.seconds > 0 for row in rows)
+
+
+@pytest.mark.skipif(crf_missing() is not None, reason="no pydensecrf")
+def test_program__runs_crf_in_processes_and_in_torch():
+    rows = main(["crf", "--device", "cpu", "--shape", "small", "--repeats", "1"])
+    assert [row.form for row in rows][::3] == ["literal", "ours, torch on cpu"]
+    assert all(row.seconds > 0 for row in rows)

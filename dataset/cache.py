@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from dataset.source import Batch, SegmentationDataset
 from utils.errors import UserError, first_line
 from utils.files import make_folder, read_json_object, write_json
+from utils.unfinished import remove_abandoned, unfinished_folder
 
 HEADROOM = 2**28  # bytes that a cache leaves free
 FORMAT = 1  # raised when tokens, labels or synthetic scenes come out otherwise than before
@@ -130,6 +130,8 @@ def cached(
         print(f"{split} tokens: read from {there}")
     else:
         make_folder(folder)
+        for path in remove_abandoned(folder):
+            print(f"removed {path}: its run was killed before the tokens were whole")
         mend = "dataset.cache_features=null, or output_dir to another disk"
         _check_space(shutil.disk_usage(folder).free, needed, f"{split} tokens in {folder}", mend)
         print(f"{split} tokens: {needed / 2**30:.2f} GiB, written to {there}")
@@ -164,23 +166,22 @@ def _write(
     Raises:
         UserError: it cannot be written.
     """
-    part = Path(tempfile.mkdtemp(prefix=f"{there.name}.", dir=there.parent))
     try:
-        arrays = {name: _new_file(part / f"{name}.npy", stored) for name, stored in plan.items()}
-        fill(arrays)
-        for array in arrays.values():
-            array.flush()
-        write_json(part / "about.json", about | {name: list(stored.shape) for name, stored in plan.items()})
-        part.chmod(0o777 & ~_umask())  # mkdtemp's folder is its user's alone
-        if not _complete(there, plan):  # otherwise another run was first
-            shutil.rmtree(there, ignore_errors=True)  # a damaged one
-            os.replace(part, there)
+        with unfinished_folder(there) as part:
+            arrays = {name: _new_file(part / f"{name}.npy", stored) for name, stored in plan.items()}
+            fill(arrays)
+            for array in arrays.values():
+                array.flush()
+            shapes = {name: list(stored.shape) for name, stored in plan.items()}
+            write_json(part / "about.json", about | shapes)
+            part.chmod(0o777 & ~_umask())  # it is its user's alone so far
+            if not _complete(there, plan):  # otherwise another run was first
+                shutil.rmtree(there, ignore_errors=True)  # a damaged one
+                os.replace(part, there)
     except OSError as error:
         raise UserError(
-            f"{part}: cannot be filled ({first_line(error)}); mend that or set dataset.cache_features=null"
+            f"{there}: cannot be made ({first_line(error)}); mend that or set dataset.cache_features=null"
         ) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -1,6 +1,10 @@
 import csv
 import functools
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -119,12 +123,40 @@ def test_cached__an_interrupted_one_leaves_nothing(items, folder):
     assert not list(folder.iterdir())
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from utils.unfinished import unfinished_folder
+with unfinished_folder(Path(sys.argv[1]) / "train-0") as part:
+    (part / "tokens.npy").write_bytes(b"half of them")
+    print("filling", flush=True)
+    sys.stdin.read() if sys.argv[2] == "alive" else os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no locks")
+def test_cached__what_a_killed_run_left_is_removed_and_what_another_writes_is_not(items, folder, capsys):
+    folder.mkdir()
+    command = [sys.executable, "-c", KILLED, str(folder)]
+    assert subprocess.run([*command, "dead"], stdout=subprocess.PIPE).returncode == -signal.SIGKILL
+    (dead,) = folder.iterdir()
+    with subprocess.Popen([*command, "alive"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as alive:
+        alive.stdout.readline()
+        (other,) = set(folder.iterdir()) - {dead}
+        tokens_of(items, folder)
+        assert not dead.exists()
+        assert (other / "tokens.npy").read_bytes() == b"half of them"
+    assert f"removed {dead}: its run was killed" in capsys.readouterr().out
+    (made,) = folder.iterdir()  # the other one has ended by itself
+    assert sorted(path.name for path in made.iterdir()) == ["about.json", "labels.npy", "tokens.npy"]
+
+
 def test_cached__claims_its_space_before_it_starts(items, folder, monkeypatch):
     def full(*_arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full, raising=False)
-    with pytest.raises(UserError, match=r"cannot be filled .*No space left"):
+    with pytest.raises(UserError, match=r"cannot be made .*No space left"):
         tokens_of(items, folder, forbidden)
     assert not list(folder.iterdir())
 

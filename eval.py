@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import guarded, parse_arguments, plan_jobs
+from utils.config.cli import guarded, parse_arguments, plan_jobs
+from utils.config.evaluation_flags import read_patch
+from utils.config.options import Options
 from utils.errors import LeftOut, UserError
-from utils.evaluation_flags import read_patch
 from utils.files import find_checkpoint
-from utils.options import Options
-from utils.ranks import is_first, planned_ranks
+from utils.training.launch import is_rank_zero, planned_world_size
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from dataset.datamodule import SegmentationData
     from model import PPAPModule
     from model.evaluator import Evaluation
-    from utils.crf import CrfPool
-    from utils.labels import LabelSpace
-    from utils.meanfield import MeanField
-    from utils.photographs import Masked
+    from utils.plots.photographs import Masked
+    from utils.vision.crf import CrfPool
+    from utils.vision.labels import LabelSpace
+    from utils.vision.mean_field import MeanField
 
 # What needs torch is imported inside functions: a mistyped option is answered at once, and the CRF
 # processes, which import this file again, stay small.
@@ -76,7 +76,7 @@ def evaluate(options: Options, *, checkpoint: str, folder: Path) -> dict[str, An
         },
         "assignment": list(assigned.assignment) if assigned else None,
     }
-    if is_first():
+    if is_rank_zero():
         write_json(folder / "metrics.json", result)
         write_pictures(folder, module, plain=predicted.plain, refined=predicted.refined)
     return result
@@ -104,7 +104,7 @@ class Predicted:
 
 def why_no_crf(options: Options, data: SegmentationData) -> str | None:
     """The reason why there is nothing to refine or nothing to refine it with, or None."""
-    from utils.crf import crf_missing
+    from utils.vision.crf import crf_missing
 
     if not options.eval.is_crf:
         return "eval.is_crf is false"
@@ -116,11 +116,11 @@ def why_no_crf(options: Options, data: SegmentationData) -> str | None:
 def open_refiner(options: Options) -> AbstractContextManager[CrfPool | MeanField]:
     """What refines predictions: processes, or the device of the network itself."""
     if options.eval.crf_backend == "torch":
-        from utils.meanfield import MeanField
+        from utils.vision.mean_field import MeanField
 
         return nullcontext(MeanField())
-    from utils.crf import CrfPool
-    from utils.machine import cores
+    from utils.training.launch import cores
+    from utils.vision.crf import CrfPool
 
     share = max(1, cores() // options.trainer.devices)  # each process of a machine has a pool of its own
     return CrfPool(options.eval.crf_workers or share)
@@ -130,9 +130,9 @@ def predict(options: Options, module: PPAPModule, *, data: SegmentationData) -> 
     """Runs the network over the validation split; with pydensecrf others refine what it has predicted."""
     from tqdm import tqdm
 
-    from utils.faults import faults_told
-    from utils.shown import shown_places
-    from utils.training import build_trainer, hardware_settings
+    from utils.training.faults import faults_told
+    from utils.training.shown import shown_places
+    from utils.training.trainer import build_trainer, hardware_settings
 
     missing = why_no_crf(options, data)
     evaluator = module.evaluator
@@ -145,7 +145,7 @@ def predict(options: Options, module: PPAPModule, *, data: SegmentationData) -> 
             with faults_told(options):
                 trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)
         if pool is not None:
-            with tqdm(total=evaluator.images, desc="CRF", unit="image", disable=not is_first()) as bar:
+            with tqdm(total=evaluator.images, desc="CRF", unit="image", disable=not is_rank_zero()) as bar:
                 bar.update(evaluator.images - len(pool))
                 while waiting := len(pool):
                     bar.update(waiting - evaluator.collect_refined(wait_for_one=True))
@@ -173,9 +173,9 @@ def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
     """
     from dataset import build_data
     from model import build_module
-    from model.sets import measured
+    from model.set_quality import measured
     from utils.files import make_folder, write_json
-    from utils.pictures import draw_sets
+    from utils.plots.figures import draw_sets
 
     data = build_data(options, train=False)
     if not data.validation_labelled:
@@ -222,8 +222,8 @@ def explain(options: Options, *, image: str, patch: tuple[int, int] | None, fold
     from dataset.bank import bank_images
     from model import build_module
     from model.explain import explain_images
-    from utils.explain_picture import draw_explanation
     from utils.files import make_folder, read_json_object, write_json
+    from utils.plots.explain_figure import draw_explanation
 
     need_ppap(options, "--explain")
     need_one_process(options, "--explain")
@@ -248,7 +248,7 @@ def explain(options: Options, *, image: str, patch: tuple[int, int] | None, fold
 
 def need_one_process(options: Options, flag: str) -> None:
     """Raises a UserError where several processes were asked for."""
-    if planned_ranks(options.trainer) > 1:
+    if planned_world_size(options.trainer) > 1:
         wanted = f"{options.trainer.devices} x {options.trainer.num_nodes}"
         raise UserError(f"trainer.devices x trainer.num_nodes is {wanted}, must be 1 x 1 with {flag}")
 
@@ -275,7 +275,7 @@ def _masked(options: Options, arguments: Namespace) -> Masked:
 
 
 def _measured(options: Options) -> list[dict[str, float]]:
-    from utils.report import sets_table
+    from utils.plots.tables import sets_table
 
     folder = results_folder(options)
     rows = measure_sets(options, folder=folder)
@@ -284,7 +284,7 @@ def _measured(options: Options) -> list[dict[str, float]]:
 
 
 def _explained(options: Options, *, image: str, patch: tuple[int, int] | None) -> dict[str, Any]:
-    from utils.report import explanation_table
+    from utils.plots.tables import explanation_table
 
     folder = results_folder(options) / "explain"
     result = explain(options, image=image, patch=patch, folder=folder)
@@ -327,8 +327,8 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
         return [_masked(job.options, arguments) for job in jobs]
     for job in jobs:
         find_checkpoint(job.options.checkpoint, job.options.output_dir)  # named at all?
-    from utils.report import class_table, metrics_table, sweep_table
-    from utils.training import check_backends
+    from utils.plots.tables import class_table, metrics_table, sweep_table
+    from utils.training.trainer import check_backends
 
     for job in jobs:
         check_backends(job.options)

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval import evaluate, results_folder, run_folder
-from utils.cli import Job, guarded, parse_arguments, plan_jobs
-from utils.optionfile import flatten
-from utils.options import Options
-from utils.ranks import is_first
+from utils.config.cli import Job, guarded, parse_arguments, plan_jobs
+from utils.config.loading import flatten
+from utils.config.options import Options
+from utils.training.launch import is_rank_zero
 
 if TYPE_CHECKING:
-    from dataset.source import Batch, SegmentationDataset
+    from dataset.base import Batch, SegmentationDataset
     from model.fitting import Trained
-    from utils.checkpoints import Saved
+    from utils.training.checkpointing import Saved
 
 FROZEN = "-frozen"  # ends the name of a baseline
 VERIFIED = 0.01  # points by which a number may differ on another machine
@@ -47,8 +47,8 @@ def train(options: Options, folder: Path, saved: Saved | None = None) -> Trained
     from model import build_module
     from model.compilation import compile_segmenter
     from model.fitting import fit
-    from utils.runfolder import begin
-    from utils.training import hardware_settings
+    from utils.training.run_dir import begin
+    from utils.training.trainer import hardware_settings
 
     hardware = hardware_settings(options)
     data = build_data(options)
@@ -66,10 +66,10 @@ def train(options: Options, folder: Path, saved: Saved | None = None) -> Trained
 
 def train_and_evaluate(options: Options) -> dict[str, Any]:
     """One run from data to metrics.json and report.html; returns what the former holds."""
-    from utils.checkpoints import BEST, LAST
     from utils.files import write_json
-    from utils.runfolder import earlier_run, locked
-    from utils.training import peak_memory_gib, reset_peak_memory
+    from utils.training.checkpointing import BEST, LAST
+    from utils.training.run_dir import earlier_run, locked
+    from utils.training.trainer import peak_memory_gib, reset_peak_memory
 
     folder = run_folder(options)
     with locked(folder):
@@ -83,7 +83,7 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
             result |= {"train_hours": trained.hours, "peak_memory_gib": peak_memory_gib()}
             if options.eval.last_step:
                 result["last_step"] = evaluate(options, checkpoint=str(folder / LAST), folder=folder / "last")
-            if is_first():
+            if is_rank_zero():
                 write_json(folder / "metrics.json", result)
                 trained.dashboard.finish(result, checkpoint=folder / BEST)
         finally:
@@ -134,7 +134,7 @@ def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
     """Trains the demo's backbone on scenes without labels and writes it where demo.json looks for it.
 
     Args:
-        options: of the demo; `model.pretrained.pretrained_weights` is the file to write.
+        options: of the demo; `model.weights.pretrained_weights` is the file to write.
 
     Returns:
         Accuracy in percent of a linear probe and of k-means on its patch features, untrained and distilled.
@@ -149,14 +149,14 @@ def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
     from model.quality import backbone_worth
     from utils.errors import UserError
     from utils.files import weights_file
-    from utils.report import markdown
-    from utils.training import build_trainer, hardware_settings
+    from utils.plots.tables import markdown
+    from utils.training.trainer import build_trainer, hardware_settings
 
     weights = options.model.pretrained.pretrained_weights
     if options.dataset.data_type != "synthetic" or options.model.arch != "vit" or weights is None:
         raise UserError(
             f"--make-demo-weights: dataset.data_type is {options.dataset.data_type}, model.arch is "
-            f"{options.model.arch}, model.pretrained.pretrained_weights is {weights}; they must be "
+            f"{options.model.arch}, model.weights.pretrained_weights is {weights}; they must be "
             "synthetic, vit and the file to write, as in demo.json"
         )
     options.dataset.train_images, labelled = DEMO_SCENES, options.dataset.train_images
@@ -226,8 +226,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if arguments.make_demo_weights:
         return [make_demo_weights(jobs[0].options)]
     from utils.files import move_aside
-    from utils.report import class_table, metrics_table, sweep_table, write_sweep
-    from utils.training import check_backends
+    from utils.plots.tables import class_table, metrics_table, sweep_table, write_sweep
+    from utils.training.trainer import check_backends
 
     for job in jobs:
         check_backends(job.options)
@@ -244,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         finished.append(list(results.values())[-1])
         rows += sweep_rows(job, results)
         folder = Path(job.options.output_dir) / f"{job.base}-sweep"
-        if len(jobs) > 1 and is_first():  # each time: a sweep that is cut short loses nothing
+        if len(jobs) > 1 and is_rank_zero():  # each time: a sweep that is cut short loses nothing
             if job is jobs[0]:
                 move_aside(folder)
             write_sweep(folder, rows)

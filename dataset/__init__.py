@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dataset import cityscapes, cocostuff, directory, potsdam, synthetic
+from dataset import cityscapes, cocostuff, potsdam, synthetic
+from dataset import image_folder as directory
+from dataset.base import FileSource, RawItem, Source, class_rule
 from dataset.datamodule import DataSetKind, SegmentationData
-from dataset.source import FileSource, RawItem, Source, class_rule
-from utils.labels import LabelSpace
-from utils.options import DATA_TYPES, WITHOUT_FOLDER, DatasetOptions, Options
+from utils.config.options import DATA_TYPES, WITHOUT_FOLDER, DatasetOptions, Options
+from utils.vision.labels import LabelSpace
 
 DATA_SETS = {
     "cocostuff27": DataSetKind(cocostuff.labels, cocostuff.CocoStuff),

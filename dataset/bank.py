@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataset.base import SegmentationDataset
 from dataset.datamodule import SegmentationData
-from dataset.source import SegmentationDataset
 from utils.errors import UserError
-from utils.images import open_image
+from utils.vision.images import open_image
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from torchvision.datasets import Cityscapes as TorchvisionCityscapes
 
-from dataset.source import INVALID, FileSource, class_rule, fetch_command, missing_data, not_there
-from utils.labels import IGNORE, LabelSpace
-from utils.options import DatasetOptions
+from dataset.base import INVALID, FileSource, class_rule, fetch_command, missing_data, not_there
+from utils.config.options import DatasetOptions
+from utils.vision.labels import IGNORE, LabelSpace
 
 FIRST_ID, LAST_ID = 7, 33
 IGNORED_IDS = (*range(FIRST_ID), 255)

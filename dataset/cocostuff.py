@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dataset.source import INVALID, FileSource, class_rule, fetch_command, missing_data, not_there
+from dataset.base import INVALID, FileSource, class_rule, fetch_command, missing_data, not_there
+from utils.config.options import DatasetOptions
 from utils.errors import UserError
-from utils.labels import IGNORE, LabelSpace
-from utils.options import DatasetOptions
+from utils.vision.labels import IGNORE, LabelSpace
 
 NAMES = (
     *("electronic", "appliance", "food (thing)", "furniture (thing)", "indoor", "kitchen", "accessory"),

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a file: what is imported below lies in the project's root, not in dataset/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from utils.cli import guarded, parse_overrides
-from utils.contradictions import missing_files
+from utils.config.cli import guarded, parse_overrides
+from utils.config.contradictions import missing_files
+from utils.config.loading import find_option_file, load_options
+from utils.config.options import WITHOUT_FOLDER, Options
 from utils.errors import Interrupted, UserError, listed
-from utils.optionfile import find_option_file, load_options
-from utils.options import WITHOUT_FOLDER, Options
 
 if TYPE_CHECKING:
     from dataset.crop_files import CropPlan
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     options = chosen_options(arguments)
     try:
-        from utils.machine import cores
+        from utils.training.launch import cores
 
         plan, workers = plan_crops(options), arguments.workers or cores()
         if arguments.check:

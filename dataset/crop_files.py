@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dataset.base import RawItem, Source, classes_of
 from dataset.crops import CROPS, RECORD, crop_boxes, prepared_folder
-from dataset.source import RawItem, Source, classes_of
+from utils.config.options import DatasetOptions
 from utils.errors import UserError
 from utils.files import read_json_object, replacing, write_json
-from utils.images import open_image, open_label
-from utils.options import DatasetOptions
+from utils.vision.images import open_image, open_label
 
 IMAGES, LABELS = "img/train", "label/train"
 BLOCK = 4096  # bytes that a file takes at least, and a multiple of which it takes

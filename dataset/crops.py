@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from dataset.source import INVALID, FileSource, RawItem, Source, class_rule
+from dataset.base import INVALID, FileSource, RawItem, Source, class_rule
 from utils.errors import UserError
 from utils.files import read_json_object
-from utils.labels import IGNORE
-from utils.randomness import derived_seed
-from utils.transforms import center_box
+from utils.training.randomness import derived_seed
+from utils.vision.labels import IGNORE
+from utils.vision.transforms import center_box
 
 CROPS = 5
 CROPS_FOLDER = "cropped"  # below data_path, of prepared crops

@@ -14,19 +14,19 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from dataset.cache import TokenDataset, cached
-from dataset.check import check_splits
+from dataset.base import SegmentationDataset, Source
 from dataset.crop_files import CropPlan, read_record
 from dataset.crops import RECORD, CropSource, PreparedCrops, prepared_folder
 from dataset.samplers import SharedBatches, StepSampler
-from dataset.source import SegmentationDataset, Source
+from dataset.token_cache import TokenDataset, cached
+from dataset.verify import check_splits
+from utils.config.options import WITHOUT_FOLDER, DatasetOptions, Options
 from utils.errors import UserError
 from utils.files import TOKENS_FOLDER, make_folder
-from utils.labels import LabelSpace
-from utils.options import WITHOUT_FOLDER, DatasetOptions, Options
-from utils.ranks import planned_ranks
-from utils.schedule import Schedule
-from utils.transforms import Geometry
+from utils.training.launch import planned_world_size
+from utils.training.schedule import Schedule
+from utils.vision.labels import LabelSpace
+from utils.vision.transforms import Geometry
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class SegmentationData(LightningDataModule):
                 split=split,
             )
 
-        shared = folder is not None and planned_ranks(self.options.trainer) > 1
+        shared = folder is not None and planned_world_size(self.options.trainer) > 1
         with FileLock(make_folder(folder.parent) / f".{folder.name}.lock") if shared else nullcontext():
             self.train_set = tokens_of(self.train_set, "train")  # the first process computes, others read
             if len(self.validation_set):

@@ -17,7 +17,7 @@ from pathlib import Path
 if not __package__:  # run as a file: what is imported below lies in the project's root, not in dataset/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from utils.cli import guarded
+from utils.config.cli import guarded
 from utils.download.acquire import Means, acquire, describe, pending, unpack_archives
 from utils.download.sources import TARGETS, Target
 from utils.download.transfer import Patience

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dataset.base import INVALID, FileSource, RawItem, class_rule, fetch_command, missing_data, not_there
 from dataset.matfile import read_array
-from dataset.source import INVALID, FileSource, RawItem, class_rule, fetch_command, missing_data, not_there
+from utils.config.options import DatasetOptions
 from utils.errors import UserError, first_line
-from utils.labels import IGNORE, LabelSpace
-from utils.options import DatasetOptions
+from utils.vision.labels import IGNORE, LabelSpace
 
 COARSE_OF_FINE = {0: 0, 4: 0, 1: 1, 5: 1, 2: 2, 3: 2}
 IGNORED_ID = 255

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
-from utils.randomness import generator
-from utils.ranks import own_slice, rank, ranks
-from utils.schedule import Schedule
+from utils.training.distributed import own_slice, rank, world_size
+from utils.training.randomness import generator
+from utils.training.schedule import Schedule
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -80,7 +80,7 @@ class SharedBatches(Sampler[list[int]]):
 
     def number(self, turn: int) -> int:
         """The place in the split of this process's batch of a turn, from 0."""
-        return turn * ranks() + rank()
+        return turn * world_size() + rank()
 
     def __iter__(self) -> Iterator[list[int]]:
         for turn in range(len(self)):
@@ -89,4 +89,4 @@ class SharedBatches(Sampler[list[int]]):
             yield list(range(first, min(first + self.batch_size, self.size)))
 
     def __len__(self) -> int:
-        return -(-self.total // ranks())
+        return -(-self.total // world_size())

@@ -11,10 +11,10 @@ import colorsys
 import numpy as np
 from PIL import Image
 
-from dataset.source import RawItem, Source, class_rule
-from utils.labels import LabelSpace
-from utils.options import DatasetOptions
-from utils.randomness import derived_seed
+from dataset.base import RawItem, Source, class_rule
+from utils.config.options import DatasetOptions
+from utils.training.randomness import derived_seed
+from utils.vision.labels import LabelSpace
 
 NAMES = ("plain", "rows", "columns", "diagonals", "checks", "dots", "grain")
 REGIONS = 5

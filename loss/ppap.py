@@ -28,12 +28,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from loss.chunked import chunked_sums
 from loss.contrastive import BatchSums
 from loss.propagation import Boundaries
-from loss.ranks import gathered, ranks, share, summed
-from loss.streamed import streamed_sums
+from utils.training.distributed import all_gather, all_reduce, own_groups, world_size
 
-BACKENDS = ("torch", "triton")
 CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**25}  # entries of one (anchors, N) float32 tensor
 
 
@@ -76,9 +75,6 @@ class PPAPLoss(nn.Module):
             (rounded to it, accumulated in float32).
         chunk_size: anchors held against the N patches at a time; None chooses by device and N. A group
             that does not fit is compared with the patches once more than one that does.
-        backend: "torch", or "triton" for the kernels of `loss.kernels`, which hold a bit a pair and up to
-            32 partial sums (A, D) instead of chunks; on CUDA, or on the CPU in Triton's interpreter
-            (TRITON_INTERPRET=1).
 
     Raises:
         ValueError: a coefficient is out of range.
@@ -97,7 +93,6 @@ class PPAPLoss(nn.Module):
         group_size: int = 784,
         similarity_dtype: torch.dtype = torch.float32,
         chunk_size: int | None = None,
-        backend: str = "torch",
     ) -> None:
         super().__init__()
         wrong = [
@@ -116,7 +111,6 @@ class PPAPLoss(nn.Module):
                     "torch.float32 or torch.float16",
                     similarity_dtype in (torch.float32, torch.float16),
                 ),
-                ("backend", repr(backend), '"torch" or "triton"', backend in BACKENDS),
             )
             if not good
         ]
@@ -128,7 +122,6 @@ class PPAPLoss(nn.Module):
         self.group_size = group_size
         self.similarity_dtype = similarity_dtype
         self.chunk_size = chunk_size
-        self.backend = backend
 
     def sample_anchors(self, patches: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws anchors without replacement from each group of consecutive patches.
@@ -165,7 +158,7 @@ class PPAPLoss(nn.Module):
         Where torch.distributed runs, z and features are this rank's slice of the batch, as many images on
         each rank, while anchors and generator are the same on all. Each rank holds its share of the groups
         against the patches of all ranks: the output is that of the whole batch, and the gradient this
-        share's part of it (see `loss.ranks`).
+        share's part of it (see `utils.training.distributed`).
 
         Args:
             z: projections, (N, D') of any float dtype, rows in (image, row, column) order, used as given.
@@ -179,10 +172,10 @@ class PPAPLoss(nn.Module):
         """
         self._check(z, features, anchors)
         if anchors is None:
-            anchors = self.sample_anchors(ranks() * len(z), generator)
+            anchors = self.sample_anchors(world_size() * len(z), generator)
         anchors = anchors.to(z.device, non_blocking=True)
         with torch.autocast(z.device.type, enabled=False), ieee_float32():
-            z, bank = gathered(z.float()), gathered(self.bank(features))  # of all ranks
+            z, bank = all_gather(z.float()), all_gather(self.bank(features))  # of all ranks
             return PPAPLossOutput(*_Loss.apply(z, bank, anchors, self))
 
     def bank(self, features: Tensor) -> Tensor:
@@ -213,7 +206,7 @@ class PPAPLoss(nn.Module):
             got = f"{tuple(anchors.shape)} {anchors.dtype}"
             raise ValueError(f"anchors must be (groups, A_max) int64 with at least one entry, got {got}")
         if anchors.device.type == "cpu":  # on a GPU this look would wait for it; the gather there checks
-            (low, high), everywhere = anchors.aminmax(), ranks() * patches
+            (low, high), everywhere = anchors.aminmax(), world_size() * patches
             if low < -1 or high >= everywhere:
                 raise ValueError(f"anchors must lie in [0, {everywhere}) or be -1, got {low} to {high}")
 
@@ -228,12 +221,12 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z: Tensor, bank: Tensor, anchors: Tensor, criterion: PPAPLoss):
-        found = _add_up(z, bank, share(anchors), criterion=criterion, with_grad=ctx.needs_input_grad[0])
-        loss, weight, positives, negatives = summed(found.sums).unbind()
+        found = _add_up(z, bank, own_groups(anchors), criterion=criterion, with_grad=ctx.needs_input_grad[0])
+        loss, weight, positives, negatives = all_reduce(found.sums).unbind()
         weight = weight.clamp_min(1)  # no positive anywhere: 0 / 1
         ctx.grad_z = None if found.grad_z is None else found.grad_z.div_(weight)
         drawn = (anchors >= 0).sum().clamp_min(1)
-        reached = None if found.reached is None else summed(found.reached) / drawn
+        reached = None if found.reached is None else all_reduce(found.reached) / drawn
         counts = (positives / drawn, negatives / drawn, reached)
         ctx.mark_non_differentiable(*(count for count in counts if count is not None))
         return loss / weight, *counts
@@ -252,19 +245,7 @@ def _add_up(z: Tensor, bank: Tensor, anchors: Tensor, *, criterion: PPAPLoss, wi
         "operand": criterion.similarity_dtype,
         "with_grad": with_grad,
     }
-    if criterion.backend == "torch":
-        return streamed_sums(z, bank, anchors, rows=criterion.rows_per_chunk(z), **settings)
-    instead = 'set it (training_coeff.backend) to "torch"'
-    try:
-        from loss import fused, launch
-    except ImportError as error:
-        raise ValueError(f'backend is "triton", which cannot be imported ({error}); {instead}') from error
-    if z.device.type != ("cpu" if launch.INTERPRETED else "cuda"):
-        raise ValueError(
-            f'backend is "triton", which runs on CUDA, or on the CPU where TRITON_INTERPRET=1 is set, '
-            f"not on {z.device}; {instead}"
-        )
-    return fused.fused_sums(z, bank, anchors, **settings)
+    return chunked_sums(z, bank, anchors, rows=criterion.rows_per_chunk(z), **settings)
 
 
 @contextmanager

@@ -10,15 +10,15 @@ from model.backbone import BackboneSpec, FrozenViT
 from model.checkpoint import CheckpointFile, read_checkpoint, restore, size_of
 from model.criterion import register_loss
 from model.module import PPAPModule, check_channels
-from model.photographs import Asked, PhotoSegmenter
-from model.pretrained import build_backbone, load_backbone, register_backbone
+from model.predictor import Asked, PhotoSegmenter
 from model.segmenter import Segmenter
+from model.weights import build_backbone, load_backbone, register_backbone
+from utils.config.loading import build_options, find_option_file, flatten, load_options
+from utils.config.options import Options
 from utils.errors import UserError
 from utils.files import find_checkpoint
-from utils.labels import LabelSpace
-from utils.optionfile import build_options, find_option_file, flatten, load_options
-from utils.options import Options
-from utils.randomness import seeded
+from utils.training.randomness import seeded
+from utils.vision.labels import LabelSpace
 
 __all__ = [
     "BackboneSpec",

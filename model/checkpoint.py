@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from model.module import CHECKPOINT_ENTRY, PPAPModule
-from model.pretrained import is_state, load_strictly, read_tensors
+from model.weights import is_state, load_strictly, read_tensors
 from utils.errors import UserError, first_line
 from utils.files import replacing
 

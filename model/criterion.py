@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from loss import PPAPLoss
-from utils.options import LOSSES, Options
+from utils.config.options import LOSSES, Options
 
 _registered: dict[str, Callable[[Options], nn.Module]] = {}
 
@@ -46,5 +46,4 @@ def build_criterion(options: Options) -> nn.Module:
         group_size=chosen.group_size,
         chunk_size=chosen.chunk_size,
         similarity_dtype=getattr(torch, chosen.similarity_dtype),
-        backend=chosen.backend,
     )

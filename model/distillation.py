@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from tqdm import trange
 
 from model.backbone import FrozenViT
-from model.pretrained import backbone_spec
+from model.weights import backbone_spec
+from utils.config.options import Options
 from utils.errors import UserError
 from utils.files import make_folder, replacing
-from utils.options import Options
-from utils.randomness import generator, seeded
-from utils.transforms import normalise
+from utils.training.randomness import generator, seeded
+from utils.vision.transforms import normalise
 
 
 @dataclass(frozen=True)

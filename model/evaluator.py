@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.probes import ClusterProbe, LinearProbe, read_both
-from utils.crf import CrfPool, HeadLogits
-from utils.meanfield import MeanField
-from utils.metrics import ConfusionMatrix, Scores, score
-from utils.ranks import from_all
-from utils.transforms import normalise, to_eight_bit
-from utils.upsampling import bilinear_taps
+from utils.training.distributed import all_gather_object
+from utils.vision.crf import CrfPool, HeadLogits
+from utils.vision.mean_field import MeanField
+from utils.vision.metrics import ConfusionMatrix, Scores, score
+from utils.vision.transforms import normalise, to_eight_bit
+from utils.vision.upsampling import bilinear_taps
 
 HEADS = ("cluster", "linear")
 UPSAMPLED = {"cpu": 2**22, "cuda": 2**27}  # entries of upsampled logits held at a time
@@ -176,7 +176,7 @@ class Evaluator(nn.Module):
 
     def gather_pictures(self) -> None:
         """Puts together the pictures that all processes have kept, in the order of the set."""
-        kept = [prediction for each in from_all(self.pictures) for prediction in each]
+        kept = [prediction for each in all_gather_object(self.pictures) for prediction in each]
         self.pictures = sorted(kept, key=lambda prediction: prediction.place)
 
     def compute(self, *, refined: bool = False) -> Evaluation:
@@ -184,7 +184,7 @@ class Evaluator(nn.Module):
         metrics = self.refined if refined else self.plain
         counts = {name: metric.compute().cpu() for name, metric in metrics.items()}
         losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
-        added = from_all((counts, losses, self.images))
+        added = all_gather_object((counts, losses, self.images))
         counts = {name: sum(each[name] for each, _, _ in added) for name in counts}
         return Evaluation(
             cluster=score(counts["cluster"], matched=True),

@@ -13,8 +13,8 @@ from loss import ieee_float32
 from loss.propagation import Boundaries, Propagation, propagations, select_sets
 from model.module import PPAPModule
 from utils.errors import UserError
-from utils.explanation import AMBIGUOUS, ITSELF, NEGATIVE, POSITIVE, Explanation
-from utils.training import build_trainer, hardware_settings
+from utils.plots.explanation import AMBIGUOUS, ITSELF, NEGATIVE, POSITIVE, Explanation
+from utils.training.trainer import build_trainer, hardware_settings
 
 
 def explain(

@@ -9,16 +9,16 @@ from typing import Any
 
 from pytorch_lightning import LightningDataModule
 
-from model.dashboard import Dashboard
+from model.callbacks import Dashboard
 from model.module import PPAPModule
 from model.saving import Saver
-from utils.checkpoints import Progress, Saved
-from utils.faults import faults_told
-from utils.loggers import build_loggers
-from utils.options import Options
-from utils.shown import ShownImages
-from utils.stopping import StopRequest
-from utils.training import build_trainer
+from utils.config.options import Options
+from utils.training.checkpointing import Progress, Saved
+from utils.training.faults import faults_told
+from utils.training.loggers import build_loggers
+from utils.training.shown import ShownImages
+from utils.training.stopping import StopRequest
+from utils.training.trainer import build_trainer
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from argparse import Namespace
 from pathlib import Path
 
 from model import load_segmenter
-from utils.labels import LabelSpace
-from utils.maskids import read_names
-from utils.options import Options
-from utils.photographs import Masked, find_photographs, write_masks
-from utils.training import device_settings
+from utils.config.options import Options
+from utils.plots.mask_ids import read_names
+from utils.plots.photographs import Masked, find_photographs, write_masks
+from utils.training.trainer import device_settings
+from utils.vision.labels import LabelSpace
 
 
 def mask(options: Options, arguments: Namespace, *, labels: LabelSpace | None) -> Masked:

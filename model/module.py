@@ -14,16 +14,16 @@ from model.nonfinite import NonFinite
 from model.probes import ClusterProbe, LinearProbe
 from model.scalars import Pace, StepLosses, plain_numbers
 from model.segmenter import Segmenter, criterion_dropout
-from utils.checkpoints import Progress
+from utils.config.loading import as_tree
+from utils.config.options import Options
 from utils.errors import UserError
-from utils.labels import LabelSpace
-from utils.optionfile import as_tree
-from utils.options import Options
-from utils.provenance import provenance
-from utils.randomness import generator, seeded
-from utils.ranks import ranks
-from utils.schedule import Schedule
-from utils.transforms import normalise
+from utils.training.checkpointing import Progress
+from utils.training.distributed import world_size
+from utils.training.provenance import provenance
+from utils.training.randomness import generator, seeded
+from utils.training.schedule import Schedule
+from utils.vision.labels import LabelSpace
+from utils.vision.transforms import normalise
 
 CHECKPOINT_ENTRY = "ppap"
 
@@ -107,12 +107,12 @@ class PPAPModule(LightningModule):
             return self._no_loss()
         losses = self.losses(batch, step=self.iters)
         self._losses = losses.detach()
-        self._pace.images += ranks() * len(batch.label)
+        self._pace.images += world_size() * len(batch.label)
         self.nonfinite.note(self._losses, step=self.iters)
         if losses.total.device.type == "cpu" or self._shown(self.iters):
             self.nonfinite.stop_if_met(self._names)  # on a GPU this waits for the step, so not each time
         self.log("loss", losses.total.detach(), prog_bar=True, logger=False)
-        return ranks() * losses.total
+        return world_size() * losses.total
 
     @property
     def _trained(self) -> bool:
@@ -121,7 +121,7 @@ class PPAPModule(LightningModule):
 
     def _no_loss(self) -> Tensor | None:
         """A loss that changes nothing: None, which Lightning takes from a single process alone."""
-        if ranks() == 1:
+        if world_size() == 1:
             return None
         return 0 * sum(parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loss.ranks import averaged, summed
-from utils.labels import IGNORE
+from utils.training.distributed import all_reduce, all_reduce_mean
+from utils.vision.labels import IGNORE
 
 
 class LinearProbe(nn.Module):
@@ -30,7 +30,7 @@ class LinearProbe(nn.Module):
         """Cross-entropy over valid pixels of the logits upsampled to the label, () float32.
 
         Without a valid pixel it is 0 with a graph. With several processes the mean is over the pixels of all
-        (see `loss.ranks`).
+        (see `utils.training.distributed`).
 
         Args:
             code: (B, D, h, w), detached by the caller.
@@ -42,7 +42,7 @@ class LinearProbe(nn.Module):
         if logits.is_cuda and torch.are_deterministic_algorithms_enabled():  # of which maps have none
             logits, target = logits.permute(0, 2, 3, 1).flatten(0, 2), target.flatten()  # (B*H*W, C)
         total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
-        return summed(total) / summed((~ignored).sum()).clamp_min(1)
+        return all_reduce(total) / all_reduce((~ignored).sum()).clamp_min(1)
 
 
 class ClusterProbe(nn.Module):
@@ -77,8 +77,8 @@ class ClusterProbe(nn.Module):
         """
         similarity = self(code).float()  # (B, K, h, w)
         if alpha is None:
-            return -averaged(similarity.amax(dim=1).mean())
-        return -averaged(((similarity * alpha).softmax(dim=1) * similarity).sum(dim=1).mean())
+            return -all_reduce_mean(similarity.amax(dim=1).mean())
+        return -all_reduce_mean(((similarity * alpha).softmax(dim=1) * similarity).sum(dim=1).mean())
 
 
 def read_both(code: Tensor, *, linear: LinearProbe, cluster: ClusterProbe) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.backbone import FrozenViT
-from model.sets import patch_classes
-from utils.metrics import score
-from utils.randomness import generator
-from utils.transforms import normalise
+from model.set_quality import patch_classes
+from utils.training.randomness import generator
+from utils.vision.metrics import score
+from utils.vision.transforms import normalise
 
 PROBE_STEPS, PROBE_BATCH, PROBE_LR = 500, 4096, 1e-2
 KMEANS_ROUNDS, KMEANS_STARTS = 50, 5

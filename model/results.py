@@ -9,7 +9,7 @@ import numpy as np
 
 from model.evaluator import Evaluation, Prediction
 from model.module import PPAPModule
-from utils.pictures import IGNORED, UNMATCHED, colour, draw_class_iou, draw_confusion, draw_predictions
+from utils.plots.figures import IGNORED, UNMATCHED, colour, draw_class_iou, draw_confusion, draw_predictions
 
 
 def class_iou(evaluation: Evaluation, names: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -11,13 +11,14 @@ from typing import Any
 from pytorch_lightning import Callback, Trainer
 
 from model.module import PPAPModule
-from utils.checkpoints import BEST, LAST, NEWEST, PROGRESS, Progress, copy_whole, shift_names
 from utils.errors import NotFinite, UserError
-from utils.faults import lost_loader
-from utils.loggers import wandb_runs
-from utils.randomness import random_states, set_random_states
-from utils.schedule import Schedule, checkpoint_interval
-from utils.stopping import Stopped, StopRequest, command_to_go_on, in_slurm_job, requeue
+from utils.training.checkpointing import BEST, LAST, NEWEST, PROGRESS, Progress, copy_whole, shift_names
+from utils.training.faults import lost_loader
+from utils.training.launch import in_slurm_job
+from utils.training.loggers import wandb_runs
+from utils.training.randomness import random_states, set_random_states
+from utils.training.schedule import Schedule, checkpoint_interval
+from utils.training.stopping import Stopped, StopRequest, command_to_go_on, requeue
 
 
 class Saver(Callback):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loss import PPAPLossOutput
-from utils.training import peak_memory_gib
+from utils.training.trainer import peak_memory_gib
 
 REACHED = ("mean_phi", "mean_psi", "mean_propagation", "without_positives")  # of PPAPLossOutput.reached
 

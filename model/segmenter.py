@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.backbone import FrozenViT
-from utils.ranks import own_slice, ranks
+from utils.training.distributed import own_slice, world_size
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def criterion_dropout(crit: Tensor, *, probability: float, generator: torch.Gene
     if probability == 0:
         return crit
     images, channels = crit.shape[:2]
-    drawn = torch.rand(ranks() * images, channels, generator=generator)  # of the global batch
+    drawn = torch.rand(world_size() * images, channels, generator=generator)  # of the global batch
     kept = own_slice(drawn) >= probability  # (B, D)
     mask = (kept / (1 - probability)).to(crit, non_blocking=True)
     return crit * mask[:, :, None, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from utils.upsampling import bilinear_taps
+from utils.vision.upsampling import bilinear_taps
 
 HELD = {"cpu": 2**22, "cuda": 2**26}  # entries of upsampled logits held at a time
 

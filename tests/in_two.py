@@ -13,8 +13,8 @@ import run
 from loss import PPAPLoss
 from model.probes import ClusterProbe, LinearProbe
 from model.segmenter import criterion_dropout
-from utils.cli import guarded
-from utils.ranks import own_slice, rank, ranks
+from utils.config.cli import guarded
+from utils.training.distributed import own_slice, rank, world_size
 
 IMAGES, DIM, GRID, CLASSES = 6, 12, (5, 4), 4
 COEFFICIENTS = {
@@ -88,5 +88,5 @@ def everything():
 if __name__ == "__main__":
     if status := guarded(lambda: run.main(sys.argv[2:])):
         sys.exit(status)
-    assert ranks() == 2
+    assert world_size() == 2
     torch.save(everything(), Path(sys.argv[1]) / f"{rank()}.pt")

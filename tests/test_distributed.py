@@ -19,14 +19,14 @@ from dataset.samplers import SharedBatches
 from model import build_module
 from tests import in_two
 from tests.dataset.files import save
-from utils import ranks
-from utils.checkpoints import Progress
-from utils.cli import guarded
+from utils.config.cli import guarded
+from utils.config.loading import REPOSITORY
+from utils.config.options import Options, TrainerOptions
 from utils.errors import NotFinite, UserError
-from utils.faults import faults_told
-from utils.optionfile import REPOSITORY
-from utils.options import Options, TrainerOptions
-from utils.schedule import Schedule
+from utils.training.checkpointing import Progress
+from utils.training.faults import faults_told
+from utils.training.schedule import Schedule
+from utils.training.trainer import launch as ranks
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 TIMES = ("images_per_s", "train_hours", "peak_memory_gib", "checkpoint")
@@ -166,7 +166,7 @@ def test_run__of_two_processes_is_that_of_one(finished):
 
 
 def as_process(monkeypatch, rank, count):
-    for module in ("utils.ranks", "dataset.samplers"):
+    for module in ("utils.training.launch", "dataset.samplers"):
         monkeypatch.setattr(f"{module}.rank", lambda: rank)
         monkeypatch.setattr(f"{module}.ranks", lambda: count)
 
@@ -210,7 +210,7 @@ def test_own_slice__are_the_batch_in_order(monkeypatch):
 )
 def test_is_first__as_torchrun_slurm_and_lightning_tell(monkeypatch, environment, first):
     launched(monkeypatch, environment)
-    assert ranks.is_first() is first
+    assert ranks.is_rank_zero() is first
 
 
 def launched(monkeypatch, environment):
@@ -291,7 +291,7 @@ def test_step__of_an_earlier_start_changes_nothing(tiny_options, monkeypatch):
 
 @pytest.mark.parametrize("message", ["/gloo/transport/tcp/pair.cc: Connection reset by peer", "other"])
 def test_faults_told__names_the_other_process(monkeypatch, message):
-    monkeypatch.setattr("utils.faults.ranks", lambda: 2)
+    monkeypatch.setattr("utils.training.faults.ranks", lambda: 2)
     expected = RuntimeError if message == "other" else UserError
     with pytest.raises(expected, match=message), faults_told(Options()):
         raise RuntimeError(message)
@@ -301,7 +301,7 @@ LEAVING = """
 import os, signal, sys
 import run
 from model import PPAPModule
-from utils.cli import guarded
+from utils.config.cli import guarded
 
 step = PPAPModule.training_step
 

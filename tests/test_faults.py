@@ -13,9 +13,9 @@ from PIL import Image
 import run
 from model.module import PPAPModule
 from tests.test_resume import LONG, assert_same_run, whole  # noqa: F401
-from utils.checkpoints import LAST, check_digest, copy_whole, newest_complete, save_whole
-from utils.cli import guarded
+from utils.config.cli import guarded
 from utils.errors import NotFinite, UserError
+from utils.training.checkpointing import LAST, check_digest, copy_whole, newest_complete, save_whole
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_full_disk__what_lay_there_stays(tmp_path, monkeypatch):
     def full(*_arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("utils.checkpoints.os.fsync", full)
+    monkeypatch.setattr("utils.training.checkpointing.os.fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
         save_whole({}, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="No space left on device"):

@@ -21,22 +21,22 @@ from PIL import Image
 from safetensors.torch import save as save_tensors
 from scipy.io import savemat
 
-from dataset.directory import Directory
-from dataset.directory import labels as directory_labels
+from dataset.base import classes_of
+from dataset.image_folder import Directory
+from dataset.image_folder import labels as directory_labels
 from dataset.potsdam import Potsdam
-from dataset.source import classes_of
 from model import build_module
 from model.checkpoint import read_checkpoint, restore
 from model.module import CHECKPOINT_ENTRY
-from model.pretrained import clean_state, load_strictly, read_state
-from utils.checkpoints import Progress, read_progress
-from utils.cli import parse_overrides
+from model.weights import clean_state, load_strictly, read_state
+from utils.config.cli import parse_overrides
+from utils.config.loading import SCHEMA, build_options, flatten, load_options
+from utils.config.options import DatasetOptions, Options
 from utils.errors import UserError
-from utils.images import open_image, open_label
-from utils.labels import LabelSpace
-from utils.maskids import read_names
-from utils.optionfile import SCHEMA, build_options, flatten, load_options
-from utils.options import DatasetOptions, Options
+from utils.plots.mask_ids import read_names
+from utils.training.checkpointing import Progress, read_progress
+from utils.vision.images import open_image, open_label
+from utils.vision.labels import LabelSpace
 
 SECONDS = 10  # that one input may take
 MEMORY = 4 * 2**30  # bytes that reading may add to the process
@@ -319,7 +319,7 @@ def test_command_line(words):
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "${nowhere}"])
 @pytest.mark.parametrize(
-    "key", ["base", "checkpoint", "dataset.data_path", "model.pretrained.pretrained_weights"]
+    "key", ["base", "checkpoint", "dataset.data_path", "model.weights.pretrained_weights"]
 )
 def test_names_that_no_file_can_have(key, name, tmp_path):
     (tmp_path / "odd.json").write_text(json.dumps({key: name}))

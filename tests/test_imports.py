@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from utils.optionfile import REPOSITORY
+from utils.config.loading import REPOSITORY
 
 ALLOWED = {
     "run": {"eval", "dataset", "model", "utils"},
     "eval": {"dataset", "model", "utils"},
     "model": {"model", "loss", "utils"},
     "dataset": {"dataset", "utils"},
-    "loss": {"loss"},
+    "loss": {"loss", "utils"},
     "utils": {"utils"},
 }
 FILES = [

@@ -9,9 +9,9 @@ from PIL import Image
 import eval as evaluation
 import run
 from model import load_segmenter
-from utils.cli import guarded
+from utils.config.cli import guarded
 from utils.errors import UserError
-from utils.maskids import MaskIds
+from utils.plots.mask_ids import MaskIds
 
 
 @pytest.fixture

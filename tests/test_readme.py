@@ -11,9 +11,9 @@ import sys
 import pytest
 
 from dataset import crop_datasets, dataset_download
-from utils.cli import parse_arguments, plan_jobs
+from utils.config.cli import parse_arguments, plan_jobs
+from utils.config.loading import REPOSITORY, SCHEMA, find_option_file, load_options
 from utils.download.sources import TARGETS
-from utils.optionfile import REPOSITORY, SCHEMA, find_option_file, load_options
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -45,7 +45,7 @@ def test_commands__parse(program, line, tmp_path, monkeypatch):
     (tmp_path / "w.pth").touch()
     line = line.replace("<weights>", str(tmp_path / "w.pth"))
     line = re.sub(r"<[a-z]+>", str(tmp_path), line)
-    monkeypatch.setattr("utils.optionfile.missing_files", lambda options: [])
+    monkeypatch.setattr("utils.config.loading.missing_files", lambda options: [])
     jobs = plan_jobs(parse_arguments(shlex.split(line), description="", training=program == "run"))
     assert jobs
 

@@ -22,11 +22,11 @@ from model.module import PPAPModule
 from model.saving import Saver
 from tests.conftest import write_tiny
 from tests.utils.wandb_file import WandbFile
-from utils.checkpoints import BEST, LAST, PREVIOUS, newest_complete, read_progress
-from utils.cli import guarded
+from utils.config.cli import guarded
 from utils.errors import UserError
-from utils.runfolder import locked
-from utils.stopping import Stopped, StopRequest
+from utils.training.checkpointing import BEST, LAST, PREVIOUS, newest_complete, read_progress
+from utils.training.run_dir import locked
+from utils.training.stopping import Stopped, StopRequest
 
 TIMES = {"images_per_s", "train_hours", "peak_memory_gib", "checkpoint"}
 LONG = {"train__epoch": 3, "train__valid_freq": 3, "train__print_freq": 1, "eval__is_crf": False}  # 12 steps

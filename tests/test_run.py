@@ -11,8 +11,8 @@ from PIL import Image
 
 import eval as evaluation
 import run
+from utils.config.loading import REPOSITORY, load_options
 from utils.errors import UserError
-from utils.optionfile import REPOSITORY, load_options
 
 
 def metrics_of(folder):
@@ -162,7 +162,7 @@ def test_wandb__every_run_of_a_sweep_is_a_run_of_its_own(tiny_file, tmp_path, mo
 
 
 def test_crf__without_pydensecrf_all_else_runs(tiny_file, monkeypatch, capsys):
-    monkeypatch.setattr("utils.crf.crf_missing", lambda: "pydensecrf does not import")
+    monkeypatch.setattr("utils.vision.crf.crf_missing", lambda: "pydensecrf does not import")
     (result,) = run.main(["--opt", tiny_file()])
     assert result["before_crf"]
     assert result["after_crf"] is None
@@ -173,7 +173,7 @@ def test_crf__either_backend_gives_the_same_metrics(tiny_file, monkeypatch):
     path = tiny_file()
     (trained,) = run.main(["--opt", path])
     words = ["--opt", path, "--checkpoint", "tiny", "wandb.name=again", "eval.crf_backend=torch"]
-    monkeypatch.setattr("utils.crf.crf_missing", lambda: "pydensecrf does not import")
+    monkeypatch.setattr("utils.vision.crf.crf_missing", lambda: "pydensecrf does not import")
     (evaluated,) = evaluation.main(words)
     assert evaluated["after_crf_missing"] is None
     assert evaluated["after_crf"] == pytest.approx(trained["after_crf"], abs=0.1)

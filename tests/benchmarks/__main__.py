@@ -21,8 +21,8 @@ from tests.benchmarks.inputs import SHAPES
 from tests.benchmarks.measure import HEADER, Bench, Row, as_json
 from tests.benchmarks.pipeline import bench_data, bench_epoch
 from utils.files import write_json
-from utils.machine import cores
-from utils.report import markdown
+from utils.plots.tables import markdown
+from utils.training.launch import cores
 
 CASES: dict[str, Callable[[Bench, str], list[Row]]] = {
     "loss": bench_loss,

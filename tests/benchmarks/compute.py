@@ -8,8 +8,8 @@ import torch
 
 from loss import PPAPLoss
 from model.module import PPAPModule
-from model.pretrained import backbone_spec
 from model.segmenter import criterion_dropout
+from model.weights import backbone_spec
 from tests.benchmarks import literal
 from tests.benchmarks.inputs import (
     LossInputs,
@@ -20,9 +20,9 @@ from tests.benchmarks.inputs import (
     shape_options,
 )
 from tests.benchmarks.measure import Bench, Cost, Row
-from utils.options import Options
-from utils.randomness import generator
-from utils.transforms import normalise
+from utils.config.options import Options
+from utils.training.randomness import generator
+from utils.vision.transforms import normalise
 
 LITERAL_BATCH = {"cpu": 16, "cuda": 64}  # beyond it an (A, N, D) tensor is too large
 LOSS_BATCHES = {"cpu": (4, 8), "cuda": (8, 64)}

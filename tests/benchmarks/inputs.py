@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dataset import DATA_SETS
+from dataset.base import Batch
 from dataset.crops import CROPS, crop_boxes, prepared_folder
-from dataset.source import Batch
 from loss import PPAPLoss
 from model.backbone import FrozenViT
 from model.criterion import build_criterion
 from model.module import PPAPModule
-from model.pretrained import backbone_spec
 from model.segmenter import Segmenter
-from utils.optionfile import find_option_file, load_options
-from utils.options import Options
-from utils.randomness import seeded
+from model.weights import backbone_spec
+from utils.config.loading import find_option_file, load_options
+from utils.config.options import Options
+from utils.training.randomness import seeded
 
 SHAPES = {
     "cocostuff": "cocostuff.json",

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loss.propagation import Boundaries
-from utils.crf import BILATERAL, GAUSSIAN, ITERATIONS, LEAST_PROBABILITY
-from utils.transforms import MEAN, STD
+from utils.vision.crf import BILATERAL, GAUSSIAN, ITERATIONS, LEAST_PROBABILITY
+from utils.vision.transforms import MEAN, STD
 
 
 def ppap_loss(z: Tensor, features: Tensor, anchors: Tensor, *, boundaries: Boundaries, tau: float) -> Tensor:

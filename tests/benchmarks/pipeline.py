@@ -13,20 +13,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset import DATA_SETS
+from dataset.base import SegmentationDataset, Source
 from dataset.crops import CropSource, PreparedCrops, prepared_folder
 from dataset.datamodule import SegmentationData
-from dataset.directory import Directory
-from dataset.source import SegmentationDataset, Source
+from dataset.image_folder import Directory
 from model.module import PPAPModule
 from tests.benchmarks import literal
 from tests.benchmarks.compute import LITERAL_BATCH, literal_losses, network_cost, step_form, step_loss_cost
 from tests.benchmarks.inputs import random_module, shape_options, write_photographs
 from tests.benchmarks.measure import Bench, Row
-from utils.checkpoints import Progress
-from utils.machine import cores
-from utils.options import Options
-from utils.training import build_trainer, precision_settings
-from utils.transforms import Geometry
+from utils.config.options import Options
+from utils.training.checkpointing import Progress
+from utils.training.launch import cores
+from utils.training.trainer import build_trainer, precision_settings
+from utils.vision.transforms import Geometry
 
 PHOTOGRAPHS = {"cpu": 8, "cuda": 128}  # of five crops each
 CLASSES = 27

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import nn
 
+from dataset.base import SegmentationDataset
 from dataset.crops import PreparedCrops, prepared_folder
-from dataset.source import SegmentationDataset
 from loss import PPAPLoss
 from tests.benchmarks import literal
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.inputs import loss_inputs, loss_of, shape_options, write_photographs
 from tests.benchmarks.measure import Bench, Cost
-from utils.crf import crf_missing
-from utils.transforms import Geometry, normalise, to_eight_bit
-from utils.upsampling import upsample
+from utils.vision.crf import crf_missing
+from utils.vision.transforms import Geometry, normalise, to_eight_bit
+from utils.vision.upsampling import upsample
 
 
 @pytest.mark.parametrize("name", ["loss_cocostuff8", "loss_cocostuff16", "loss_potsdam"])

@@ -19,9 +19,9 @@ from dataset import crop_files, processes
 from dataset.crop_datasets import main
 from dataset.crops import crop_boxes
 from tests.dataset.files import SIZE, picture, save
-from utils.cli import guarded
+from utils.config.cli import guarded
+from utils.config.loading import REPOSITORY
 from utils.errors import UserError
-from utils.optionfile import REPOSITORY
 
 FOLDER = "cropped/directory_five_crop_0.5"
 

@@ -2,7 +2,7 @@ import pytest
 
 from dataset.samplers import StepSampler
 from utils.errors import UserError
-from utils.schedule import Schedule
+from utils.training.schedule import Schedule
 
 
 def test_batch__larger_than_the_train_split(data_of, directory):

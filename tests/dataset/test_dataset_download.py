@@ -21,11 +21,11 @@ from dataset.cocostuff import CocoStuff
 from dataset.dataset_download import main
 from dataset.potsdam import Potsdam
 from tests.utils.download.server import Fault, Page, serving, targets_at
+from utils.config.options import DatasetOptions
 from utils.download import archives, layout
 from utils.download.sources import TARGETS, Archive
 from utils.download.transfer import Patience
 from utils.errors import Interrupted, UserError
-from utils.options import DatasetOptions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 IDS = ("000000000139", "000000000285", "000000000632")

@@ -4,8 +4,8 @@ from scipy.cluster.vq import kmeans2
 
 from dataset import build_data
 from dataset.synthetic import NAMES, Synthetic
-from utils.metrics import ConfusionMatrix, score
-from utils.transforms import normalise
+from utils.vision.metrics import ConfusionMatrix, score
+from utils.vision.transforms import normalise
 
 
 def test_scenes__are_deterministic_and_differ(tiny_options):
@@ -36,7 +36,7 @@ def accuracy(prediction, label, n_predictions, *, matched):
 def test_scenes__are_no_colour_quiz(tiny_options, shared):
     """k-means on raw colour lies at least 20 points below a linear probe on real self-supervised features."""
     from model.backbone import FrozenViT
-    from model.pretrained import backbone_spec, load_backbone
+    from model.weights import backbone_spec, load_backbone
 
     options = tiny_options(
         model__arch="dinov2", model__dim=384, model__pretrained__dino_patch_size=14,

@@ -148,7 +148,7 @@ def test_loss__every_anchor_is_propagated_once_whatever_the_chunk(monkeypatch, c
         propagated.append(len(anchors))
         return propagate(anchors, *arguments, **settings)
 
-    monkeypatch.setattr("loss.streamed.propagate", count)
+    monkeypatch.setattr("loss.chunked.propagate", count)
     z, features = clustered_batch(images=3, side=4)
     criterion = PPAPLoss(**COEFFICIENTS | {"group_size": 24}, chunk_size=chunk_size)
     anchors = criterion.sample_anchors(len(z), torch.Generator().manual_seed(1))

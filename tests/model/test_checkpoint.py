@@ -11,12 +11,12 @@ from dataset import DATA_SETS
 from model import PPAPModule, build_module
 from model.backbone import FrozenViT
 from model.checkpoint import CheckpointFile, export, read_checkpoint, restore
-from model.pretrained import backbone_spec
 from model.segmenter import Segmenter
+from model.weights import backbone_spec
+from utils.config.loading import load_options
 from utils.errors import UserError
 from utils.files import find_checkpoint
-from utils.labels import LabelSpace
-from utils.optionfile import load_options
+from utils.vision.labels import LabelSpace
 
 EXPERIMENTS = {
     "cocostuff_vits8": "cocostuff.json",

@@ -15,8 +15,8 @@ from model.distillation import (
     recolour,
     spread_init,
 )
-from utils.randomness import generator, seeded
-from utils.transforms import normalise
+from utils.training.randomness import generator, seeded
+from utils.vision.transforms import normalise
 
 SHORT = Recipe(steps=12, batch_size=8, global_side=16, local_side=8, local_crops=1, prototypes=8, warmup=2)
 

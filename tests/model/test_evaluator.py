@@ -5,8 +5,8 @@ from torch.nn import functional as F
 
 from model.evaluator import CLUSTER_ALPHA, Evaluator, upsampled_norm
 from model.probes import ClusterProbe, LinearProbe
-from utils.crf import CrfPool, HeadLogits, refine
-from utils.meanfield import MeanField
+from utils.vision.crf import CrfPool, HeadLogits, refine
+from utils.vision.mean_field import MeanField
 
 
 @pytest.mark.parametrize("shape", [(13, 7, 97, 64), (16, 16, 224, 224), (1, 3, 8, 9), (8, 8, 8, 8)])

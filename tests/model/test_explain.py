@@ -6,7 +6,7 @@ import torch
 
 from loss.propagation import Boundaries, propagate, select_sets
 from model.explain import explain
-from utils.explanation import AMBIGUOUS, ITSELF, NEGATIVE, POSITIVE
+from utils.plots.explanation import AMBIGUOUS, ITSELF, NEGATIVE, POSITIVE
 
 GRID = (3, 4)  # B = 5 images of it
 BOUNDARIES = Boundaries(phi=0.5, psi=0.25, steps=2, sigma_pos=3.0, sigma_amb=2.0)

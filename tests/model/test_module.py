@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from dataset import DATA_SETS, build_data
-from dataset.source import Batch
+from dataset.base import Batch
 from model import PPAPModule, build_module
 from model.backbone import FrozenViT
-from model.pretrained import backbone_spec
 from model.segmenter import Segmenter
+from model.weights import backbone_spec
 from run import train
+from utils.config.loading import find_option_file, load_options
 from utils.errors import UserError
-from utils.optionfile import find_option_file, load_options
-from utils.randomness import generator
+from utils.training.randomness import generator
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_training__reduced_precision_steps_and_clips_after_unscaling(
     scaler = torch.amp.GradScaler("cpu", init_scale=2048.0, growth_interval=1000)
     if precision == "fp16":
         plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
-        monkeypatch.setattr("utils.training.precision_settings", lambda *_: {"plugins": [plugin]})
+        monkeypatch.setattr("utils.training.trainer.precision_settings", lambda *_: {"plugins": [plugin]})
     train(tiny_options(train__precision="bf16"), tmp_path / "low")
     monkeypatch.undo()
     train(tiny_options(), tmp_path / "full")

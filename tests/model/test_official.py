@@ -10,11 +10,11 @@ import torch
 import eval as evaluation
 from model import official
 from model.official import BACKBONES, official_backbone, official_file
-from model.pretrained import backbone_spec
+from model.weights import backbone_spec
 from tests.utils.download.server import Fault, Page, serving
+from utils.config.options import PATCHES, WIDTH_AND_HEADS
 from utils.download.transfer import Patience
 from utils.errors import UserError
-from utils.options import PATCHES, WIDTH_AND_HEADS
 
 
 @pytest.fixture
@@ -119,4 +119,4 @@ def test_official__no_network_says_which_file_goes_where(hub, monkeypatch):
     with pytest.raises(UserError) as error:
         official_file(replace(BACKBONES[0], address="http://127.0.0.1:9/dino_vitbase8_pretrain.pth"))
     assert str(hub / "dino_vitbase8_pretrain.pth") in str(error.value)
-    assert "model.pretrained.pretrained_weights" in str(error.value)
+    assert "model.weights.pretrained_weights" in str(error.value)

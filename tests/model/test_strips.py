@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from model.strips import strongest_channel
-from utils.upsampling import bilinear_taps
+from utils.vision.upsampling import bilinear_taps
 
 LOGITS = torch.randn(5, 6, 9, generator=torch.Generator().manual_seed(0))
 

@@ -1,0 +1,103 @@
+"""Every kind of photograph becomes 8-bit RGB, upright; what cannot be read is named."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.errors import UserError
+from utils.vision.images import find_images, open_image, open_label
+
+GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
+
+
+def test_open__sixteen_bit_takes_the_upper_byte(tmp_path):
+    Image.fromarray(GREY.astype(np.uint16) * 256 + 77).save(tmp_path / "deep.png")
+    image = open_image(tmp_path / "deep.png")
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), np.repeat(GREY[:, :, None], 3, axis=2))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_open__other_modes(tmp_path, mode):
+    ending = {"CMYK": "tif", "LA": "png"}.get(mode, "png")
+    Image.fromarray(GREY).convert(mode).save(tmp_path / f"image.{ending}")
+    image = open_image(tmp_path / f"image.{ending}")
+    assert (image.mode, image.size) == ("RGB", (8, 6))
+    if mode not in ("1", "CMYK"):
+        assert np.array_equal(np.asarray(image)[:, :, 1], GREY)
+
+
+def test_open__palette_with_a_transparent_colour(tmp_path):
+    colours = Image.fromarray(GREY % 3, mode="L").convert("P")
+    colours.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    colours.save(tmp_path / "palette.png", transparency=0)
+    assert np.asarray(open_image(tmp_path / "palette.png"))[0, :3].tolist() == [
+        [255, 0, 0], [0, 0, 255], [0, 255, 0],
+    ]  # fmt: skip
+
+
+def test_open__exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter clockwise to be upright
+    Image.fromarray(GREY).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "turned.png"))[:, :, 0], np.rot90(GREY, -1))
+
+
+@pytest.mark.parametrize("values", [np.full((4, 4), 1e5, np.float32), np.full((4, 4), 70000, np.int32)])
+def test_open__other_depths_are_refused(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "deep.tif")
+    with pytest.raises(UserError, match=r"deep\.tif: image mode is [FI], must have 8 or 16 bits"):
+        open_image(tmp_path / "deep.tif")
+
+
+def test_open__video_missing_and_damaged_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"walk\.mp4: is a video; .*ffmpeg -i walk\.mp4"):
+        open_image(tmp_path / "walk.mp4")
+    with pytest.raises(UserError, match=r"none\.jpg: not a readable image"):
+        open_image(tmp_path / "none.jpg")
+    Image.fromarray(GREY).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:45])
+    with pytest.raises(UserError, match=r"cut\.png: not a readable image"):
+        open_image(tmp_path / "cut.png")
+
+
+def test_label__turned_photograph_is_explained(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "label.png")
+    with pytest.raises(UserError, match=r"label is \(8, 6\).*EXIF orientation says: turn the label"):
+        open_label(tmp_path / "label.png", (6, 8))
+    with pytest.raises(UserError, match=r"make them equal$"):
+        open_label(tmp_path / "label.png", (7, 7))
+    Image.fromarray(GREY).convert("RGB").save(tmp_path / "colours.png")
+    with pytest.raises(UserError, match="label mode is RGB"):
+        open_label(tmp_path / "colours.png", (8, 6))
+
+
+def test_find__sorts_what_a_folder_holds(tmp_path):
+    for name in ("b.JPG", "a/c.png", ".hidden.jpg", ".cache/d.png", "film.MP4", "notes.txt", "README"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_images(tmp_path)
+    assert found.images == [tmp_path / "a/c.png", tmp_path / "b.JPG"]
+    assert found.videos == [tmp_path / "film.MP4"]
+    assert found.others == {".txt": 1, "": 1}
+    assert "1 without ending, 1 .txt; 1 video, such as" in found.passed_over()
+    assert find_images(tmp_path / "a").passed_over() == ""
+
+
+def test_find__of_two_links_the_first_by_name_whatever_the_disk_says(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/a.jpg").touch()
+    (tmp_path / "in").mkdir()
+    for name in ("c", "b"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "elsewhere")
+    walk = os.walk
+
+    def backwards(*arguments, **more):
+        for place, folders, files in walk(*arguments, **more):
+            folders.sort(reverse=True)
+            yield place, folders, files
+
+    monkeypatch.setattr(os, "walk", backwards)
+    assert find_images(tmp_path / "in").images == [tmp_path / "in/b/a.jpg"]

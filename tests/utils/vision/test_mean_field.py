@@ -1,0 +1,156 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dataset.synthetic import Synthetic
+from utils.config.options import DatasetOptions
+from utils.vision import crf
+from utils.vision.crf import HeadLogits, unary_energy
+from utils.vision.mean_field import MeanField, log_prior, refine
+from utils.vision.transforms import to_eight_bit
+from utils.vision.upsampling import upsample
+
+
+def blobs(height, width, *, noise=5.0, seed=0):
+    """Coloured discs on shaded ground, (H, W, 3) uint8."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    image = np.full((height, width, 3), 90.0) + 40 * np.sin(x / 50)[:, :, None]
+    for _ in range(5):
+        middle, radius = rng.uniform(0, (height, width)), rng.uniform(0.15, 0.4) * min(height, width)
+        image[np.hypot(y - middle[0], x - middle[1]) < radius] = rng.uniform(0, 255, 3)
+    return (image + rng.normal(0, noise, image.shape)).clip(0, 255).astype(np.uint8)
+
+
+def coarse(labels, height, width, *, seed=0):
+    """Logits on a patch grid, (K, h, w) float32."""
+    shape = (labels, max(height // 8, 1), max(width // 8, 1))
+    return np.random.default_rng(seed).normal(0, 2, shape).astype(np.float32)
+
+
+def scene(side):
+    options = DatasetOptions(val_res=side)
+    return np.asarray(Synthetic(options, "val").read(0).image)
+
+
+def noise(height, width):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def refined(image, heads):
+    full = [torch.from_numpy(upsample(head, image.shape[:2])) for head in heads]
+    return refine(torch.from_numpy(image.copy()), full)
+
+
+CASES = {
+    "smooth": (blobs(160, 160), (27, 27)),
+    "edges without noise": (blobs(160, 160, noise=0, seed=1), (27, 27)),
+    "textures": (scene(160), (27, 27)),
+    "wide, one head": (blobs(90, 151, seed=2), (9,)),
+    "tall, unequal heads": (blobs(120, 64, seed=3), (5, 8)),
+    "noise": (noise(64, 64), (6, 6)),
+    "one colour": (np.full((40, 56, 3), 128, dtype=np.uint8), (4, 4)),
+    "black": (np.zeros((24, 24, 3), dtype=np.uint8), (3,)),
+    "tiny": (blobs(2, 3), (4, 2)),
+    "one pixel": (blobs(1, 1), (5,)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refine__equals_pydensecrf(case):
+    pytest.importorskip("pydensecrf.densecrf")
+    image, labels = CASES[case]
+    heads = [coarse(k, *image.shape[:2], seed=seed) for seed, k in enumerate(labels)]
+    theirs = crf.refine(image, [HeadLogits(head) for head in heads])
+    for ours, expected in zip(refined(image, heads), theirs, strict=True):
+        difference = np.abs(ours.numpy() - expected).max(axis=0)  # (H, W)
+        assert (ours.numpy().argmax(0) == expected.argmax(0)).mean() >= 0.999
+        assert (difference > 1e-3).mean() <= 1e-3  # rounding at the border of two simplices
+        assert difference.mean() < 1e-5
+
+
+def test_refine__points_between_two_simplices_fall_as_in_pydensecrf():
+    """A pixel of this scene lies within rounding of a border; on the other side, 80 pixels change."""
+    pytest.importorskip("pydensecrf.densecrf")
+    image, head = scene(320), coarse(9, 320, 320)
+    expected = crf.refine(image, [HeadLogits(head)])[0]
+    assert np.abs(refined(image, [head])[0].numpy() - expected).max() < 2e-4
+
+
+def test_refine__golden(golden):
+    stored = golden("crf")
+    image = to_eight_bit(stored.image[None])[0].permute(1, 2, 0)
+    full = F.interpolate(stored.logits[None], size=image.shape[:2], mode="bilinear")[0]
+    marginals = refine(image, [full])[0]
+    assert (marginals.argmax(0) == stored.argmax).float().mean() >= 0.999
+    assert (marginals - stored.q).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("labels", [(27, 27), (40, 40, 40)])
+def test_refine__heads_together_equal_heads_alone(labels):
+    image = blobs(48, 56)
+    heads = [coarse(k, 48, 56, seed=seed) for seed, k in enumerate(labels)]
+    for together, head in zip(refined(image, heads), heads, strict=True):
+        assert torch.equal(together, refined(image, [head])[0])
+
+
+def test_refine__narrow_head_is_not_changed_by_a_wide_one():
+    image, narrow, wide = blobs(48, 56), coarse(3, 48, 56), coarse(70, 48, 56, seed=1)
+    together, alone = refined(image, [narrow, wide])[0], refined(image, [narrow])[0]
+    assert together.shape == alone.shape == (3, 48, 56)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refine__marginals_are_distributions(case):
+    image, labels = CASES[case]
+    heads = [coarse(k, *image.shape[:2]) for k in labels]
+    for k, marginals in zip(labels, refined(image, heads), strict=True):
+        assert marginals.shape == (k, *image.shape[:2])
+        torch.testing.assert_close(marginals.sum(dim=0), torch.ones(image.shape[:2]))
+        assert marginals.min() >= 0
+
+
+def test_log_prior__is_minus_the_unary_energy():
+    logits = 20 * np.random.default_rng(0).normal(size=(6, 4, 5)).astype(np.float32)
+    expected = -unary_energy(logits)
+    np.testing.assert_allclose(log_prior(torch.from_numpy(logits)).numpy(), expected, atol=1e-5)
+    assert expected.min() == pytest.approx(np.log(1e-5))
+
+
+def test_mean_field__predictions_keep_order_and_tag():
+    pytest.importorskip("pydensecrf.densecrf")
+    images = [blobs(40, 48, seed=seed) for seed in range(3)]
+    heads = [
+        [
+            HeadLogits(coarse(4, 40, 48, seed=s), np.full((40, 48), 0.5, np.float32)),
+            HeadLogits(coarse(3, 40, 48)),
+        ]
+        for s in range(3)
+    ]
+    refiner = MeanField()
+    for place in range(3):
+        on_device = [
+            HeadLogits(torch.from_numpy(h.logits), None if h.divisor is None else torch.from_numpy(h.divisor))
+            for h in heads[place]
+        ]
+        refiner.submit(torch.from_numpy(images[place]), on_device, tag=place)
+    assert len(refiner) == 3
+    results = list(refiner.finished(wait_for_one=True))
+    assert [tag for tag, _ in results] == [0, 1, 2]
+    assert len(refiner) == 0
+    for tag, predictions in results:
+        expected = crf.refine(images[tag], heads[tag])
+        for prediction, marginals in zip(predictions, expected, strict=True):
+            assert (prediction.numpy() == marginals.argmax(0)).mean() >= 0.999
+
+
+@pytest.mark.gpu
+def test_refine__cuda_equals_cpu():
+    image = torch.from_numpy(scene(160).copy())
+    heads = [torch.randn(27, 160, 160, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    on_cuda = refine(image.cuda(), [head.cuda() for head in heads])
+    for ours, expected in zip(on_cuda, refine(image, heads), strict=True):
+        assert (ours.cpu().argmax(0) == expected.argmax(0)).float().mean() >= 0.999
+        assert ((ours.cpu() - expected).abs().amax(0) > 1e-3).float().mean() <= 1e-3

@@ -1,0 +1,81 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from utils.vision.metrics import ConfusionMatrix, score
+
+
+def test_metrics__golden(golden):
+    stored = golden("metrics")
+    expected = json.loads(stored.metrics)
+    linear, cluster = ConfusionMatrix(6, 6), ConfusionMatrix(6, 6)
+    for batch in "012":
+        target = getattr(stored, f"target{batch}")
+        linear.update(getattr(stored, f"linear{batch}"), target)
+        cluster.update(getattr(stored, f"cluster{batch}"), target)
+    for name, metric, matched in (("Linear", linear, False), ("Cluster", cluster, True)):
+        scores = score(metric.compute(), matched=matched)
+        assert scores.accuracy == pytest.approx(expected[f"{name}_Accuracy"], abs=1e-4)
+        assert scores.miou == pytest.approx(expected[f"{name}_mIoU"], abs=1e-4)
+
+
+def test_score__by_hand():
+    scores = score(np.array([[3, 1], [2, 4]]), matched=False)
+    assert scores.accuracy == pytest.approx(70)
+    assert scores.iou == pytest.approx((50, 100 * 4 / 7))
+    assert scores.miou == pytest.approx((50 + 100 * 4 / 7) / 2)
+
+
+def test_score__hungarian_matches_clusters_on_counts():
+    scores = score(np.array([[1, 9, 0], [8, 1, 1], [0, 2, 7]]), matched=True)
+    assert scores.assignment == (1, 0, 2)
+    assert scores.accuracy == pytest.approx(100 * 24 / 29)
+
+
+def test_score__unmatched_clusters_are_misses():
+    """Every pixel of class 1 in an extra cluster: the published metric would drop them and report 100."""
+    scores = score(np.array([[10, 0, 0], [0, 6, 4]]), matched=True)
+    assert scores.accuracy == pytest.approx(80)
+    assert scores.iou == pytest.approx((100, 60))
+    assert scores.assignment == (0, 1, -1)
+    assert scores.confusion.tolist() == [[10, 0, 0], [0, 6, 4]]
+
+
+def test_score__class_with_an_empty_union_is_left_out():
+    scores = score(np.array([[5, 0, 0], [0, 0, 0], [1, 0, 4]]), matched=False)
+    assert math.isnan(scores.iou[1])
+    assert scores.miou == pytest.approx((100 * 5 / 6 + 80) / 2)
+
+
+def test_score__nothing_counted():
+    assert score(np.zeros((3, 3)), matched=True) is None
+
+
+def test_confusion__ignores_labels_outside_the_classes():
+    metric = ConfusionMatrix(2, 3)
+    metric.update(torch.tensor([[0, 1, 2, 2, 1]]), torch.tensor([[0, 1, -1, 2, 255]]))
+    assert metric.compute().tolist() == [[1, 0, 0], [0, 1, 0]]
+
+
+def test_confusion__batched_equals_single_and_reset_works():
+    drawn = torch.Generator().manual_seed(0)
+    label = torch.randint(-1, 4, (5, 6, 7), generator=drawn)
+    prediction = torch.randint(0, 5, (5, 6, 7), generator=drawn)
+    together, apart = ConfusionMatrix(4, 5), ConfusionMatrix(4, 5)
+    together.update(prediction, label)
+    for one in range(5):
+        apart.update(prediction[one], label[one])
+    assert torch.equal(together.compute(), apart.compute())
+    apart.reset()
+    assert apart.compute().sum() == 0
+
+
+def test_confusion__may_be_updated_inside_and_outside_inference_mode():
+    metric = ConfusionMatrix(2, 2)
+    with torch.inference_mode():
+        metric.update(torch.tensor([0]), torch.tensor([0]))
+    metric.update(torch.tensor([1]), torch.tensor([1]))
+    assert metric.compute().tolist() == [[1, 0], [0, 1]]

@@ -1,0 +1,97 @@
+"""Collectives for training on several processes (ranks).
+
+Each rank holds an equal, contiguous slice of the global batch. A loss built from these functions has the
+value of the global batch on every rank; its gradient on a rank is that rank's part, and the parts of all
+ranks add up to the gradient of the global batch. With one process, every function is the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+from torch.nn import functional as F
+
+Rows = TypeVar("Rows", bound=Sequence)
+
+
+def world_size() -> int:
+    """Number of processes; 1 before the process group is initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this process, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def own_slice(rows: Rows) -> Rows:
+    """This rank's contiguous part of a global batch whose size is a multiple of `world_size()`."""
+    each = len(rows) // world_size()
+    return rows[rank() * each : (rank() + 1) * each]
+
+
+def own_groups(groups: Tensor) -> Tensor:
+    """This rank's share of (G, A_max) anchor groups; every rank gets as many, padded with -1."""
+    if world_size() == 1:
+        return groups
+    each = -(-len(groups) // world_size())
+    padded = F.pad(groups, (0, 0, 0, each * world_size() - len(groups)), value=-1)  # (world_size*each, A_max)
+    return padded.split(each)[rank()]
+
+
+def all_gather(rows: Tensor) -> Tensor:
+    """Concatenates the rows of all ranks, (n, ...) each -> (world_size * n, ...).
+
+    The gradient of a rank's rows is the sum of the gradients that all ranks compute for them.
+    """
+    return rows if world_size() == 1 else _AllGather.apply(rows)
+
+
+def all_reduce(values: Tensor) -> Tensor:
+    """Sum over the ranks; the gradient on a rank is that of its own term."""
+    return values if world_size() == 1 else _AllReduce.apply(values)
+
+
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """Mean over the ranks, with the gradient of the rank's own term."""
+    return all_reduce(value) / world_size()
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """The value of every rank, in rank order. Must be called by all ranks; tensors must be on the CPU."""
+    found = [value] * world_size()
+    if len(found) > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
+class _AllGather(Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        out = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(out, rows.contiguous())
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        own = grad.new_empty(len(grad) // world_size(), *grad.shape[1:])
+        dist.reduce_scatter_tensor(own, grad.contiguous())
+        return own
+
+
+class _AllReduce(Function):
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad

@@ -1,0 +1,64 @@
+"""How this process was launched, read from the environment. Imports no torch.
+
+torchrun, SLURM or Lightning starts one process per device; each runs the same program.
+"""
+
+from __future__ import annotations
+
+import os
+
+from utils.config.options import TrainerOptions
+
+
+def cores() -> int:
+    """Number of CPU cores available to this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_rank_zero() -> bool:
+    """Whether this is the process that prints and writes; known before the process group exists."""
+    return set(process_index()) == {0}
+
+
+def process_index() -> tuple[int, ...]:
+    """The launcher's index of this process: its rank, or (node rank, local rank)."""
+    if "RANK" in os.environ:  # torchrun
+        return (int(os.environ["RANK"]),)
+    if "SLURM_STEP_NUM_TASKS" in os.environ and "LOCAL_RANK" not in os.environ:  # srun
+        return (int(os.environ.get("SLURM_PROCID", "0")),)
+    return tuple(int(os.environ.get(name, "0")) for name in ("NODE_RANK", "LOCAL_RANK"))
+
+
+def in_slurm_job() -> bool:
+    """Whether SLURM runs this as a batch job."""
+    return "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+def planned_world_size(wanted: TrainerOptions) -> int:
+    """Number of processes that the options ask for."""
+    return wanted.devices * wanted.num_nodes
+
+
+def launch_mistake(wanted: TrainerOptions) -> str | None:
+    """What to change if torchrun or srun started other processes than the options ask for, or None."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        starter, started = "torchrun", int(os.environ["WORLD_SIZE"])
+        nodes = started // int(os.environ["LOCAL_WORLD_SIZE"])
+    elif in_slurm_job():
+        starter, started = "srun", int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+        nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+    else:
+        return None
+    each = started // nodes
+    if (each, nodes) == (wanted.devices, wanted.num_nodes):
+        return None
+    asked = f"trainer.devices x trainer.num_nodes is {wanted.devices} x {wanted.num_nodes}"
+    if (starter, started) == ("srun", 1):
+        return (
+            f"{asked}, but this is the only task: in a SLURM job, start the program with srun "
+            f"--nodes={wanted.num_nodes} --ntasks-per-node={wanted.devices}"
+        )
+    return (
+        f"{asked}, but {starter} started {each} x {nodes} processes: set trainer.devices={each} "
+        f"trainer.num_nodes={nodes}"
+    )

@@ -1,0 +1,71 @@
+"""Reading and writing `torch.save` files: integrity-checked, free of code, atomic."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.errors import UserError, first_line
+from utils.files import replacing
+
+_numpy_scalar = np.float64(0).__reduce__()[0]
+NUMPY_SCALARS = [  # the published checkpoints hold a metric as one; the path differs between NumPy 1 and 2
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
+]
+
+
+def read_torch_file(path: Path, kind: str) -> Any:
+    """`torch.load` onto the CPU with weights_only, after a check of every CRC in the zip archive.
+
+    Args:
+        path: file written by `torch.save`; the pre-zip format of torch < 1.6 has no checksums.
+        kind: what to call the file in an error, such as "checkpoint".
+
+    Raises:
+        UserError: damaged, unreadable, or more than tensors and plain containers.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises almost anything
+        raise unreadable(path, kind, error) from None
+
+
+def unreadable(path: Path, kind: str, error: Exception) -> UserError:
+    """The error for a file that cannot be read, without torch's advice to load it unsafely."""
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, pickle.UnpicklingError):
+        reason = "damaged, or it holds more than tensors and plain containers"
+    return UserError(f"{path}: not a readable {kind} ({reason}); download or write it again")
+
+
+def write_torch_file(content: Any, path: Path) -> None:
+    """`torch.save` to a temporary name, synced to disk and renamed: the file is complete or untouched.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, sync=True) as temporary:
+            torch.save(content, temporary)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        raise UserError(
+            f"{path}: cannot be written ({first_line(error)}; {free / 1e9:.1f} GB free); the previous file "
+            "is intact: free some space or choose another folder"
+        ) from None

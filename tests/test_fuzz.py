@@ -33,7 +33,7 @@ from utils.config.cli import parse_overrides
 from utils.config.loading import SCHEMA, build_options, flatten, load_options
 from utils.config.options import DatasetOptions, Options
 from utils.errors import UserError
-from utils.plots.mask_ids import read_names
+from utils.plots.mask_files import read_names
 from utils.training.checkpointing import Progress, read_progress
 from utils.vision.images import open_image, open_label
 from utils.vision.labels import LabelSpace

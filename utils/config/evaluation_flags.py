@@ -6,7 +6,7 @@ import argparse
 import re
 
 from utils.errors import UserError
-from utils.plots.mask_ids import read_names
+from utils.plots.mask_files import read_names
 
 BELONG = {  # flag -> the one that it is nothing without
     "--patch": "--explain",

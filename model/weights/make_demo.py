@@ -1,10 +1,10 @@
 """Makes the demo's backbone weights: python model/weights/make_demo.py
 
 DINO self-distillation (Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021)
-of a small ViT on synthetic scenes without labels. As a crop of a scene shows several textures, the teacher, a
-momentum average of the student, is asked per patch: each patch of a crop that the student sees learns what the
-teacher predicts at the same place of the scene in another crop.
-To judge the result: python eval.py --opt demo_eval.json --measure-sets
+of a small ViT on synthetic scenes without labels. As a crop shows several textures, predictions are made
+per patch: a patch of a crop that the student sees learns what the teacher, a momentum average of the student,
+predicts at the same place of the scene in another crop.
+To judge the result: python run.py --opt demo.json --frozen
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,8 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from dataset.base import SegmentationDataset, Source
-from dataset.crop_files import CropPlan, read_record
-from dataset.crops import RECORD, CropSource, PreparedCrops, prepared_folder
+from dataset.crops import CROPS, CropSource, PreparedCrops, prepared_folder
 from dataset.samplers import SharedBatches, StepSampler
 from dataset.token_cache import TokenDataset, cached
 from dataset.verify import check_splits
@@ -191,25 +191,28 @@ def train_source(options: DatasetOptions, kind: DataSetKind, n_classes: int) -> 
         )
         if folder.is_dir():
             crops = PreparedCrops(folder, "train", n_classes)
-            check_origin(folder, options, kind)
+            check_all_prepared(crops, folder, options, kind)
             print(f"train crops: {len(crops)} in {folder}")
             return crops
     return kind.source(options, "train")
 
 
-def check_origin(folder: Path, options: DatasetOptions, kind: DataSetKind) -> None:
-    """Holds the record of prepared crops, if they have one, against the images that are there now.
+def check_all_prepared(crops: Source, folder: Path, options: DatasetOptions, kind: DataSetKind) -> None:
+    """Compares the number of prepared crops with that of the whole images, if these are there.
 
     Raises:
-        UserError: they were made from others.
+        UserError: some crops are missing, or they were cut from other images.
     """
-    if not (folder / RECORD).is_file():
-        return
     try:
-        source = kind.source(options, "train")
-    except UserError:  # the whole images were cleared away
+        expected = CROPS * len(kind.source(options, "train"))
+    except UserError:  # the whole images were removed
         return
-    read_record(CropPlan.of(source, options))
+    if len(crops) > expected or (len(crops) < expected and not options.skip_damaged):
+        raise UserError(
+            f"{folder}: contains {len(crops):,} crops, must contain {expected:,} (five per train image); "
+            "write the missing ones with: python dataset/crop_datasets.py --opt <option file> --data_path "
+            f"{shlex.quote(options.data_path)}; or remove the folder to cut them during training"
+        )
 
 
 def cut_on_the_fly(options: DatasetOptions, kind: DataSetKind, source: Source) -> Source:

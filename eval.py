@@ -309,11 +309,6 @@ def export_published(arguments: Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> list[Any]:
     """Evaluates what the command line asks for, one job after another."""
     arguments = parse_arguments(argv, description="Evaluate a PPAP checkpoint.", training=False)
-    if arguments.list_backbones:
-        from model.official import described
-
-        print(described())
-        return []
     if arguments.export:
         export_published(arguments)
         return []

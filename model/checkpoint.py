@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from model.module import CHECKPOINT_ENTRY, PPAPModule
-from model.weights import is_state, load_strictly, read_tensors
+from model.weights import is_state, load_strictly
 from utils.errors import UserError, first_line
 from utils.files import replacing
+from utils.training.torch_files import read_torch_file
 
 PUBLISHED_PARTS = {  # published dict entry -> our prefix
     "linear_model_state_dict": "linear_probe.classifier.",
@@ -45,7 +46,7 @@ def read_checkpoint(path: Path) -> CheckpointFile:
     Raises:
         UserError: damaged, or neither format.
     """
-    content = read_tensors(path, "checkpoint")
+    content = read_torch_file(path, "checkpoint")
     if isinstance(content, dict) and isinstance(content.get(CHECKPOINT_ENTRY), dict):
         loaded = CheckpointFile(path, content.get("state_dict"), content[CHECKPOINT_ENTRY])
         if is_state(loaded.state) and _has_names(loaded.about):

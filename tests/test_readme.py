@@ -13,7 +13,6 @@ import pytest
 from dataset import crop_datasets, dataset_download
 from utils.config.cli import parse_arguments, plan_jobs
 from utils.config.loading import REPOSITORY, SCHEMA, find_option_file, load_options
-from utils.download.sources import TARGETS
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -55,7 +54,7 @@ def test_preparation_commands__parse(line, tmp_path):
     """Programs, flags, data sets and option files exist; nothing is fetched or written."""
     program, *words = shlex.split(re.sub(r"<[a-z]+>", str(tmp_path), line))
     if program == "dataset_download.py":
-        assert dataset_download.parse_arguments(words).target in TARGETS
+        assert dataset_download.parse_arguments(words).target in dataset_download.TARGETS
     else:
         assert program == "crop_datasets.py"
         assert crop_datasets.chosen_options(crop_datasets.parse_arguments(words)).dataset.crop_type

@@ -19,7 +19,7 @@ def stored(golden):
 
 
 @pytest.fixture
-def run(segmenter, stored):
+def segmenter(stored):
     state = {}
     for key, value in vars(stored).items():
         if key.startswith("sd/"):

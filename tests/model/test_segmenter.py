@@ -54,7 +54,7 @@ def test_segmenter__code_alone_is_the_same(segmenter, stored):
 
 def test_segmenter__starts_as_the_frozen_features():
     network = Segmenter(FrozenViT(TINY8))
-    output = network(torch.randn(1, 3, 32, 24, generator=torch.Generator().manual_seed(0)))
+    output = run(network, torch.randn(1, 3, 32, 24, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(output.code, output.crit)
 
 

@@ -66,7 +66,7 @@ def fit(
     saver = Saver(
         folder,
         data.schedule,
-        every=options.train.checkpoint_every,
+        every=options.train.checkpoint_interval,
         validated=validated,
         stop=(stop := StopRequest()),
         progress=progress,

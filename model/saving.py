@@ -17,7 +17,7 @@ from utils.training.faults import lost_loader
 from utils.training.launch import in_slurm_job
 from utils.training.loggers import wandb_runs
 from utils.training.randomness import random_states, set_random_states
-from utils.training.schedule import Schedule, checkpoint_interval
+from utils.training.schedule import Schedule
 from utils.training.stopping import Stopped, StopRequest, command_to_go_on, requeue
 
 
@@ -32,7 +32,7 @@ class Saver(Callback):
     Args:
         folder: of the run.
         schedule: of its steps.
-        every: `train.checkpoint_every`.
+        every: `train.checkpoint_interval`.
         validated: whether there are validation images.
         stop: what notes signals.
         progress: what the run goes on from.
@@ -43,13 +43,13 @@ class Saver(Callback):
         folder: Path,
         schedule: Schedule,
         *,
-        every: str | None,
+        every: tuple[int | None, float | None],
         validated: bool,
         stop: StopRequest,
         progress: Progress,
     ) -> None:
         self.folder, self.schedule, self.validated, self.stop = folder, schedule, validated, stop
-        self.steps, self.seconds = checkpoint_interval(every)
+        self.steps, self.seconds = every
         self.best = progress.best
         self._from, self._at = progress, progress  # where it started, and where it is
         self._began = self._saved = time.perf_counter()

@@ -1,8 +1,7 @@
-"""Where a step stands in a run: its epoch, whether a validation follows it, and when a run saves itself."""
+"""Where a step stands in a run: its epoch, whether a validation follows it."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 
@@ -36,17 +35,3 @@ class Schedule:
     def validates(self, step: int) -> bool:
         """Whether a validation follows: each `valid_freq` steps of an epoch, and at its end."""
         return self.ends_epoch(step) or (step % self.per_epoch) % self.valid_freq == 0
-
-
-def checkpoint_interval(every: str | None) -> tuple[int | None, float | None]:
-    """`train.checkpoint_every` as (steps, seconds), of which at most one is not None.
-
-    Raises:
-        ValueError: it is neither; tells what it must be.
-    """
-    if every is None:
-        return None, None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(m|min|minutes?)?", str(every).strip())
-    if found is None or float(found[1]) == 0 or not (found[2] or found[1].isdigit()):
-        raise ValueError('must be a number of steps, such as 500, or of minutes, such as "15 min"')
-    return (None, 60 * float(found[1])) if found[2] else (int(found[1]), None)

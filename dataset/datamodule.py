@@ -23,7 +23,6 @@ from dataset.verify import check_splits
 from utils.config.options import WITHOUT_FOLDER, DatasetOptions, Options
 from utils.errors import UserError
 from utils.files import TOKENS_FOLDER, make_folder
-from utils.training.launch import planned_world_size
 from utils.vision.labels import LabelSpace
 from utils.vision.transforms import Geometry
 
@@ -108,7 +107,7 @@ class SegmentationData(LightningDataModule):
                 split=split,
             )
 
-        shared = folder is not None and planned_world_size(self.options.trainer) > 1
+        shared = folder is not None and self.options.trainer.world_size > 1
         with FileLock(make_folder(folder.parent) / f".{folder.name}.lock") if shared else nullcontext():
             self.train_set = tokens_of(self.train_set, "train")  # the first process computes, others read
             if len(self.validation_set):

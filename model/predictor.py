@@ -66,6 +66,8 @@ class PhotoSegmenter:
         self.asked, self.patch = asked, module.segmenter.backbone.spec.patch
         self.res = options.dataset.val_res if asked.res is None else asked.res
         self.backend = options.eval.crf_backend if asked.crf is True else asked.crf
+        if self.backend == "auto":
+            self.backend = "torch" if crf.crf_missing() else "pydensecrf"
         self.device = torch.device(asked.device or accelerator())
         self._check(with_linear=module.evaluator.with_linear)
         self.unmatched = asked.head == "cluster" and assignment is None

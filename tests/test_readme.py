@@ -12,7 +12,7 @@ import pytest
 
 from dataset import crop_datasets, dataset_download
 from utils.config.cli import parse_arguments, plan_jobs
-from utils.config.loading import REPOSITORY, SCHEMA, find_option_file, load_options
+from utils.config.loading import REPOSITORY, find_option_file, load_options, option_table
 from utils.download.sources import TARGETS
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -20,12 +20,10 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 def option_rows() -> list[str]:
     """The rows of the options table as the schema has them."""
-    rows = []
-    for key, entry in SCHEMA.items():
-        default = json.dumps(entry.default)
-        allowed = entry.allowed.replace("|", "\\|")
-        rows.append(f"| `{key}` | `{default}` | {entry.field.metadata['help']} | {allowed} |")
-    return rows
+    return [
+        "| `{}` | `{}` | {} | {} |".format(key, json.dumps(default), text, allowed.replace("|", "\\|"))
+        for key, default, text, allowed in option_table()
+    ]
 
 
 def test_options_table__is_the_schema():

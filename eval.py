@@ -121,7 +121,9 @@ def why_no_crf(options: Options, data: SegmentationData) -> str | None:
 
 def open_refiner(options: Options) -> AbstractContextManager[CrfPool | MeanField]:
     """What refines predictions: processes, or the device of the network itself."""
-    if options.eval.crf_backend == "torch":
+    from utils.vision.crf import resolve_backend
+
+    if resolve_backend(options.eval.crf_backend) == "torch":
         from utils.vision.mean_field import MeanField
 
         return nullcontext(MeanField())

@@ -3,18 +3,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model.evaluator import CLUSTER_ALPHA, Evaluator, upsampled_norm
+from model.evaluator import CLUSTER_ALPHA, Evaluator
 from model.probes import ClusterProbe, LinearProbe
 from utils.vision.crf import CrfPool, HeadLogits, refine
 from utils.vision.mean_field import MeanField
-
-
-@pytest.mark.parametrize("shape", [(13, 7, 97, 64), (16, 16, 224, 224), (1, 3, 8, 9), (8, 8, 8, 8)])
-def test_upsampled_norm__equals_the_norm_of_the_upsampled_map(shape):
-    h, w, height, width = shape
-    code = torch.randn(2, 24, h, w, generator=torch.Generator().manual_seed(0))
-    literal = F.interpolate(code, size=(height, width), mode="bilinear").norm(dim=1)
-    torch.testing.assert_close(upsampled_norm(code, (height, width)), literal, atol=2e-5, rtol=1e-5)
 
 
 @pytest.fixture

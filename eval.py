@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.config.cli import guarded, parse_arguments, plan_jobs
-from utils.config.evaluation_flags import read_patch
 from utils.config.options import Options
 from utils.errors import LeftOut, UserError
 from utils.files import find_checkpoint
-from utils.training.launch import is_rank_zero, planned_world_size
+from utils.training.launch import is_rank_zero
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -53,19 +52,19 @@ def evaluate(options: Options, *, checkpoint: str, folder: Path) -> dict[str, An
         UserError: data or checkpoint are missing or do not fit.
     """
     from dataset import build_data
-    from model import build_module
+    from model.checkpoint import read_checkpoint
     from model.results import class_iou, write_pictures
     from utils.files import make_folder, write_json
 
     data = build_data(options, train=False)
-    module = build_module(options, data.labels, checkpoint=checkpoint)
+    restored = read_checkpoint(find_checkpoint(checkpoint, options.output_dir))
     make_folder(folder)
-    predicted = predict(options, module, data=data)
+    module, predicted = predict(options, restored, data=data)
     stages = {"before_crf": predicted.plain, "after_crf": predicted.refined}
     assigned = predicted.plain.cluster
     result = {
-        "checkpoint": module.restored_from,
-        "step": module.restored_step,
+        "checkpoint": str(restored.path),
+        "step": restored.about.get("step"),
         "images": predicted.plain.images,
         "valid_loss": predicted.plain.valid_loss,
         **{stage: evaluation and (evaluation.metrics() or None) for stage, evaluation in stages.items()},
@@ -78,7 +77,13 @@ def evaluate(options: Options, *, checkpoint: str, folder: Path) -> dict[str, An
     }
     if is_rank_zero():
         write_json(folder / "metrics.json", result)
-        write_pictures(folder, module, plain=predicted.plain, refined=predicted.refined)
+        write_pictures(
+            folder,
+            module,
+            plain=predicted.plain,
+            refined=predicted.refined,
+            predictions=predicted.predictions,
+        )
     return result
 
 
@@ -100,6 +105,7 @@ class Predicted:
     plain: Evaluation
     refined: Evaluation | None
     missing: str | None
+    predictions: list
 
 
 def why_no_crf(options: Options, data: SegmentationData) -> str | None:
@@ -115,7 +121,9 @@ def why_no_crf(options: Options, data: SegmentationData) -> str | None:
 
 def open_refiner(options: Options) -> AbstractContextManager[CrfPool | MeanField]:
     """What refines predictions: processes, or the device of the network itself."""
-    if options.eval.crf_backend == "torch":
+    from utils.vision.crf import resolve_backend
+
+    if resolve_backend(options.eval.crf_backend) == "torch":
         from utils.vision.mean_field import MeanField
 
         return nullcontext(MeanField())
@@ -126,32 +134,36 @@ def open_refiner(options: Options) -> AbstractContextManager[CrfPool | MeanField
     return CrfPool(options.eval.crf_workers or share)
 
 
-def predict(options: Options, module: PPAPModule, *, data: SegmentationData) -> Predicted:
-    """Runs the network over the validation split; with pydensecrf others refine what it has predicted."""
+def predict(options: Options, restored, *, data: SegmentationData):
     from tqdm import tqdm
 
+    from model import build_module
     from utils.training.faults import faults_told
     from utils.training.shown import shown_places
     from utils.training.trainer import build_trainer, hardware_settings
 
     missing = why_no_crf(options, data)
-    evaluator = module.evaluator
     images = len(data.validation_set)
-    evaluator.pictured = frozenset(shown_places(options.eval.pictures, images))
-    with open_refiner(options) if missing is None else nullcontext() as pool:
-        evaluator.pool = pool
+    with open_refiner(options) if missing is None else nullcontext() as refiner:
+        module = build_module(
+            options,
+            data.labels,
+            checkpoint=restored,
+            pictured=shown_places(options.eval.pictures, images),
+            refiner=refiner,
+        )
+        evaluator = module.evaluator
         if images:
             trainer = build_trainer(options, hardware_settings(options))
             with faults_told(options):
                 trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)
-        if pool is not None:
+        if refiner is not None:
             with tqdm(total=evaluator.images, desc="CRF", unit="image", disable=not is_rank_zero()) as bar:
-                bar.update(evaluator.images - len(pool))
-                while waiting := len(pool):
+                bar.update(evaluator.images - len(refiner))
+                while waiting := len(refiner):
                     bar.update(waiting - evaluator.collect_refined(wait_for_one=True))
-        evaluator.pool = None
     refined = evaluator.compute(refined=True) if missing is None else None
-    return Predicted(evaluator.compute(), refined, missing)
+    return module, Predicted(evaluator.compute(), refined, missing, evaluator.predictions())
 
 
 def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
@@ -248,7 +260,7 @@ def explain(options: Options, *, image: str, patch: tuple[int, int] | None, fold
 
 def need_one_process(options: Options, flag: str) -> None:
     """Raises a UserError where several processes were asked for."""
-    if planned_world_size(options.trainer) > 1:
+    if options.trainer.world_size > 1:
         wanted = f"{options.trainer.devices} x {options.trainer.num_nodes}"
         raise UserError(f"trainer.devices x trainer.num_nodes is {wanted}, must be 1 x 1 with {flag}")
 
@@ -316,8 +328,7 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
     if arguments.measure_sets:
         return [_measured(job.options) for job in jobs]
     if arguments.explain is not None:
-        patch = read_patch(arguments.patch)
-        return [_explained(job.options, image=arguments.explain, patch=patch) for job in jobs]
+        return [_explained(job.options, image=arguments.explain, patch=arguments.patch) for job in jobs]
     if arguments.images is not None:
         return [_masked(job.options, arguments) for job in jobs]
     for job in jobs:
@@ -340,4 +351,4 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, then="give the same command again"))
+    sys.exit(guarded(main, then="repeat the command"))

@@ -221,14 +221,19 @@ class Batch(NamedTuple):
     """One item, or a batch of them with a leading axis.
 
     Attributes:
-        image: (3, H, W) uint8.
+        inputs: (3, H, W) uint8 image, or (T, D) float16 cached tokens.
         label: (H, W) int64, -1 = ignore.
         index: () int64, place in the split.
     """
 
-    image: Tensor
+    inputs: Tensor
     label: Tensor
     index: Tensor
+
+    @property
+    def image(self) -> Tensor | None:
+        """The image, or None if the tokens are cached."""
+        return self.inputs if self.inputs.dtype == torch.uint8 else None
 
 
 class SegmentationDataset(Dataset):

@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,20 +33,6 @@ FORMAT = 1  # raised when tokens, labels or synthetic scenes come out otherwise 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")  # a container sees its own here
 IGNORED = 255  # as labels are stored; every data set here has fewer classes
-
-
-class TokenBatch(NamedTuple):
-    """One item, or a batch of them with a leading axis.
-
-    Attributes:
-        tokens: (T, D) float16, as they come out of the second-last block, CLS and registers included.
-        label: (H, W) int64, -1 = ignore.
-        index: () int64, place in the split.
-    """
-
-    tokens: Tensor
-    label: Tensor
-    index: Tensor
 
 
 class TokenDataset(Dataset):
@@ -69,12 +54,12 @@ class TokenDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> TokenBatch:
+    def __getitem__(self, key: int | tuple[int, int]) -> Batch:
         _, index = key if isinstance(key, tuple) else (0, key)
         if self.opened is None:
             self.opened = tuple(np.load(s, mmap_mode="r") if isinstance(s, Path) else s for s in self.stored)
         tokens, labels = (torch.from_numpy(np.array(array[index])) for array in self.opened)
-        return TokenBatch(tokens, stored_classes(labels), torch.tensor(index))
+        return Batch(tokens, stored_classes(labels), torch.tensor(index))
 
     def __getstate__(self) -> dict:
         """Without the open files, which would be sent to a worker as a whole."""
@@ -207,7 +192,7 @@ def _fill(
     with tqdm(total=len(loader.dataset), desc=f"{split} tokens", unit="image") as bar:
         for batch in loader:
             place = batch.index.numpy()
-            arrays["tokens"][place] = encode(batch.image).half().cpu().numpy()
+            arrays["tokens"][place] = encode(batch.inputs).half().cpu().numpy()
             arrays["labels"][place] = (
                 batch.label.masked_fill(batch.label < 0, IGNORED).to(torch.uint8).numpy()
             )

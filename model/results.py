@@ -18,7 +18,7 @@ def class_iou(evaluation: Evaluation, names: Sequence[str]) -> dict[str, dict[st
 
 
 def write_pictures(
-    folder: Path, module: PPAPModule, *, plain: Evaluation, refined: Evaluation | None
+    folder: Path, module: PPAPModule, *, plain: Evaluation, refined: Evaluation | None, predictions
 ) -> None:
     """confusion.npz, confusion.png and class_iou.png for what was scored, predictions.png for some images.
 
@@ -38,8 +38,8 @@ def write_pictures(
             iou |= {f"{head}, after CRF": each for head, each in class_iou(refined, labels.names).items()}
         draw_class_iou(folder / "class_iou.png", iou, labels=labels)
         np.savez(folder / "confusion.npz", class_names=np.array(labels.names), **counts)
-    if module.evaluator.pictures:
-        rows = [picture_row(prediction, module, plain) for prediction in module.evaluator.pictures]
+    if predictions:
+        rows = [picture_row(prediction, module, plain) for prediction in predictions]
         draw_predictions(folder / "predictions.png", rows, labels=labels)
 
 

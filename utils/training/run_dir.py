@@ -11,11 +11,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from utils.config.loading import SCHEMA, as_tree, flatten
+from utils.config.loading import as_tree, flatten
 from utils.config.options import Options
 from utils.errors import UserError
 from utils.files import make_folder, move_aside, read_json_object, write_json
-from utils.training.checkpointing import Saved, newest_complete
+from utils.training.checkpointing import BEST, LAST, Progress, read_progress
 from utils.training.launch import is_rank_zero
 from utils.training.provenance import hardware, provenance
 
@@ -30,6 +30,22 @@ MAY_DIFFER = (  # what decides where and how fast a run computes, not what
     "resume",
     "train.checkpoint_every",
 )
+
+
+@dataclass(frozen=True)
+class Saved:
+    path: Path
+    progress: Progress
+
+
+def newest_complete(folder):
+    for name in (LAST, BEST):
+        if (folder / name).is_file():
+            try:
+                return Saved(folder / name, read_progress(folder / name))
+            except UserError as error:
+                print(f"{error}; the one before it is used")
+    return None
 
 
 @dataclass(frozen=True)
@@ -120,13 +136,12 @@ def begin(folder: Path, options: Options, *, left_out: Sequence[str]) -> None:
 
 
 def _require_same(options: Options, path: Path) -> None:
-    before, now = flatten(read_json_object(path)), flatten(as_tree(options))
+    before = flatten(as_tree(Options())) | flatten(read_json_object(path))
+    now = flatten(as_tree(options))
     differing = [
-        f"{key} was {json.dumps(before.get(key, SCHEMA[key].default))}, is {json.dumps(value)}"
+        f"{key} was {json.dumps(before[key])}, is {json.dumps(value)}"
         for key, value in now.items()
-        if before.get(key, SCHEMA[key].default) != value
-        and not key.startswith(("wandb.", "trainer."))
-        and key not in MAY_DIFFER
+        if before[key] != value and not key.startswith(("wandb.", "trainer.")) and key not in MAY_DIFFER
     ]
     if differing:
         mend = "give the options of that run, or start another one under another wandb.name"

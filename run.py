@@ -134,7 +134,7 @@ def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
     """Trains the demo's backbone on scenes without labels and writes it where demo.json looks for it.
 
     Args:
-        options: of the demo; `model.weights.pretrained_weights` is the file to write.
+        options: of the demo; `model.pretrained.pretrained_weights` is the file to write.
 
     Returns:
         Accuracy in percent of a linear probe and of k-means on its patch features, untrained and distilled.
@@ -156,7 +156,7 @@ def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
     if options.dataset.data_type != "synthetic" or options.model.arch != "vit" or weights is None:
         raise UserError(
             f"--make-demo-weights: dataset.data_type is {options.dataset.data_type}, model.arch is "
-            f"{options.model.arch}, model.weights.pretrained_weights is {weights}; they must be "
+            f"{options.model.arch}, model.pretrained.pretrained_weights is {weights}; they must be "
             "synthetic, vit and the file to write, as in demo.json"
         )
     options.dataset.train_images, labelled = DEMO_SCENES, options.dataset.train_images

@@ -27,9 +27,9 @@ class OfficialBackbone:
     Attributes:
         name: what it is called.
         arch: `model.arch`.
-        model_type: `model.weights.model_type`.
-        patch: `model.weights.dino_patch_size`, in pixels.
-        registers: `model.weights.registers`.
+        model_type: `model.pretrained.model_type`.
+        patch: `model.pretrained.dino_patch_size`, in pixels.
+        registers: `model.pretrained.registers`.
         address: where it lies.
         sha256: of the file, where it is publicly known; else names and shapes alone are checked.
     """
@@ -57,7 +57,7 @@ class OfficialBackbone:
     def options(self) -> str:
         """The overrides that choose it."""
         width, _ = WIDTH_AND_HEADS[self.model_type]
-        chosen = "model.weights"
+        chosen = "model.pretrained"
         words = [f"model.arch={self.arch}", f"model.dim={width}", f"{chosen}.model_type={self.model_type}"]
         words.append(f"{chosen}.dino_patch_size={self.patch}")
         return " ".join(words + ([f"{chosen}.registers=true"] if self.registers else []))
@@ -178,6 +178,6 @@ def official_file(backbone: OfficialBackbone) -> Path:
         reason = error.mistakes[0] if isinstance(error, FetchError) else first_line(error)
         raise UserError(
             f"{reason}; fetch it elsewhere and put it at {path}, or name a file with "
-            "model.weights.pretrained_weights"
+            "model.pretrained.pretrained_weights"
         ) from None
     return path

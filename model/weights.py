@@ -83,7 +83,7 @@ def load_backbone(backbone: FrozenViT, weights: str | None) -> str:
 
     Args:
         backbone: as built from `backbone_spec`.
-        weights: `model.weights.pretrained_weights`.
+        weights: `model.pretrained.pretrained_weights`.
 
     Returns:
         What was loaded, for the log.

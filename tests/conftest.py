@@ -28,7 +28,7 @@ TINY = {  # seconds, not minutes: 4 steps of 4 scenes of 32 pixels
     "training_coeff.trainpatchsplit": 4,
     "model.arch": "vit",
     "model.dim": 24,
-    "model.weights.depth": 2,
+    "model.pretrained.depth": 2,
     "train.epoch": 1,
     "train.print_freq": 2,
     "train.valid_freq": 3,

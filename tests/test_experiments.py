@@ -164,8 +164,8 @@ def test_cocostuff__from_nothing_to_the_first_step(hub, tmp_path, monkeypatch, c
     said = capsys.readouterr().out.split("next:")[1].split("\n")
     crop, train = (shlex.split(line)[2:] for line in said if "python" in line)
     crop_datasets.main([*crop, "--workers", "1"])
-    hub(load_options(find_option_file("cocostuff.json"), {"model.weights.depth": 2}))
-    (trained,) = run.main([*train, "--debug", "model.weights.depth=2", *SMALL])
+    hub(load_options(find_option_file("cocostuff.json"), {"model.pretrained.depth": 2}))
+    (trained,) = run.main([*train, "--debug", "model.pretrained.depth=2", *SMALL])
     assert trained["step"] == 4 * 5 // 4
     assert f"train crops: 20 in {root}/cropped/cocostuff27_five_crop_0.5" in capsys.readouterr().out
 
@@ -182,8 +182,8 @@ def test_published_options__train_on_a_miniature(shared, name, hub, tmp_path, mo
     path = published_file(shared, name)
     data_type = load_options(path).dataset.data_type
     root = MAKERS[data_type](tmp_path / "data", counts=(4, 1))
-    depth = "model.weights.depth=2"
-    hub(load_options(path, {"model.weights.depth": 2}))
+    depth = "model.pretrained.depth=2"
+    hub(load_options(path, {"model.pretrained.depth": 2}))
     (trained,) = run.main(["--opt", str(path), "--data_path", str(root), "--debug", depth, *SMALL])
     assert set(trained["after_crf"]) == METRICS
     assert trained["step"] == (5 if data_type in ("cocostuff27", "cityscapes") else 1)

@@ -319,7 +319,7 @@ def test_command_line(words):
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "${nowhere}"])
 @pytest.mark.parametrize(
-    "key", ["base", "checkpoint", "dataset.data_path", "model.weights.pretrained_weights"]
+    "key", ["base", "checkpoint", "dataset.data_path", "model.pretrained.pretrained_weights"]
 )
 def test_names_that_no_file_can_have(key, name, tmp_path):
     (tmp_path / "odd.json").write_text(json.dumps({key: name}))

@@ -119,4 +119,4 @@ def test_official__no_network_says_which_file_goes_where(hub, monkeypatch):
     with pytest.raises(UserError) as error:
         official_file(replace(BACKBONES[0], address="http://127.0.0.1:9/dino_vitbase8_pretrain.pth"))
     assert str(hub / "dino_vitbase8_pretrain.pth") in str(error.value)
-    assert "model.weights.pretrained_weights" in str(error.value)
+    assert "model.pretrained.pretrained_weights" in str(error.value)

@@ -66,7 +66,7 @@ def test_make_demo_weights__writes_what_the_demo_loads(tmp_path, monkeypatch, ca
     monkeypatch.setattr(run, "DEMO_SCENES", 8)
     path = tmp_path / "there/demo.safetensors"
     words = [
-        f"model.weights.pretrained_weights={path}",
+        f"model.pretrained.pretrained_weights={path}",
         "dataset.train_images=4",
         "dataset.val_images=2",
         "dataloader.batch_size=4",
@@ -80,6 +80,6 @@ def test_make_demo_weights__writes_what_the_demo_loads(tmp_path, monkeypatch, ca
 
 def test_make_demo_weights__of_other_options_is_refused():
     with pytest.raises(UserError, match="must be synthetic, vit and the file to write"):
-        run.main(["--make-demo-weights", "model.weights.pretrained_weights=null"])
+        run.main(["--make-demo-weights", "model.pretrained.pretrained_weights=null"])
     with pytest.raises(UserError, match="makes one file: leave out --variants and sweeps"):
         run.main(["--make-demo-weights", "train.seed=0,1"])

@@ -55,13 +55,13 @@ def _backbone_contradictions(options: Options) -> list[str]:
     if patches and backbone.dino_patch_size not in patches:
         allowed = " or ".join(map(str, patches))
         found.append(
-            f"model.weights.dino_patch_size is {backbone.dino_patch_size}, "
+            f"model.pretrained.dino_patch_size is {backbone.dino_patch_size}, "
             f"must be {allowed} with model.arch {model.arch}"
         )
     if patches and (backbone.depth or full) > full:
-        found.append(f"model.weights.depth is {backbone.depth}, must be at most {full} with {model.arch}")
+        found.append(f"model.pretrained.depth is {backbone.depth}, must be at most {full} with {model.arch}")
     if backbone.registers and model.arch != "dinov2":
-        found.append(f"model.weights.registers is true, must be false with model.arch {model.arch}")
+        found.append(f"model.pretrained.registers is true, must be false with model.arch {model.arch}")
     width, _ = WIDTH_AND_HEADS[backbone.model_type]
     if patches and model.continuous and model.dim != width:
         found.append(
@@ -73,7 +73,9 @@ def _backbone_contradictions(options: Options) -> list[str]:
             found.append(f"model.dim is {model.dim}, must be a multiple of heads ({backbone.heads})")
         if (backbone.native_res or 0) % backbone.dino_patch_size:
             patch = backbone.dino_patch_size
-            found.append(f"model.weights.native_res is {backbone.native_res}, must be a multiple of {patch}")
+            found.append(
+                f"model.pretrained.native_res is {backbone.native_res}, must be a multiple of {patch}"
+            )
     return found
 
 
@@ -82,7 +84,9 @@ def missing_files(options: Options) -> list[str]:
     found = []
     weights = options.model.pretrained.pretrained_weights
     if weights is not None and not os.path.isfile(weights_file(weights)):
-        found.append(f"model.weights.pretrained_weights is {weights}: no such file; null takes the official")
+        found.append(
+            f"model.pretrained.pretrained_weights is {weights}: no such file; null takes the official"
+        )
     if options.checkpoint:
         try:
             find_checkpoint(options.checkpoint, options.output_dir)

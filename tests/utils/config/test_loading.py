@@ -100,9 +100,9 @@ def test_published_format__a_file_with_every_key_of_its_time():
         "model.continuous": True,
         "model.dim": 384,
         "model.extra_clusters": 0,
-        "model.weights.model_type": "vit_small",
-        "model.weights.dino_patch_size": 16,
-        "model.weights.pretrained_weights": None,
+        "model.pretrained.model_type": "vit_small",
+        "model.pretrained.dino_patch_size": 16,
+        "model.pretrained.pretrained_weights": None,
         "optimizer.net.name": "adamw",
         "optimizer.net.lr": 1e-3,
         "optimizer.net.weight_decay": 0.01,
@@ -169,11 +169,11 @@ def test_mistakes__are_reported_together_with_the_closest_key():
         ({"eval.extra_clusters": 2}, "must equal model.extra_clusters"),
         ({"wandb.name": "../up"}, "usable as the name of one folder"),
         (
-            {"model.weights.dino_patch_size": 14, "dataset.val_res": 322},
+            {"model.pretrained.dino_patch_size": 14, "dataset.val_res": 322},
             "must be 8 or 16 with model.arch dino",
         ),
-        ({"model.weights.depth": 13}, "at most 12"),
-        ({"model.weights.registers": True}, "must be false with model.arch dino"),
+        ({"model.pretrained.depth": 13}, "at most 12"),
+        ({"model.pretrained.registers": True}, "must be false with model.arch dino"),
         ({"model.arch": "vit", "model.dim": 100}, "multiple of heads"),
         ({"wandb.name": "${nowhere}"}, "nowhere"),
         ({"wandb.name": "${bad"}, "wandb.name is"),
@@ -189,7 +189,7 @@ def test_contradictions(flat, part):
 
 
 def test_missing_files__are_reported_with_the_rest(tmp_path):
-    flat = {"model.weights.pretrained_weights": "no.pth", "dataset.data_path": "", "train.epoch": -1}
+    flat = {"model.pretrained.pretrained_weights": "no.pth", "dataset.data_path": "", "train.epoch": -1}
     text = mistakes(flat, check_files=True)
     for part in ("no.pth: no such file", "data_path is not set: name", "train.epoch is -1"):
         assert part in text

@@ -23,7 +23,7 @@ from utils.training.launch import is_rank_zero, planned_world_size
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from dataset.datamodule import SegmentationData
+    from dataset.datamodule import SegmentationDataModule
     from model import PPAPModule
     from model.evaluator import Evaluation
     from utils.plots.photographs import Masked
@@ -102,7 +102,7 @@ class Predicted:
     missing: str | None
 
 
-def why_no_crf(options: Options, data: SegmentationData) -> str | None:
+def why_no_crf(options: Options, data: SegmentationDataModule) -> str | None:
     """The reason why there is nothing to refine or nothing to refine it with, or None."""
     from utils.vision.crf import crf_missing
 
@@ -126,7 +126,7 @@ def open_refiner(options: Options) -> AbstractContextManager[CrfPool | MeanField
     return CrfPool(options.eval.crf_workers or share)
 
 
-def predict(options: Options, module: PPAPModule, *, data: SegmentationData) -> Predicted:
+def predict(options: Options, module: PPAPModule, *, data: SegmentationDataModule) -> Predicted:
     """Runs the network over the validation split; with pydensecrf others refine what it has predicted."""
     from tqdm import tqdm
 

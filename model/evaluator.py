@@ -112,7 +112,7 @@ class Evaluator(nn.Module):
         Args:
             code: (B, D, h, w).
             image: (B, 3, H, W) uint8, as loaded; None where CRF is not wanted and pictures can do without.
-            label: (B, H, W) int64, -1 = ignore.
+            label: (B, H, W) int64, 255 = ignore.
             linear: the linear probe.
             cluster: the cluster probe.
             first: place in the set of the batch's first image; None where batches come in order.

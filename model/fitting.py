@@ -49,7 +49,7 @@ def fit(
         options: all options.
         folder: of the run.
         module: what is trained.
-        data: a `SegmentationData`.
+        data: a `SegmentationDataModule`.
         hardware: from `hardware_settings`.
         saved: what to go on from; None starts.
 
@@ -58,7 +58,7 @@ def fit(
         Stopped: it was asked to leave, and has saved itself.
     """
     progress = Progress() if saved is None else saved.progress
-    data.start_after(done := module.follow(data.schedule, progress))
+    done = module.follow(data.schedule, progress)
     loggers = build_loggers(options, folder, progress)
     shown = ShownImages.of(data.validation_set, options.eval.pictures)
     dashboard = Dashboard(options, folder, shown=shown, loggers=loggers, best=progress.best)
@@ -85,7 +85,8 @@ def fit(
             if options.dataset.cache_features:
                 encode = functools.partial(module.encode, trainer=trainer)
                 precision = trainer.precision_plugin.precision
-                data.keep_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
+                data = data.with_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
+            data.start_after(done)
             with stop:
                 trainer.fit(module, datamodule=data, ckpt_path=saved and saved.path, weights_only=True)
     except BaseException:

@@ -158,10 +158,10 @@ class PPAPModule(LightningModule):
 
     def _tokens(self, batch: Any) -> tuple[Tensor, tuple[int, int]]:
         """What the second-last block gives, (B, T, D), and the patch grid; the batch may have it already."""
-        if not hasattr(batch, "tokens"):
-            image = normalise(batch.image)
-            return self.segmenter.backbone.tokens(image), self.segmenter.grid(image)
-        return batch.tokens.float(), self.segmenter.grid(batch.label)
+        if batch.image is None:
+            return batch.inputs.float(), self.segmenter.grid(batch.label)
+        image = normalise(batch.image)
+        return self.segmenter.backbone.tokens(image), self.segmenter.grid(image)
 
     def encode(self, image: Tensor, trainer: Trainer) -> Tensor:
         """Tokens (B, T, D) of images (B, 3, H, W) uint8, on the device and in the precision of a trainer."""
@@ -233,7 +233,7 @@ class PPAPModule(LightningModule):
             return
         self.evaluator.update(
             self.segmenter.code(*self._tokens(batch)),
-            getattr(batch, "image", None),
+            batch.image,
             batch.label,
             linear=self.linear_probe,
             cluster=self.cluster_probe,

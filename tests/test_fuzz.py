@@ -19,12 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save as save_tensors
-from scipy.io import savemat
 
 from dataset.base import classes_of
-from dataset.image_folder import Directory
+from dataset.image_folder import ImageFolder
 from dataset.image_folder import labels as directory_labels
-from dataset.potsdam import Potsdam
 from model import build_module
 from model.checkpoint import read_checkpoint, restore
 from model.module import CHECKPOINT_ENTRY
@@ -36,7 +34,7 @@ from utils.errors import UserError
 from utils.plots.mask_ids import read_names
 from utils.training.checkpointing import Progress, read_progress
 from utils.vision.images import open_image, open_label
-from utils.vision.labels import LabelSpace
+from utils.vision.labels import IGNORE, LabelSpace
 
 SECONDS = 10  # that one input may take
 MEMORY = 4 * 2**30  # bytes that reading may add to the process
@@ -89,18 +87,6 @@ def checkpoints(module):
     contents = [{"state_dict": s, CHECKPOINT_ENTRY: a} for s in states for a in abouts]
     return [(".ckpt", written(lambda file, c=c: torch.save(c, file))) for c in contents] + [
         (".ckpt", written(lambda file: torch.save(contents[0], file, _use_new_zipfile_serialization=False)))
-    ]
-
-
-def matrices():
-    """Ending and bytes of .mat files with an image or a label, in odd types too."""
-    colours = np.repeat(PIXELS[:, :, None], 4, axis=2)
-    values = [PIXELS, PIXELS.astype(np.float64), np.full(PIXELS.shape, np.nan), PIXELS + 250, np.zeros(0)]
-    values += [PIXELS.astype(object), np.array("words"), colours, colours * np.nan, colours.astype(complex)]
-    return [
-        (".mat", written(lambda file, v=v, c=c: savemat(file, {"img": v, "gt": v}, do_compression=c)))
-        for v in values
-        for c in (False, True)
     ]
 
 
@@ -165,32 +151,10 @@ def read_directory(path):
         (root / folder).mkdir(parents=True, exist_ok=True)
     Image.fromarray(PIXELS).save(root / "imgs/train/fuzzed.png")
     (root / "labels/train/fuzzed.png").write_bytes(path.read_bytes())
-    source = Directory(DatasetOptions(data_type="directory", data_path=str(root), n_classes=2), "train")
+    source = ImageFolder(DatasetOptions(data_type="directory", data_path=str(root), n_classes=2), "train")
     classes = classes_of(source.read(0).label, source, 0)
     assert classes.shape == PIXELS.shape
-    assert classes.max() < 2
-
-
-def read_patch(path):
-    root = path.parent / "potsdam"
-    for folder in ("imgs", "gt"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        (root / folder / "fuzzed.mat").write_bytes(path.read_bytes())
-    for part in ("imgs", "gt"):  # the other part is whole
-        whole = {"img": np.zeros((*PIXELS.shape, 4), np.uint8), "gt": PIXELS}
-        other = "gt" if part == "imgs" else "imgs"
-        (root / part / "fuzzed.mat").write_bytes(path.read_bytes())
-        savemat(root / other / "fuzzed.mat", whole)
-        (root / "labelled_train.txt").write_text("fuzzed")
-        item = Potsdam(DatasetOptions(data_type="potsdam", data_path=str(root)), "train").read(0)
-        assert (item.image.mode, item.label.mode) == ("RGB", "L")
-
-
-def read_list(path):
-    root = path.parent / "lists"
-    root.mkdir(exist_ok=True)
-    (root / "labelled_train.txt").write_bytes(path.read_bytes())
-    Potsdam(DatasetOptions(data_type="potsdam", data_path=str(root)), "train")
+    assert np.isin(classes, (0, 1, IGNORE)).all()
 
 
 def read_options(path):
@@ -273,8 +237,6 @@ def kinds(module):
         "image": (damaged(pictures()), read_picture),
         "label": (damaged(pictures()), read_label),
         "directory": (damaged(pictures()), read_directory),
-        "mat": (damaged(matrices()), read_patch),
-        "list": (damaged([(".txt", b"one\ntwo\n")]), read_list),
         "checkpoint": (damaged(checkpoints(module)), read_module),
         "weights": (damaged(weights), read_weights),
         "progress": (damaged(resumable), read_progress),
@@ -282,7 +244,7 @@ def kinds(module):
 
 
 KINDS = (
-    *("options", "classes", "names", "image", "label", "directory", "mat", "list"),
+    *("options", "classes", "names", "image", "label", "directory"),
     *("checkpoint", "weights", "progress"),
 )
 

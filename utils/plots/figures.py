@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch, Rectangle
 
-from utils.vision.labels import LabelSpace
+from utils.vision.labels import IGNORE, LabelSpace
 
 IGNORED = (0, 0, 0)
 UNMATCHED = (160, 160, 160)
@@ -29,9 +29,9 @@ MOST_BESIDE = 15  # classes, up to which confusions stand side by side
 
 
 def colour(classes: np.ndarray, labels: LabelSpace, *, missing: tuple[int, int, int] = IGNORED) -> np.ndarray:
-    """(H, W) class ids, negative = missing, to (H, W, 3) uint8."""
+    """(H, W) class ids, 255 = missing, to (H, W, 3) uint8."""
     table = np.array([*labels.palette, missing], dtype=np.uint8)
-    return table[np.where(classes < 0, labels.n_classes, classes)]
+    return table[np.where(classes == IGNORE, labels.n_classes, classes)]
 
 
 def draw_predictions(path: Path, rows: Sequence[dict[str, np.ndarray]], *, labels: LabelSpace) -> None:

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import wandb
 
-from utils.vision.labels import LabelSpace
-
-NO_CLASS = 255  # in a mask: an ignored pixel, or a cluster without a class
+from utils.vision.labels import IGNORE, LabelSpace
 
 
 def prediction_table(
@@ -25,10 +23,10 @@ def prediction_table(
     Args:
         names: P of them.
         photographs: (P, H, W, 3) uint8.
-        maps: P times title -> classes (H, W), negative where there is none; the same titles each time.
+        maps: P times title -> classes (H, W), 255 = none; the same titles each time.
         labels: class names.
     """
-    words = dict(enumerate(labels.names)) | {NO_CLASS: "none"}
+    words = dict(enumerate(labels.names)) | {IGNORE: "none"}
     titles = list(maps[0]) if maps else []
     table = wandb.Table(columns=["image", "photograph", *titles])
     for name, photograph, found in zip(names, photographs, maps, strict=True):
@@ -41,8 +39,7 @@ def prediction_table(
 
 
 def _mask(classes: np.ndarray, words: dict[int, str]) -> dict[str, object]:
-    data = np.where(classes < 0, NO_CLASS, classes).astype(np.uint8)
-    return {"mask_data": data, "class_labels": words}
+    return {"mask_data": classes.astype(np.uint8), "class_labels": words}
 
 
 def confusion_table(counts: np.ndarray, labels: LabelSpace) -> wandb.Table:

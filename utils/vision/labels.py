@@ -1,11 +1,13 @@
-"""Class names and colours of a data set: what travels from the data set to tables, pictures, checkpoints."""
+"""Class names and colours of a data set, and the label value to ignore."""
 
 from __future__ import annotations
 
 import colorsys
 from dataclasses import dataclass
 
-IGNORE = -1
+from utils.errors import UserError
+
+IGNORE = 255  # class of ignored pixels, and of clusters without a class; so there are at most 255 classes
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,15 @@ class LabelSpace:
 
     Raises:
         ValueError: the two differ in length or a name occurs twice.
+        UserError: there are more than 255 classes.
     """
 
     names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
 
     def __post_init__(self) -> None:
+        if len(self.names) > IGNORE:
+            raise UserError(f"{len(self.names)} classes, must be at most {IGNORE}: labels have 8 bits")
         if len(self.names) != len(self.palette) or len(set(self.names)) != len(self.names):
             raise ValueError(
                 f"{len(self.names)} names (unique?) for {len(self.palette)} colours: {self.names}"

@@ -48,7 +48,7 @@ def test_sweep_table__mean_and_sample_deviation_over_seeds():
 
 def test_pictures__are_written_in_the_palette(tmp_path):
     labels = LabelSpace(("a", "b"), ((255, 0, 0), (0, 0, 255)))
-    painted = colour(np.array([[0, 1], [-1, 1]]), labels)
+    painted = colour(np.array([[0, 1], [255, 1]]), labels)
     assert painted.tolist() == [[[255, 0, 0], [0, 0, 255]], [[0, 0, 0], [0, 0, 255]]]
     draw_predictions(tmp_path / "p.png", [{"image": painted, "truth": painted}] * 2, labels=labels)
     draw_confusion(tmp_path / "c.png", {"cluster": np.array([[1, 2, 3], [4, 5, 0]])}, labels=labels)

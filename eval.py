@@ -53,19 +53,19 @@ def evaluate(options: Options, *, checkpoint: str, folder: Path) -> dict[str, An
         UserError: data or checkpoint are missing or do not fit.
     """
     from dataset import build_data
-    from model import build_module
+    from model.checkpoint import read_checkpoint
     from model.results import class_iou, write_pictures
     from utils.files import make_folder, write_json
 
     data = build_data(options, train=False)
-    module = build_module(options, data.labels, checkpoint=checkpoint)
+    restored = read_checkpoint(find_checkpoint(checkpoint, options.output_dir))
     make_folder(folder)
-    predicted = predict(options, module, data=data)
+    module, predicted = predict(options, restored, data=data)
     stages = {"before_crf": predicted.plain, "after_crf": predicted.refined}
     assigned = predicted.plain.cluster
     result = {
-        "checkpoint": module.restored_from,
-        "step": module.restored_step,
+        "checkpoint": str(restored.path),
+        "step": restored.about.get("step"),
         "images": predicted.plain.images,
         "valid_loss": predicted.plain.valid_loss,
         **{stage: evaluation and (evaluation.metrics() or None) for stage, evaluation in stages.items()},
@@ -78,7 +78,7 @@ def evaluate(options: Options, *, checkpoint: str, folder: Path) -> dict[str, An
     }
     if is_rank_zero():
         write_json(folder / "metrics.json", result)
-        write_pictures(folder, module, plain=predicted.plain, refined=predicted.refined)
+        write_pictures(folder, module, plain=predicted.plain, refined=predicted.refined, predictions=predicted.predictions)
     return result
 
 
@@ -100,6 +100,7 @@ class Predicted:
     plain: Evaluation
     refined: Evaluation | None
     missing: str | None
+    predictions: list
 
 
 def why_no_crf(options: Options, data: SegmentationDataModule) -> str | None:
@@ -126,32 +127,30 @@ def open_refiner(options: Options) -> AbstractContextManager[CrfPool | MeanField
     return CrfPool(options.eval.crf_workers or share)
 
 
-def predict(options: Options, module: PPAPModule, *, data: SegmentationDataModule) -> Predicted:
-    """Runs the network over the validation split; with pydensecrf others refine what it has predicted."""
+def predict(options: Options, restored, *, data: SegmentationDataModule):
     from tqdm import tqdm
 
+    from model import build_module
     from utils.training.faults import faults_told
     from utils.training.shown import shown_places
     from utils.training.trainer import build_trainer, hardware_settings
 
     missing = why_no_crf(options, data)
-    evaluator = module.evaluator
     images = len(data.validation_set)
-    evaluator.pictured = frozenset(shown_places(options.eval.pictures, images))
-    with open_refiner(options) if missing is None else nullcontext() as pool:
-        evaluator.pool = pool
+    with open_refiner(options) if missing is None else nullcontext() as refiner:
+        module = build_module(options, data.labels, checkpoint=restored, pictured=shown_places(options.eval.pictures, images), refiner=refiner)
+        evaluator = module.evaluator
         if images:
             trainer = build_trainer(options, hardware_settings(options))
             with faults_told(options):
                 trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)
-        if pool is not None:
+        if refiner is not None:
             with tqdm(total=evaluator.images, desc="CRF", unit="image", disable=not is_rank_zero()) as bar:
-                bar.update(evaluator.images - len(pool))
-                while waiting := len(pool):
+                bar.update(evaluator.images - len(refiner))
+                while waiting := len(refiner):
                     bar.update(waiting - evaluator.collect_refined(wait_for_one=True))
-        evaluator.pool = None
     refined = evaluator.compute(refined=True) if missing is None else None
-    return Predicted(evaluator.compute(), refined, missing)
+    return module, Predicted(evaluator.compute(), refined, missing, evaluator.predictions())
 
 
 def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:

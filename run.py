@@ -6,10 +6,12 @@ option file -> typed options -> data -> backbone -> head -> loss and probes -> m
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +20,18 @@ from utils.config.cli import Job, guarded, parse_arguments, plan_jobs
 from utils.config.loading import flatten
 from utils.config.options import Options
 from utils.training.launch import is_rank_zero
+from utils.training.schedule import checkpoint_interval
 
 if TYPE_CHECKING:
     from dataset.base import Batch, SegmentationDataset
-    from model.fitting import Trained
-    from utils.training.checkpointing import Saved
+    from utils.training.run_dir import Saved
+
+
+@dataclass
+class Trained:
+    dashboard: Any
+    hours: float
+
 
 FROZEN = "-frozen"  # ends the name of a baseline
 VERIFIED = 0.01  # points by which a number may differ on another machine
@@ -37,31 +46,58 @@ def train(options: Options, folder: Path, saved: Saved | None = None) -> Trained
     Args:
         options: all options.
         folder: of the run; an earlier run in it is moved aside.
-        saved: a checkpoint of the same run to go on from instead.
+        saved: a checkpoint of the same run to resume from.
 
     Raises:
         UserError: data or weights are missing or do not fit.
-        Stopped: it was asked to leave, and has saved itself.
+        Stopped: a signal asked to stop; everything is saved.
     """
     from dataset import build_data
     from model import build_module
-    from model.compilation import compile_segmenter
-    from model.fitting import fit
+    from model.callbacks import Dashboard
+    from utils.training.checkpointing import CheckpointManager, Progress
+    from utils.training.faults import faults_told
+    from utils.training.loggers import build_loggers, wandb_runs
     from utils.training.run_dir import begin
-    from utils.training.trainer import hardware_settings
+    from utils.training.shown import ShownImages
+    from utils.training.stopping import StopSignal
+    from utils.training.trainer import build_trainer, hardware_settings
 
     hardware = hardware_settings(options)
     data = build_data(options)
-    module = build_module(
-        options, data.labels, train_labelled=data.train_labelled, checkpoint=options.checkpoint or None
-    )
-    if options.train.compile:
-        compile_segmenter(module.segmenter)
-    if not data.train_labelled:
-        print("train data has no labels: no linear probe")
+    shown = ShownImages.of(data.validation_set, options.eval.pictures)
+    pictured = shown.places if shown is not None and options.wandb.mode != "disabled" else ()
+    module = build_module(options, data.labels, train_labelled=data.train_labelled, pictured=pictured)
     if saved is None:
         begin(folder, options, left_out=data.damaged)
-    return fit(options, folder, module=module, data=data, hardware=hardware, saved=saved)
+    progress = Progress() if saved is None else saved.progress
+    loggers = build_loggers(options, folder, progress)
+    validates = len(data.validation_set) > 0
+    dashboard = Dashboard(options, folder, shown=shown, loggers=loggers, best=progress.best)
+    checkpoints = CheckpointManager(
+        folder,
+        valid_freq=options.train.valid_freq,
+        every=checkpoint_interval(options.train.checkpoint_every),
+        validates=validates,
+        stop=(stop := StopSignal()),
+        progress=progress,
+        wandb_id=next((opened.id for opened in wandb_runs(loggers)), None),
+    )
+    trainer = build_trainer(
+        options, hardware, loggers=loggers, callbacks=[dashboard, checkpoints], validates=validates
+    )
+    try:
+        with faults_told(options):
+            if options.dataset.cache_features:
+                encode = functools.partial(module.frozen_tokens, trainer=trainer)
+                precision = trainer.precision_plugin.precision
+                data = data.with_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
+            with stop:
+                trainer.fit(module, datamodule=data, ckpt_path=saved and saved.path, weights_only=True)
+    except BaseException:
+        dashboard.close()
+        raise
+    return Trained(dashboard, hours=checkpoints.spent / 3600)
 
 
 def train_and_evaluate(options: Options) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from torch.utils.data import DataLoader, Sampler
 
 from dataset.base import SegmentationDataset, Source
 from dataset.crops import CropSource, PreparedCrops, prepared_folder
-from dataset.samplers import SharedBatches, StepSampler
+from dataset.samplers import EvaluationBatchSampler, TrainBatchSampler
 from dataset.token_cache import Encoder, TokenDataset, cache_tokens
 from dataset.verify import check_splits
 from utils.config.options import DatasetOptions, Options
 from utils.errors import UserError
-from utils.training.schedule import Schedule
 from utils.vision.labels import LabelSpace
 from utils.vision.transforms import Geometry
 
@@ -61,7 +60,6 @@ class SegmentationDataModule(LightningDataModule):
         self.train_set, self.validation_set = train_set, validation_set
         if train_set is not None:
             self._check_batch()
-            self.sampler = self._step_sampler()
 
     @classmethod
     def from_options(
@@ -121,16 +119,6 @@ class SegmentationDataModule(LightningDataModule):
             damaged=self.damaged,
         )
 
-    def _step_sampler(self) -> StepSampler:
-        chosen, items, batch = self.options.train, len(self.train_set), self.options.dataloader.batch_size
-        schedule = Schedule(items // batch, chosen.epoch, chosen.valid_freq)
-        return StepSampler(items, batch, schedule, seed=chosen.seed)
-
-    @property
-    def schedule(self) -> Schedule:
-        """Of the run's steps."""
-        return self.sampler.schedule
-
     def _check_batch(self) -> None:
         items, batch = len(self.train_set), self.options.dataloader.batch_size
         if items < batch:
@@ -139,13 +127,13 @@ class SegmentationDataModule(LightningDataModule):
                 f"partial batch is dropped; set dataloader.batch_size={items} or less, or add images"
             )
 
-    def start_after(self, done: int) -> None:
-        """Leaves out the first steps of the run, which an earlier start has done."""
-        self.sampler.done = done
+    def image_names(self, step: int) -> list[str]:
+        """The images of a training step, from 1."""
+        return [self.train_set.source.name(index) for index in self._batches(0).batch(step)]
 
-    def names(self, step: int) -> list[str]:
-        """The images of a step's batch."""
-        return [self.train_set.source.name(index) for _, index in self.sampler.batch(step)]
+    def _batches(self, first_step: int) -> TrainBatchSampler:
+        batch_size, seed = self.options.dataloader.batch_size, self.options.train.seed
+        return TrainBatchSampler(len(self.train_set), batch_size, seed=seed, first_step=first_step)
 
     @property
     def train_labelled(self) -> bool:
@@ -158,8 +146,8 @@ class SegmentationDataModule(LightningDataModule):
         return len(self.validation_set) > 0 and self.validation_set.source.labelled
 
     def train_dataloader(self) -> DataLoader:
-        """The batches of all steps that are left."""
-        return self._loader(self.train_set, self.sampler)
+        """The batches of an epoch; a resumed run starts with the step that follows the last trained one."""
+        return self._loader(self.train_set, self._batches(self.trainer.global_step if self.trainer else 0))
 
     def val_dataloader(self) -> DataLoader:
         """All validation images, in order, for the validations of training."""
@@ -169,8 +157,8 @@ class SegmentationDataModule(LightningDataModule):
         """All validation images, in order, for the final evaluation."""
         return self._loader(self.validation_set, self._dealt_out(self.options.eval.batch_size))
 
-    def _dealt_out(self, batch_size: int) -> SharedBatches:
-        return SharedBatches(len(self.validation_set), batch_size)
+    def _dealt_out(self, batch_size: int) -> EvaluationBatchSampler:
+        return EvaluationBatchSampler(len(self.validation_set), batch_size)
 
     def _loader(self, dataset: SegmentationDataset | TokenDataset, batches: Sampler) -> DataLoader:
         in_memory = isinstance(dataset, TokenDataset) and self.options.dataset.cache_features == "ram"

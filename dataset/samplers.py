@@ -1,4 +1,4 @@
-"""Which items make up a batch: functions of seed, step and process."""
+"""Batch samplers: which items make up a batch, as a function of seed, step and rank."""
 
 from __future__ import annotations
 
@@ -9,66 +9,60 @@ from torch.utils.data import Sampler
 
 from utils.training.distributed import own_slice, rank, world_size
 from utils.training.randomness import generator
-from utils.training.schedule import Schedule
 
 
-class StepSampler(Sampler[list[tuple[int, int]]]):
-    """The batches of all epochs of a run, one a step, each a list of (epoch, index) pairs.
+class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Shuffled training batches of (epoch, index) pairs, starting at any step.
 
-    An epoch's order depends on seed and epoch alone, and its last partial batch is dropped; so a run may
-    begin at any step. As all epochs are one sequence, the workers never run dry between two of them. Of
-    several processes each gets its slice of the batch.
+    The order of an epoch depends on seed and epoch alone; the last partial batch is dropped. Each rank gets
+    its slice of a batch.
 
     Args:
         size: number of items.
-        batch_size: B.
-        schedule: of the run.
+        batch_size: items per step, on all ranks together.
         seed: of the run.
-        done: steps that are left out at the start.
+        first_step: number of steps already trained; the first iteration skips them.
     """
 
-    def __init__(self, size: int, batch_size: int, schedule: Schedule, *, seed: int, done: int = 0) -> None:
-        self.size, self.batch_size, self.schedule, self.seed, self.done = (
-            size,
-            batch_size,
-            schedule,
-            seed,
-            done,
-        )
+    def __init__(self, size: int, batch_size: int, *, seed: int, first_step: int = 0) -> None:
+        self.size, self.batch_size, self.seed, self.first_step = size, batch_size, seed, first_step
+        self.epoch = first_step // len(self)
+        self.sampler = self  # Lightning calls `batch_sampler.sampler.set_epoch` before each epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch, from 0, of the next iteration."""
+        self.epoch = epoch
 
     def order(self, epoch: int) -> list[int]:
-        """Indices of all items in the order of an epoch."""
+        """All indices in the order of an epoch."""
         return torch.randperm(self.size, generator=generator(self.seed, "order", epoch)).tolist()
 
-    def batch(self, step: int) -> list[tuple[int, int]]:
-        """The batch of a step, from 1."""
-        epoch = self.schedule.epoch(step)
-        return self._batch(step, self.order(epoch))
-
-    def _batch(self, step: int, order: list[int]) -> list[tuple[int, int]]:
-        epoch = self.schedule.epoch(step)
-        first = (step - 1 - epoch * self.schedule.per_epoch) * self.batch_size
-        return [(epoch, index) for index in order[first : first + self.batch_size]]
+    def batch(self, step: int) -> list[int]:
+        """Indices of the global batch of a step, from 1."""
+        epoch, batch_idx = divmod(step - 1, len(self))
+        return self.order(epoch)[batch_idx * self.batch_size :][: self.batch_size]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.done + 1, self.schedule.total + 1):
-            if step == self.done + 1 or self.schedule.ends_epoch(step - 1):
-                order = self.order(self.schedule.epoch(step))
-            yield own_slice(self._batch(step, order))
+        epoch, order = self.epoch, self.order(self.epoch)
+        trained = max(0, self.first_step - epoch * len(self))  # of this epoch
+        for batch_idx in range(trained, len(self)):
+            batch = order[batch_idx * self.batch_size :][: self.batch_size]
+            yield [(epoch, index) for index in own_slice(batch)]
 
     def __len__(self) -> int:
-        return self.schedule.total - self.done
+        """Steps of a whole epoch."""
+        return self.size // self.batch_size
 
 
-class SharedBatches(Sampler[list[int]]):
-    """The batches of a split in order, dealt out to the processes in turn.
+class EvaluationBatchSampler(Sampler[list[int]]):
+    """The batches of a split in order, dealt out to the ranks in turn.
 
-    So each image is in one batch of one process, and a batch is the one that a single process would see.
-    Where the batches run out, the first one keeps the other processes in step (`number` >= `total` tells).
+    Each batch is the one that a single process would see. When the batches run out, the remaining ranks get
+    the first batch again to stay in step; `number(turn) >= total` marks it as one to skip.
 
     Args:
         size: number of items.
-        batch_size: items a batch; the last one has what is left.
+        batch_size: items per batch; the last one may be smaller.
 
     Attributes:
         total: batches of the split.
@@ -79,7 +73,7 @@ class SharedBatches(Sampler[list[int]]):
         self.total = -(-size // batch_size)
 
     def number(self, turn: int) -> int:
-        """The place in the split of this process's batch of a turn, from 0."""
+        """Index in the split of this rank's batch of a turn."""
         return turn * world_size() + rank()
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -53,6 +53,14 @@ class PPAPLossOutput:
     num_negatives: Tensor
     reached: Tensor | None = None
 
+    def statistics(self) -> dict[str, Tensor]:
+        """Everything but the loss, () each, under the names that are logged."""
+        found = {"num_positives": self.num_positives, "num_negatives": self.num_negatives}
+        if self.reached is not None:
+            names = ("mean_phi", "mean_psi", "mean_propagation", "without_positives")
+            found |= zip(names, self.reached.unbind(), strict=True)
+        return found
+
 
 class PPAPLoss(nn.Module):
     """The contrastive loss of PPAP over the patches of a batch.

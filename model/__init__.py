@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from model.backbone import BackboneSpec, FrozenViT
-from model.checkpoint import CheckpointFile, read_checkpoint, restore, size_of
+from model.checkpoint import Checkpoint, n_classes, read_checkpoint, restore
 from model.criterion import register_loss
-from model.module import PPAPModule, check_channels
+from model.evaluator import Refiner
+from model.module import PPAPModule
 from model.predictor import Asked, PhotoSegmenter
 from model.segmenter import Segmenter
 from model.weights import build_backbone, load_backbone, register_backbone
@@ -44,16 +46,20 @@ def build_module(
     options: Options,
     labels: LabelSpace,
     *,
+    checkpoint: Checkpoint | None = None,
     train_labelled: bool | None = None,
-    checkpoint: str | CheckpointFile | None = None,
+    pictured: Collection[int] = (),
+    refiner: Refiner | None = None,
 ) -> PPAPModule:
-    """Builds the network and fills it, from a checkpoint or from the backbone's weights.
+    """Builds the network and loads it, from a checkpoint or from the backbone's weights.
 
     Args:
         options: all options.
         labels: classes of the data set.
-        train_labelled: whether train items have labels; None: as the checkpoint says.
-        checkpoint: a file, a folder or a run to restore all parameters from, or such a file as read.
+        checkpoint: where all parameters come from; None loads the backbone's weights only.
+        train_labelled: whether train items have labels; None takes what the checkpoint says.
+        pictured: see `PPAPModule`.
+        refiner: see `PPAPModule`.
 
     Raises:
         UserError: weights or checkpoint are missing, damaged or do not fit.
@@ -61,24 +67,40 @@ def build_module(
     with seeded(options.train.seed, "backbone"):
         backbone = build_backbone(options)
     check_channels(options, n_classes=labels.n_classes, dim=backbone.spec.dim)
-    loaded: CheckpointFile | None = None
-    if isinstance(checkpoint, CheckpointFile):
-        loaded = checkpoint
-    elif checkpoint is not None:
-        loaded = read_checkpoint(find_checkpoint(checkpoint, options.output_dir))
     if train_labelled is None:
-        train_labelled = loaded is None or loaded.about.get("train_labelled", True)
-    source = (
-        str(loaded.path) if loaded else load_backbone(backbone, options.model.pretrained.pretrained_weights)
-    )
+        train_labelled = checkpoint is None or checkpoint.about.get("train_labelled", True)
+    if checkpoint is None:
+        source = load_backbone(backbone, options.model.pretrained.pretrained_weights)
+    else:
+        source = str(checkpoint.path)
     with seeded(options.train.seed, "projection"):
-        segmenter = Segmenter(backbone)
-    module = PPAPModule(options, labels, segmenter, train_labelled=train_labelled)
-    if loaded is not None:
-        restore(module, loaded)
-        module.restored_from, module.restored_step = str(loaded.path), loaded.about.get("step")
+        segmenter = Segmenter(backbone, compile=options.train.compile)
+    module = PPAPModule(
+        options, labels, segmenter, train_labelled=train_labelled, pictured=pictured, refiner=refiner
+    )
+    if checkpoint is not None:
+        restore(module, checkpoint)
     print(f"backbone: {options.model.arch}, {backbone.spec.depth} blocks, from {source}")
     return module
+
+
+def check_channels(options: Options, *, n_classes: int, dim: int) -> None:
+    """Checks that the options agree with the backbone's width D.
+
+    Raises:
+        UserError: they differ, or `eval.is_direct` without one channel per cluster.
+    """
+    wanted, key = options.model.dim, "model.dim"
+    if not options.model.continuous:
+        wanted, key = n_classes, "model.continuous: false asks for D = n_classes, which"
+    if wanted != dim:
+        raise UserError(f"{key} is {wanted}, must be {dim}, the backbone's width")
+    n_clusters = n_classes + options.model.extra_clusters
+    if options.eval.is_direct and dim != n_clusters:
+        raise UserError(
+            f"eval.is_direct takes the {dim} channels of the code as cluster logits, so there must be {dim} "
+            f"clusters, not {n_clusters}; set eval.is_direct false"
+        )
 
 
 def load_segmenter(
@@ -117,21 +139,19 @@ def load_segmenter(
     return PhotoSegmenter(module, assignment=loaded.about.get("assignment"), asked=asked)
 
 
-def _own_labels(loaded: CheckpointFile) -> LabelSpace | None:
+def _own_labels(loaded: Checkpoint) -> LabelSpace | None:
     """The classes that one of our checkpoints carries."""
     about = loaded.about
     return LabelSpace(tuple(about["class_names"]), tuple(map(tuple, about["palette"]))) if about else None
 
 
-def _numbered(loaded: CheckpointFile) -> LabelSpace:
+def _numbered(loaded: Checkpoint) -> LabelSpace:
     """As many classes as a checkpoint has, without names."""
-    size = size_of(loaded.state)
-    if size is None:
-        raise UserError(f"{loaded.path}: holds no network of ours; take another checkpoint")
-    return LabelSpace.with_spread_colours(tuple(f"class {index}" for index in range(size.classes)))
+    count = n_classes(loaded.state)
+    return LabelSpace.with_spread_colours(tuple(f"class {index}" for index in range(count)))
 
 
-def _own_options(loaded: CheckpointFile) -> Options:
+def _own_options(loaded: Checkpoint) -> Options:
     """What a checkpoint was trained with, as far as it matters afterwards.
 
     Raises:

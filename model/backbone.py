@@ -79,13 +79,8 @@ class FrozenViT(nn.Module):
         """Stays in evaluation mode."""
         return super().train(False)
 
-    @torch.no_grad()
     def tokens(self, image: Tensor) -> Tensor:
-        """Tokens that come out of the second-last block, without a graph; see `encode`."""
-        return self.encode(image)
-
-    def encode(self, image: Tensor) -> Tensor:
-        """Tokens that come out of the second-last block.
+        """Tokens of the second-last block. No parameter requires a gradient, so there is no graph.
 
         Args:
             image: (B, 3, H, W), normalised; H and W multiples of the patch.
@@ -112,7 +107,6 @@ class FrozenViT(nn.Module):
             tokens = block(tokens)
         return tokens
 
-    @torch.no_grad()
     def last_features(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patch features of the frozen last block after the final LayerNorm, (B, D, h, w)."""
         return self.to_map(self.blocks[-1](tokens), grid)

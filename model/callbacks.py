@@ -94,16 +94,13 @@ class Dashboard(Callback):
         self._step, self._sent = 0, 0  # of the last validation, and of the last tables
 
     def on_fit_start(self, trainer: Trainer, pl_module: PPAPModule) -> None:
-        """Has the evaluator keep its predictions of the images that are shown, on every process."""
         self.labels = pl_module.labels
-        if self.shown is not None and self.options.wandb.mode != "disabled":
-            pl_module.evaluator.pictured = frozenset(self.shown.places)
 
     def on_validation_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
         """Tables where they are due, the best metrics so far, and the page."""
         if not is_rank_zero():
             return
-        self._step = pl_module.iters
+        self._step = pl_module.global_step
         self._note_best(pl_module)
         if self._tables.due():
             self._send_tables(pl_module)
@@ -111,7 +108,7 @@ class Dashboard(Callback):
             self._explain(trainer, pl_module)
         for logger in self.loggers:
             logger.save()  # metrics.csv as far as it goes, which the page shows
-        self._write_page(pl_module, steps=pl_module.schedule.total)
+        self._write_page(pl_module, steps=trainer.max_epochs * trainer.num_training_batches)
 
     def on_train_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
         """What was not due before."""
@@ -172,7 +169,7 @@ class Dashboard(Callback):
             found[f"validation/confusion_{head}"] = confusion_table(scores.confusion, labels)
             iou = dict(zip(labels.names, scores.iou, strict=True))
             found[f"validation/iou_{head}"] = iou_chart(iou, title=f"IoU per class, {head} probe (%)")
-        if pictures := module.evaluator.pictures:
+        if pictures := module.evaluator.predictions():
             found["validation/predictions"] = prediction_table(
                 self.shown.names,
                 self.shown.images.permute(0, 2, 3, 1).numpy(),  # (P, H, W, 3)

@@ -1,4 +1,4 @@
-"""Checkpoints: our own and the published format, read strictly; ours written in the published one."""
+"""Checkpoints: ours and the published format, loaded strictly; ours exported to the published one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from model.module import CHECKPOINT_ENTRY, PPAPModule
-from model.weights import is_state, load_strictly, read_tensors
-from utils.errors import UserError, first_line
-from utils.files import replacing
+from model.weights import is_state, load_strictly
+from utils.errors import UserError
+from utils.training.torch_files import read_torch_file, write_torch_file
 
 PUBLISHED_PARTS = {  # published dict entry -> our prefix
     "linear_model_state_dict": "linear_probe.classifier.",
@@ -25,13 +25,14 @@ PUBLISHED_NET = {
 
 
 @dataclass(frozen=True)
-class CheckpointFile:
+class Checkpoint:
     """A checkpoint as read.
 
     Attributes:
-        path: where it lies.
+        path: its file.
         state: parameters under our names.
-        about: class names, palette, matching and the rest of our own entry; empty for the published format.
+        about: class names, palette, matching, options and the rest of our own entry; empty for the published
+            format.
     """
 
     path: Path
@@ -39,29 +40,21 @@ class CheckpointFile:
     about: dict[str, Any]
 
 
-def read_checkpoint(path: Path) -> CheckpointFile:
-    """Reads tensors and plain containers only (weights_only), whichever of the two formats it is.
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint of either format.
 
     Raises:
         UserError: damaged, or neither format.
     """
-    content = read_tensors(path, "checkpoint")
-    if isinstance(content, dict) and isinstance(content.get(CHECKPOINT_ENTRY), dict):
-        loaded = CheckpointFile(path, content.get("state_dict"), content[CHECKPOINT_ENTRY])
-        if is_state(loaded.state) and _has_names(loaded.about):
-            return loaded
-    elif isinstance(content, dict) and all(
-        is_state(content.get(part)) for part in ("net_model_state_dict", *PUBLISHED_PARTS)
-    ):
-        return CheckpointFile(path, published_state(content), {})
+    content = read_torch_file(path, "checkpoint")
+    if isinstance(content, dict):
+        about, state = content.get(CHECKPOINT_ENTRY), content.get("state_dict")
+        if isinstance(about, dict) and is_state(state):
+            return Checkpoint(path, state, about)
+        if all(is_state(content.get(part)) for part in ("net_model_state_dict", *PUBLISHED_PARTS)):
+            return Checkpoint(path, published_state(content), {})
     keys = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
     raise UserError(f"{path}: neither one of our checkpoints nor a published one (it holds: {keys})")
-
-
-def _has_names(about: dict[str, Any]) -> bool:
-    """Whether the class names are a sequence of strings, or not there."""
-    names = about.get("class_names", ())
-    return isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
 
 
 def published_state(content: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -75,8 +68,8 @@ def published_state(content: dict[str, Any]) -> dict[str, torch.Tensor]:
     return state
 
 
-def export(checkpoint: CheckpointFile, path: Path) -> None:
-    """Writes a checkpoint in the published format, which the published evaluation reads as well.
+def export(checkpoint: Checkpoint, path: Path) -> None:
+    """Writes a checkpoint in the published format, which the published evaluation code reads as well.
 
     Args:
         checkpoint: in either format.
@@ -85,62 +78,49 @@ def export(checkpoint: CheckpointFile, path: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    net = {
-        theirs + name.removeprefix(ours): value
-        for theirs, ours in PUBLISHED_NET.items()
-        for name, value in checkpoint.state.items()
-        if name.startswith(ours)
-    }
-    parts = {
-        part: {name.removeprefix(ours): v for name, v in checkpoint.state.items() if name.startswith(ours)}
-        for part, ours in PUBLISHED_PARTS.items()
-    }
+
+    def part(prefixes: dict[str, str]) -> dict[str, torch.Tensor]:
+        return {
+            theirs + name.removeprefix(ours): value
+            for theirs, ours in prefixes.items()
+            for name, value in checkpoint.state.items()
+            if name.startswith(ours)
+        }
+
     about = checkpoint.about
-    step, best = about.get("step"), float(sum(about.get("metrics", {}).values()))
-    counts = dict.fromkeys(("iter", "best_iter"), step) | dict.fromkeys(
-        ("epoch", "best_epoch"), about.get("epoch")
-    )
-    parts |= {"net_model_state_dict": net}
-    optimizers = dict.fromkeys(
-        (part.replace("model", "optimizer") for part in parts), None
-    )  # as in the released files
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            torch.save(counts | parts | optimizers | {"best": best}, temporary)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
-        raise UserError(f"{path}: cannot be written ({first_line(error)}); choose another place") from None
+    models = {"net_model_state_dict": part(PUBLISHED_NET)}
+    models |= {name: part({"": ours}) for name, ours in PUBLISHED_PARTS.items()}
+    optimizers = {name.replace("model", "optimizer"): None for name in models}  # None in the released files too
+    counts = {
+        "iter": about.get("step"),
+        "best_iter": about.get("step"),
+        "epoch": about.get("epoch"),
+        "best_epoch": about.get("epoch"),
+        "best": float(sum(about.get("metrics", {}).values())),
+    }
+    write_torch_file(models | optimizers | counts, path)
 
 
-@dataclass(frozen=True)
-class Size:
-    """What tells one network from another."""
-
-    width: int
-    patch: int
-    blocks: int
-    classes: int
-    clusters: int
-
-    def __str__(self) -> str:
-        return (
-            f"a ViT of width {self.width}, patch {self.patch} and {self.blocks} blocks with {self.classes} "
-            f"classes and {self.clusters} clusters"
-        )
-
-
-def size_of(state: dict[str, torch.Tensor]) -> Size | None:
-    """The size of the network that parameters under our names belong to; None where they belong to none."""
+def describe_size(state: dict[str, torch.Tensor]) -> str | None:
+    """The network that parameters under our names belong to, for an error message; None if incomplete."""
     blocks = {name.split(".")[3] for name in state if name.startswith("segmenter.backbone.blocks.")}
     try:
         width, _, patch, _ = state["segmenter.backbone.patch_embed.proj.weight"].shape
-        classes = len(state["linear_probe.classifier.weight"])
-        return Size(width, patch, len(blocks), classes, len(state["cluster_probe.clusters"]))
-    except (KeyError, ValueError, TypeError):
+        classes, clusters = n_classes(state), len(state["cluster_probe.clusters"])
+    except (KeyError, ValueError):
         return None
+    return (
+        f"a ViT of width {width}, patch {patch} and {len(blocks)} blocks with {classes} classes and "
+        f"{clusters} clusters"
+    )
 
 
-def restore(module: PPAPModule, checkpoint: CheckpointFile) -> None:
+def n_classes(state: dict[str, torch.Tensor]) -> int:
+    """Number of classes of the linear probe."""
+    return len(state["linear_probe.classifier.weight"])
+
+
+def restore(module: PPAPModule, checkpoint: Checkpoint) -> None:
     """Loads all parameters, strictly.
 
     Raises:
@@ -154,10 +134,10 @@ def restore(module: PPAPModule, checkpoint: CheckpointFile) -> None:
             f"({module.options.dataset.data_type}) has the {module.labels.n_classes} classes "
             f"{', '.join(module.labels.names)}"
         )
-    found, wanted = size_of(checkpoint.state), size_of(module.state_dict())
+    found, wanted = describe_size(checkpoint.state), describe_size(module.state_dict())
     if found is not None and found != wanted:
         mistakes.append(f"it holds {found}; the options describe {wanted}")
     if mistakes:
-        hint = "take the option file that the checkpoint was trained with"
+        hint = "use the option file that the checkpoint was trained with"
         raise UserError([*mistakes, hint], f"{checkpoint.path}, which does not fit")
     load_strictly(module, checkpoint.state, str(checkpoint.path))

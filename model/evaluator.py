@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,8 +13,7 @@ from torch.nn import functional as F
 
 from model.probes import ClusterProbe, LinearProbe, read_both
 from utils.training.distributed import all_gather_object
-from utils.vision.crf import CrfPool, HeadLogits
-from utils.vision.mean_field import MeanField
+from utils.vision.crf import HeadLogits
 from utils.vision.metrics import ConfusionMatrix, Scores, score
 from utils.vision.transforms import normalise, to_eight_bit
 from utils.vision.upsampling import bilinear_taps
@@ -24,12 +25,13 @@ CLUSTER_ALPHA = 2.0  # scale of the cosines whose softmax is the CRF's unary ter
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image as evaluated: uint8 (3, H, W), and class or cluster maps (H, W); cluster ids unmatched.
+    """One evaluated image, uint8 (3, H, W), with its label and class or cluster maps (H, W).
 
-    The image is None where the network was given its tokens instead; `place` is that in the set.
+    Cluster ids are unmatched; the image is None if the network was given cached tokens; `index` is that in
+    the set.
     """
 
-    place: int
+    index: int
     image: Tensor | None
     label: Tensor
     cluster: Tensor
@@ -66,35 +68,59 @@ class Evaluation:
         return found
 
 
-class Evaluator(nn.Module):
-    """Collects an evaluation batch by batch; one for training's validations and the final evaluation.
+class Refiner(Protocol):
+    """CRF refinement of single images: `utils.vision.crf.CrfPool` or `utils.vision.mean_field.MeanField`."""
 
-    Of several processes each adds batches of its own; what `compute` gives is that of all.
+    on_device: bool  # whether images and logits stay tensors on the network's device
+
+    def submit(self, image: Any, heads: Sequence[HeadLogits], tag: Any) -> None:
+        """Queues an image (H, W, 3) uint8 with the logits of its heads."""
+
+    def finished(self, *, wait_for_one: bool = False) -> Iterator[tuple[Any, Sequence[Any]]]:
+        """(tag, predictions (H, W) per head) of the images that are done."""
+
+    def __len__(self) -> int: ...
+
+
+class Evaluator(nn.Module):
+    """Collects an evaluation batch by batch, for validations while training and for the final evaluation.
+
+    With several ranks each adds its own batches; `compute` returns the scores of all.
 
     Args:
         n_classes: number of classes.
         n_clusters: K of the cluster probe.
         is_direct: the code itself holds the cluster logits.
         with_linear: whether a linear probe was trained.
+        pictured: indices of the images whose predictions are kept.
+        refiner: CRF whose refined predictions are scored as well, or None.
     """
 
-    def __init__(self, n_classes: int, n_clusters: int, *, is_direct: bool, with_linear: bool) -> None:
+    def __init__(
+        self,
+        n_classes: int,
+        n_clusters: int,
+        *,
+        is_direct: bool,
+        with_linear: bool,
+        pictured: Collection[int] = (),
+        refiner: Refiner | None = None,
+    ) -> None:
         super().__init__()
         self.is_direct, self.with_linear = is_direct, with_linear
+        self.pictured, self.refiner = frozenset(pictured), refiner
         shapes = {"cluster": n_clusters, "linear": n_classes}
         self.plain = nn.ModuleDict({name: ConfusionMatrix(n_classes, k) for name, k in shapes.items()})
         self.refined = nn.ModuleDict({name: ConfusionMatrix(n_classes, k) for name, k in shapes.items()})
-        self.pool: CrfPool | MeanField | None = None
-        self.pictured: frozenset[int] = frozenset()  # places in the set of the images to keep
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all that was counted."""
+        """Clears all counts and kept predictions."""
         for metric in (*self.plain.values(), *self.refined.values()):
             metric.reset()
         self.losses: list[Tensor] = []
         self.images = 0
-        self.pictures: list[Prediction] = []
+        self._predictions: list[Prediction] = []
 
     @torch.no_grad()
     def update(
@@ -105,82 +131,80 @@ class Evaluator(nn.Module):
         *,
         linear: LinearProbe,
         cluster: ClusterProbe,
-        first: int | None = None,
+        first: int,
     ) -> None:
         """Adds a batch.
 
         Args:
             code: (B, D, h, w).
-            image: (B, 3, H, W) uint8, as loaded; None where CRF is not wanted and pictures can do without.
-            label: (B, H, W) int64, 255 = ignore.
+            image: (B, 3, H, W) uint8; None if the network was given cached tokens.
+            label: (B, H, W) int64; values outside [0, n_classes) are ignored.
             linear: the linear probe.
             cluster: the cluster probe.
-            first: place in the set of the batch's first image; None where batches come in order.
+            first: index in the set of the batch's first image.
         """
         size = label.shape[-2:]
         with torch.autocast(code.device.type, enabled=False):
             code = code.float()
             heads = self.heads(code, linear=linear, cluster=cluster)
             norm = None if self.is_direct else upsampled_norm(code, size)  # (B, H, W)
-        best = {name: strongest(logits, size) for name, logits in heads.items()}
+        best = {name: upsampled_argmax(logits, size) for name, logits in heads.items()}
         predicted = {name: indices for name, (_, indices) in best.items()}
         for name, prediction in predicted.items():
             self.plain[name].update(prediction, label)
         largest, _ = best["cluster"]
         self.losses.append(-(largest if norm is None else largest / norm).mean())
-        if self.pictured:
-            first = self.images if first is None else first
-            self._keep_pictures(predicted, image=image, label=label, first=first)
+        self._keep_predictions(predicted, image=image, label=label, first=first)
         self.images += len(label)
-        if self.pool is not None:
+        if self.refiner is not None:
             self._refine(heads, norm, image=image, label=label)
 
     def heads(self, code: Tensor, *, linear: LinearProbe, cluster: ClusterProbe) -> dict[str, Tensor]:
-        """Logits on the patch grid, (B, K, h, w) and (B, C, h, w), of the heads that there are."""
+        """Logits on the patch grid, (B, K, h, w) and (B, C, h, w), of the heads that exist."""
         if self.with_linear and not self.is_direct:
             return read_both(code, linear=linear, cluster=cluster)
         heads = {"cluster": code if self.is_direct else cluster.inner(code)}
         return heads | ({"linear": linear(code)} if self.with_linear else {})
 
-    def _keep_pictures(
+    def _keep_predictions(
         self, predicted: dict[str, Tensor], *, image: Tensor | None, label: Tensor, first: int
     ) -> None:
-        for place in range(len(label)):
-            if first + place in self.pictured:
-                maps = [predicted[name][place].cpu() if name in predicted else None for name in HEADS]
-                shown = None if image is None else image[place].cpu()
-                self.pictures.append(Prediction(first + place, shown, label[place].cpu(), *maps))
+        for offset in range(len(label)):
+            if first + offset in self.pictured:
+                maps = [predicted[name][offset].cpu() if name in predicted else None for name in HEADS]
+                shown = None if image is None else image[offset].cpu()
+                self._predictions.append(Prediction(first + offset, shown, label[offset].cpu(), *maps))
 
     def _refine(self, heads: dict[str, Tensor], norm: Tensor | None, *, image: Tensor, label: Tensor) -> None:
         shown = to_eight_bit(normalise(image)).permute(0, 2, 3, 1)  # (B, H, W, 3)
         scale = 1.0 if norm is None else CLUSTER_ALPHA
         maps = [shown, scale * heads["cluster"], norm, heads.get("linear")]
-        if not isinstance(self.pool, MeanField):  # to other processes
+        if not self.refiner.on_device:
             maps = [None if t is None else t.cpu().numpy() for t in maps]
             label = label.cpu()
-        for place in range(len(label)):
-            picture, cosine, divisor, linear = (None if t is None else t[place] for t in maps)
+        for offset in range(len(label)):
+            picture, cosine, divisor, linear = (None if t is None else t[offset] for t in maps)
             given = [HeadLogits(cosine, divisor)]
             if linear is not None:
                 given.append(HeadLogits(linear))
-            self.pool.submit(picture, given, tag=label[place])
+            self.refiner.submit(picture, given, tag=label[offset])
         self.collect_refined()
 
     def collect_refined(self, *, wait_for_one: bool = False) -> int:
-        """Counts what the CRF has finished; returns how many images are still with its processes."""
-        for label, predictions in self.pool.finished(wait_for_one=wait_for_one):
+        """Counts what the CRF has finished; returns the number of images that it still has."""
+        for label, predictions in self.refiner.finished(wait_for_one=wait_for_one):
             for name, prediction in zip(HEADS, predictions, strict=False):
                 metric = self.refined[name]
                 metric.update(*(t.to(metric.counts.device) for t in (torch.as_tensor(prediction), label)))
-        return len(self.pool)
+        return len(self.refiner)
 
-    def gather_pictures(self) -> None:
-        """Puts together the pictures that all processes have kept, in the order of the set."""
-        kept = [prediction for each in all_gather_object(self.pictures) for prediction in each]
-        self.pictures = sorted(kept, key=lambda prediction: prediction.place)
+    def predictions(self) -> list[Prediction]:
+        """The kept predictions of all ranks, in the order of the set. Must be called by all ranks."""
+        kept = [prediction for each in all_gather_object(self._predictions) for prediction in each]
+        return sorted(kept, key=lambda prediction: prediction.index)
 
     def compute(self, *, refined: bool = False) -> Evaluation:
-        """Scores of what was added by all processes, before or after CRF; to be called by all."""
+        """Scores of everything added on all ranks, before or after CRF. Must be called by all ranks."""
         metrics = self.refined if refined else self.plain
         counts = {name: metric.compute().cpu() for name, metric in metrics.items()}
         losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
@@ -189,12 +213,12 @@ class Evaluator(nn.Module):
         return Evaluation(
             cluster=score(counts["cluster"], matched=True),
             linear=score(counts["linear"], matched=False) if self.with_linear else None,
-            valid_loss=float(torch.cat([each for _, each, _ in added]).mean()),  # of nothing: NaN
+            valid_loss=float(torch.cat([each for _, each, _ in added]).mean()),  # NaN without images
             images=sum(images for _, _, images in added),
         )
 
 
-def strongest(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Largest of the upsampled logits and its channel, a few images at a time.
 
     Channels come last while they are upsampled and compared: the maximum over a strided axis takes several

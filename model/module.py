@@ -1,7 +1,8 @@
-"""PPAP as a LightningModule: what a training step and a validation step are."""
+"""PPAP as a LightningModule: training step, validation step, optimizer and checkpoint entry."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,21 +10,16 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from model.criterion import build_criterion
-from model.evaluator import Evaluation, Evaluator
-from model.nonfinite import NonFinite
+from model.evaluator import Evaluation, Evaluator, Refiner
+from model.monitoring import NonFiniteGuard, Throughput, to_floats
 from model.probes import ClusterProbe, LinearProbe
-from model.scalars import Pace, StepLosses, plain_numbers
 from model.segmenter import Segmenter, criterion_dropout
 from utils.config.loading import as_tree
 from utils.config.options import Options
-from utils.errors import UserError
-from utils.training.checkpointing import Progress
 from utils.training.distributed import world_size
+from utils.training.randomness import generator, seed_globally, seeded
 from utils.training.provenance import provenance
-from utils.training.randomness import generator, seeded
-from utils.training.schedule import Schedule
 from utils.vision.labels import LabelSpace
-from utils.vision.transforms import normalise
 
 CHECKPOINT_ENTRY = "ppap"
 
@@ -31,118 +27,89 @@ CHECKPOINT_ENTRY = "ppap"
 class PPAPModule(LightningModule):
     """Segmenter, probes, loss and evaluator under Lightning's automatic optimization.
 
-    The trainable state is made from `train.seed` alone, so that a run and its frozen baseline start equal.
+    The initial state depends on `train.seed` alone, so that a run and its frozen baseline start equal.
 
     Args:
         options: all options.
-        labels: class names and colours, which travel in checkpoints.
-        segmenter: the network, its backbone filled.
+        labels: class names and colours, stored in checkpoints.
+        segmenter: the network with its backbone's weights loaded.
         train_labelled: whether train items have labels; without them there is no linear probe.
+        pictured: indices of the validation images whose predictions are kept.
+        refiner: CRF that refines the predictions of a validation, or None.
     """
 
     def __init__(
-        self, options: Options, labels: LabelSpace, segmenter: Segmenter, *, train_labelled: bool = True
+        self,
+        options: Options,
+        labels: LabelSpace,
+        segmenter: Segmenter,
+        *,
+        train_labelled: bool = True,
+        pictured: Collection[int] = (),
+        refiner: Refiner | None = None,
     ) -> None:
         super().__init__()
         self.options, self.labels, self.train_labelled = options, labels, train_labelled
         self.segmenter = segmenter
         self.frozen = options.train.frozen
-        self.dim = segmenter.backbone.spec.dim
-        n_clusters = labels.n_classes + options.model.extra_clusters
+        dim, n_clusters = segmenter.backbone.spec.dim, labels.n_classes + options.model.extra_clusters
         with seeded(options.train.seed, "linear probe"):
-            self.linear_probe = LinearProbe(self.dim, labels.n_classes)
+            self.linear_probe = LinearProbe(dim, labels.n_classes)
         with seeded(options.train.seed, "cluster probe"):
-            self.cluster_probe = ClusterProbe(self.dim, n_clusters)
+            self.cluster_probe = ClusterProbe(dim, n_clusters)
         self.criterion = build_criterion(options)
         self.evaluator = Evaluator(
-            labels.n_classes, n_clusters, is_direct=options.eval.is_direct, with_linear=train_labelled
+            labels.n_classes,
+            n_clusters,
+            is_direct=options.eval.is_direct,
+            with_linear=train_labelled,
+            pictured=pictured,
+            refiner=refiner,
         )
-        untrained = segmenter.trainable() if self.frozen else []
-        for parameter in [*untrained, *(() if train_labelled else self.linear_probe.parameters())]:
-            parameter.requires_grad_(False)
-        self.restored_from: str | None = None
-        self.restored_step: int | None = None
+        if self.frozen:
+            self.segmenter.requires_grad_(False)
+        self.linear_probe.requires_grad_(train_labelled)
         self.last_evaluation: Evaluation | None = None
         self.score = float("-inf")
-        self.scored: dict[str, Any] = {"assignment": None, "metrics": {}}
-        self.schedule = Schedule(per_epoch=1, epochs=1, valid_freq=1)
-        self.nonfinite = NonFinite(skip=options.train.skip_nonfinite)
-        self._done = self._before = 0  # steps of an earlier start; Lightning's first batch is the one after
+        self.assignment: list[int] | None = None
+        self.metrics: dict[str, float] = {}
+        self.guard = NonFiniteGuard(skip=options.train.skip_nonfinite)
+        self.throughput = Throughput()
+        self.scalars: dict[str, Tensor] = {}
         self._grad_norm = torch.tensor(0.0)
-        self._losses: StepLosses | None = None
-        self._batch_index = 0
-        self._pace = Pace()
-
-    @property
-    def iters(self) -> int:
-        """Global step, from 1, of the batch in hand."""
-        return self._before + self._batch_index + 1
-
-    def follow(self, schedule: Schedule, progress: Progress) -> int:
-        """Takes its place in a run.
-
-        A validation that an earlier start did not come to is reached by its last step once more, of which
-        only the batch is loaded.
-
-        Args:
-            schedule: of all steps.
-            progress: of an earlier start.
-
-        Returns:
-            How many steps the sampler is to leave out.
-        """
-        self.schedule, self._done = schedule, progress.step
-        self._before = progress.step if progress.validated else progress.step - 1
-        self._batch_index = -1  # until there is a batch, `iters` is the step before
-        return self._before
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One batch: images (B, 3, H, W) uint8 or tokens, labels (B, H, W); returns the total loss.
+        """One step on a batch; returns the total loss, (), with a graph.
 
-        Of several processes each has its slice of the global batch; their gradients are parts of one sum,
-        of which DDP takes the mean. Where an earlier start has trained on the batch, nothing is changed.
+        Each rank has its slice of the global batch; the loss is scaled by the number of ranks, as DDP takes
+        the mean of their gradients.
         """
-        self._batch_index = batch_idx
-        if self._trained:
-            return self._no_loss()
-        losses = self.losses(batch, step=self.iters)
-        self._losses = losses.detach()
-        self._pace.images += world_size() * len(batch.label)
-        self.nonfinite.note(self._losses, step=self.iters)
-        if losses.total.device.type == "cpu" or self._shown(self.iters):
-            self.nonfinite.stop_if_met(self._names)  # on a GPU this waits for the step, so not each time
-        self.log("loss", losses.total.detach(), prog_bar=True, logger=False)
-        return world_size() * losses.total
+        step = self.global_step + 1
+        seed_globally(self.options.train.seed, "step", step)
+        losses, statistics = self.losses(batch, step=step)
+        total = sum(losses.values())
+        detached = {name: loss.detach() for name, loss in losses.items()}
+        probes = sum(loss for name, loss in detached.items() if name != "supcon_loss")
+        # the published train_loss leaves out PPAP
+        self.scalars = {"total_loss": total.detach(), "train_loss": probes, **detached, **statistics}
+        self.throughput.add(world_size() * len(batch.label))
+        self.guard.observe(detached, step=step)
+        if total.device.type == "cpu" or self._logs(batch_idx):
+            self.guard.raise_if_found(self._image_names)  # waits for a GPU, so not at each step
+        return world_size() * total
 
-    @property
-    def _trained(self) -> bool:
-        """Whether an earlier start has trained on the batch in hand."""
-        return self.iters <= self._done
+    def losses(self, batch: Any, *, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The losses by name, () each, whose sum is minimised; and statistics of PPAP's sets without a graph.
 
-    def _no_loss(self) -> Tensor | None:
-        """A loss that changes nothing: None, which Lightning takes from a single process alone."""
-        if world_size() == 1:
-            return None
-        return 0 * sum(parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
-
-    def _shown(self, step: int) -> bool:
-        """Whether a step's scalars are logged: the first of an epoch, and each `print_freq` after it."""
-        return (step - 1) % self.schedule.per_epoch % self.options.train.print_freq == 0
-
-    def _names(self, step: int) -> list[str]:
-        """The images of a step's batch."""
-        data = self.trainer.datamodule
-        return [] if data is None else data.names(step)
-
-    def losses(self, batch: Any, *, step: int) -> StepLosses:
-        """PPAP plus linear plus cluster loss; the probes read the code detached."""
-        seed = self.options.train.seed
-        tokens, grid = self._tokens(batch)
+        The probes read the code detached.
+        """
+        seed, statistics = self.options.train.seed, {}
+        tokens, grid = self.segmenter.tokens(batch.inputs), self.segmenter.grid(batch.label)
+        losses = {}
         if self.frozen:
-            with torch.no_grad():
-                code, ppap = self.segmenter.code(tokens, grid), None  # (B, D, h, w)
+            code = self.segmenter.code(tokens, grid)  # (B, D, h, w)
         else:
-            output = self.segmenter.from_tokens(tokens, grid)
+            output = self.segmenter(tokens, grid)
             code = output.code
             crit = criterion_dropout(
                 output.crit,
@@ -150,38 +117,20 @@ class PPAPModule(LightningModule):
                 generator=generator(seed, "criterion dropout", step),
             )
             ppap = self.criterion(output.z, crit, generator=generator(seed, "anchors", step))
-        cluster = self.cluster_probe.loss(code.detach())
-        linear = self.linear_probe.loss(code.detach(), batch.label) if self.train_labelled else None
-        parts = (None if ppap is None else ppap.loss, linear, cluster)
-        total = sum(part for part in parts if part is not None)
-        return StepLosses(total, cluster, linear, ppap)
-
-    def _tokens(self, batch: Any) -> tuple[Tensor, tuple[int, int]]:
-        """What the second-last block gives, (B, T, D), and the patch grid; the batch may have it already."""
-        if batch.image is None:
-            return batch.inputs.float(), self.segmenter.grid(batch.label)
-        image = normalise(batch.image)
-        return self.segmenter.backbone.tokens(image), self.segmenter.grid(image)
-
-    def encode(self, image: Tensor, trainer: Trainer) -> Tensor:
-        """Tokens (B, T, D) of images (B, 3, H, W) uint8, on the device and in the precision of a trainer."""
-        device = trainer.strategy.root_device
-        with trainer.precision_plugin.forward_context():
-            return self.segmenter.backbone.to(device).tokens(normalise(image.to(device)))
-
-    def frozen_features(self, image: Tensor, trainer: Trainer) -> Tensor:
-        """Criterion features (B, D, h, w) without dropout, likewise."""
-        tokens = self.encode(image, trainer)
-        with trainer.precision_plugin.forward_context():
-            return self.segmenter.backbone.last_features(tokens, self.segmenter.grid(image))
+            losses["supcon_loss"], statistics = ppap.loss, ppap.statistics()
+        if self.train_labelled:
+            losses["linear_loss"] = self.linear_probe.loss(code.detach(), batch.label)
+        losses["cluster_loss"] = self.cluster_probe.loss(code.detach())
+        return losses, statistics
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One AdamW of three groups; Adam is AdamW without decay."""
+        """One AdamW with three parameter groups; Adam is AdamW without decay."""
         chosen = self.options.optimizer
-        groups = [] if self.frozen else [(self.segmenter.trainable(), chosen.net)]
-        if self.train_labelled:
-            groups.append((list(self.linear_probe.parameters()), chosen.linear))
-        groups.append((list(self.cluster_probe.parameters()), chosen.cluster))
+        groups = [
+            (self.segmenter.trainable(), chosen.net),
+            (list(self.linear_probe.parameters()), chosen.linear),
+            (list(self.cluster_probe.parameters()), chosen.cluster),
+        ]
         return torch.optim.AdamW(
             [
                 {
@@ -190,6 +139,7 @@ class PPAPModule(LightningModule):
                     "weight_decay": group.weight_decay if group.name == "adamw" else 0.0,
                 }
                 for parameters, group in groups
+                if parameters[0].requires_grad
             ]
         )
 
@@ -197,22 +147,22 @@ class PPAPModule(LightningModule):
         self, optimizer: torch.optim.Optimizer, *_: Any, **_keywords: Any
     ) -> None:
         """Clips head and projection alone; Lightning calls this after unscaling."""
-        if self._trained or self.nonfinite.skips():
-            optimizer.zero_grad(set_to_none=True)  # so that the step changes nothing
+        if self.guard.skips_step():
+            optimizer.zero_grad(set_to_none=True)  # the optimizer then changes nothing
         if not self.frozen:
             self._grad_norm = torch.nn.utils.clip_grad_norm_(
                 self.segmenter.trainable(), self.options.train.grad_norm
             )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Logs the published scalars, and what they leave out, every `print_freq` steps."""
-        if self._trained or not self._shown(self.iters):
+        """Logs the published scalars, and some more, every `print_freq` steps."""
+        if not self._logs(batch_idx):
             return
         scalars = {
-            "epoch": self.schedule.epoch(self.iters),
-            "iters": self.iters,
+            "epoch": self.current_epoch,
+            "iters": self.global_step,
             "net_lr": self.options.optimizer.net.lr,
-            **self._losses.scalars(),
+            **self.scalars,
         }
         if not self.frozen:
             trainable = [parameter.detach() for parameter in self.segmenter.trainable()]
@@ -220,19 +170,26 @@ class PPAPModule(LightningModule):
                 "grad_norm": self._grad_norm,
                 "param_norm": torch.nn.utils.get_total_norm(trainable),
             }
-        if self.nonfinite.skip:
-            scalars["skipped_steps"] = self.nonfinite.skipped
-        plain = plain_numbers(scalars)  # on a GPU this waits for the step, so the pace is a true one
-        self._write(plain | self._pace.scalars(self.device))
+        if self.guard.skip:
+            scalars["skipped_steps"] = self.guard.skipped
+        floats = to_floats(scalars)  # waits for a GPU, which makes the throughput exact
+        self._write(floats | self.throughput.scalars(self.device))
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts counting afresh."""
+        self.guard.raise_if_found(self._image_names)
+        self.throughput.pause()
+        self.evaluator.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Adds a batch to the evaluator; one that only keeps this process in step with others is left out."""
+        """Adds a batch to the evaluator; a repeated one only keeps this rank in step with the others."""
         batches = self.trainer.val_dataloaders.batch_sampler
         number = batches.number(batch_idx)
         if number >= batches.total:
             return
+        tokens, grid = self.segmenter.tokens(batch.inputs), self.segmenter.grid(batch.label)
         self.evaluator.update(
-            self.segmenter.code(*self._tokens(batch)),
+            self.segmenter.code(tokens, grid),
             batch.image,
             batch.label,
             linear=self.linear_probe,
@@ -240,74 +197,63 @@ class PPAPModule(LightningModule):
             first=number * batches.batch_size,
         )
 
-    def on_validation_epoch_start(self) -> None:
-        """Starts counting afresh."""
-        self.nonfinite.stop_if_met(self._names)
-        self._pace.pause()
-        self.evaluator.reset()
-
     def on_validation_epoch_end(self) -> None:
         """Scores the set; `score`, the sum of the metrics that exist, chooses the best checkpoint."""
         self.last_evaluation = self.evaluator.compute()
-        self.evaluator.gather_pictures()
-        metrics = self.last_evaluation.metrics()
-        shown = {name: metrics[name] for name in ("Cluster_Accuracy", "Cluster_mIoU") if name in metrics}
-        self.log_dict(shown, prog_bar=True, logger=False)
-        scores = self.last_evaluation.cluster
-        self.scored = {"assignment": list(scores.assignment) if scores else None, "metrics": metrics}
-        # without a metric the newest wins
-        self.score = sum(metrics.values()) if metrics else float(self.iters)
+        self.metrics = self.last_evaluation.metrics()
+        matched = self.last_evaluation.cluster
+        self.assignment = list(matched.assignment) if matched else None
+        # without labels the newest checkpoint is the best
+        self.score = sum(self.metrics.values()) if self.metrics else float(self.global_step)
         if self.trainer.state.fn == "fit":
-            self._write({**metrics, "iters": self.iters, "valid_loss": self.last_evaluation.valid_loss})
+            valid_loss = self.last_evaluation.valid_loss
+            self._write({**self.metrics, "iters": self.global_step, "valid_loss": valid_loss})
 
     def on_validation_end(self) -> None:
-        """What the callbacks have spent on checkpoints and pictures is no training time either."""
-        self._pace.resume()
-
-    def _write(self, scalars: dict[str, float]) -> None:
-        for logger in self.loggers:
-            logger.log_metrics(scalars, step=self.iters)
+        """Checkpoints and pictures do not count as training time either."""
+        self.throughput.resume()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what a checkpoint is about, in plain containers: classes, matching, options, versions."""
+        """Adds classes, matching, options and versions, in plain containers."""
         checkpoint[CHECKPOINT_ENTRY] = {
             "class_names": list(self.labels.names),
             "palette": [list(colour) for colour in self.labels.palette],
-            **self.scored,
+            "assignment": self.assignment,
+            "metrics": self.metrics,
             "train_labelled": self.train_labelled,
-            "step": self.iters,
-            "epoch": self.schedule.epoch(self.iters),
-            "skipped_steps": self.nonfinite.skipped,
+            "step": self.global_step,
+            "epoch": max(0, self.global_step - 1) // self.trainer.num_training_batches,
+            "skipped_steps": self.guard.skipped,
             "options": as_tree(self.options),
             **provenance(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes up the last scores of the run that goes on."""
+        """Restores the last scores of a run that is resumed."""
         entry = checkpoint[CHECKPOINT_ENTRY]
-        self.scored = {"assignment": entry["assignment"], "metrics": entry["metrics"]}
-        self.nonfinite.skipped = entry.get("skipped_steps", 0)
+        self.assignment, self.metrics = entry["assignment"], entry["metrics"]
+        self.guard.restore(entry.get("skipped_steps", 0))
 
+    def frozen_tokens(self, image: Tensor, trainer: Trainer) -> Tensor:
+        """Tokens (B, T, D) of uint8 images (B, 3, H, W), on the device and in the precision of a trainer."""
+        device = trainer.strategy.root_device
+        self.segmenter.backbone.to(device)
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            return self.segmenter.tokens(image.to(device))
 
-def check_channels(options: Options, *, n_classes: int, dim: int) -> None:
-    """Holds the options' idea of the code's channels against the backbone's width.
+    def frozen_features(self, image: Tensor, trainer: Trainer) -> Tensor:
+        """Criterion features (B, D, h, w) without dropout, likewise."""
+        tokens = self.frozen_tokens(image, trainer)
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            return self.segmenter.features(tokens, self.segmenter.grid(image))
 
-    Args:
-        options: all options.
-        n_classes: of the data set.
-        dim: D, the backbone's width.
+    def _logs(self, batch_idx: int) -> bool:
+        """Whether the scalars of a batch of an epoch, from 0, are logged."""
+        return batch_idx % self.options.train.print_freq == 0
 
-    Raises:
-        UserError: they differ, or `eval.is_direct` asks for other than one channel a cluster.
-    """
-    wanted, key = options.model.dim, "model.dim"
-    if not options.model.continuous:
-        wanted, key = n_classes, "model.continuous: false asks for D = n_classes, which"
-    if wanted != dim:
-        raise UserError(f"{key} is {wanted}, must be {dim}, the backbone's width")
-    n_clusters = n_classes + options.model.extra_clusters
-    if options.eval.is_direct and dim != n_clusters:
-        raise UserError(
-            f"eval.is_direct takes the code's {dim} channels as cluster logits, so there must be {dim} "
-            f"clusters, not {n_clusters}; set eval.is_direct false"
-        )
+    def _image_names(self, step: int) -> list[str]:
+        return self.trainer.datamodule.image_names(step)
+
+    def _write(self, scalars: dict[str, float]) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(scalars, step=self.global_step)

@@ -19,7 +19,7 @@ def class_iou(evaluation: Evaluation, names: Sequence[str]) -> dict[str, dict[st
 
 
 def write_pictures(
-    folder: Path, module: PPAPModule, *, plain: Evaluation, refined: Evaluation | None
+    folder: Path, module: PPAPModule, *, plain: Evaluation, refined: Evaluation | None, predictions
 ) -> None:
     """confusion.npz, confusion.png and class_iou.png for what was scored, predictions.png for some images.
 
@@ -39,8 +39,8 @@ def write_pictures(
             iou |= {f"{head}, after CRF": each for head, each in class_iou(refined, labels.names).items()}
         draw_class_iou(folder / "class_iou.png", iou, labels=labels)
         np.savez(folder / "confusion.npz", class_names=np.array(labels.names), **counts)
-    if module.evaluator.pictures:
-        rows = [picture_row(prediction, module, plain) for prediction in module.evaluator.pictures]
+    if predictions:
+        rows = [picture_row(prediction, module, plain) for prediction in predictions]
         draw_predictions(folder / "predictions.png", rows, labels=labels)
 
 
@@ -58,7 +58,7 @@ def class_maps(prediction: Prediction, module: PPAPModule, plain: Evaluation) ->
     labels = module.labels
     # without labels nothing is matched: clusters take the colours in turn, extra ones none
     extra = module.options.model.extra_clusters
-    unscored = (*range(labels.n_classes), *[-1] * extra)
+    unscored = (*range(labels.n_classes), *[IGNORE] * extra)
     assignment = np.array(plain.cluster.assignment if plain.cluster else unscored)
     maps = {"truth": prediction.label.numpy()} if plain.cluster else {}
     maps["clusters"] = np.where(assignment < 0, IGNORE, assignment)[prediction.cluster.numpy()]

@@ -1,15 +1,17 @@
-"""The network of PPAP: frozen features to learn from, and a head that learns.
+"""The network of PPAP: frozen features that define the sets, and a trainable head.
 
-image (B, 3, H, W) -> FrozenViT blocks 1..L-1 -> tokens --> block L (frozen) -> norm -> crit (B, D, h, w)
-                                                   \\-> head (trainable)  -> norm -> code (B, D, h, w)
+image (B, 3, H, W) -> FrozenViT blocks 1..L-1 -> tokens --> block L (frozen)  -> norm -> crit (B, D, h, w)
+                                                   \\-> head (trainable) -> norm -> code (B, D, h, w)
                                                         code -> Linear -> L2 normalise -> z (B*h*w, D)
-crit says which patches belong together (loss), z is pulled and pushed, code is what the probes read.
+The loss takes its sets from crit and its gradient from z; the probes read code.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +19,12 @@ from torch.nn import functional as F
 
 from model.backbone import FrozenViT
 from utils.training.distributed import own_slice, world_size
+from utils.vision.transforms import normalise
 
 
 @dataclass(frozen=True)
 class SegmenterOutput:
-    """What one batch of images gives.
+    """Output for a batch of images.
 
     Attributes:
         code: head output after the final LayerNorm, (B, D, h, w).
@@ -35,34 +38,42 @@ class SegmenterOutput:
 
 
 class Segmenter(nn.Module):
-    """Frozen backbone, trainable head (a deep copy of the last block) and projection.
+    """Frozen backbone, trainable head (a deep copy of its last block) and projection.
 
     Args:
-        backbone: the frozen ViT; its weights must be in place, since the head is copied from them.
+        backbone: the frozen ViT, with its weights loaded: the head is copied from them.
+        compile: passes backbone and head through torch.compile, for the shapes that occur.
     """
 
-    def __init__(self, backbone: FrozenViT) -> None:
+    def __init__(self, backbone: FrozenViT, *, compile: bool = False) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = copy.deepcopy(backbone.blocks[-1]).requires_grad_(True)
         self.projection = nn.Linear(backbone.spec.dim, backbone.spec.dim)
+        wrap = compiled if compile else lambda function: function
+        self._encode, self._features = wrap(backbone.tokens), wrap(backbone.last_features)
+        self._code = wrap(self._head_features)
 
     def grid(self, image: Tensor) -> tuple[int, int]:
-        """(h, w), the patch grid of an image batch."""
+        """(h, w), the patch grid of a batch of images or labels (..., H, W)."""
         return image.shape[-2] // self.backbone.spec.patch, image.shape[-1] // self.backbone.spec.patch
 
-    def forward(self, image: Tensor) -> SegmenterOutput:
-        """All that training needs, from (B, 3, H, W) normalised images."""
-        return self.from_tokens(self.backbone.tokens(image), self.grid(image))
+    def tokens(self, inputs: Tensor) -> Tensor:
+        """Tokens of the second-last block, (B, T, D): of uint8 images (B, 3, H, W), or cached ones as they are."""
+        return self._encode(normalise(inputs)) if inputs.dtype == torch.uint8 else inputs.float()
 
-    def from_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> SegmenterOutput:
-        """The same from what the second-last block gives, (B, 1 + R + h*w, D)."""
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> SegmenterOutput:
+        """All that training needs, from (B, T, D) tokens of the second-last block."""
         code = self.code(tokens, grid)  # (B, D, h, w)
-        return SegmenterOutput(code, self.backbone.last_features(tokens, grid), self.project(code))
+        return SegmenterOutput(code, self.features(tokens, grid), self.project(code))
+
+    def features(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Criterion features without dropout, (B, D, h, w), no gradient."""
+        return self._features(tokens, grid)
 
     def code(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The code alone, (B, D, h, w): what evaluation and the frozen baseline need."""
-        return self.backbone.to_map(self.head(tokens), grid)
+        """The code alone, (B, D, h, w), for evaluation and the frozen baseline."""
+        return self._code(tokens, grid)
 
     def project(self, code: Tensor) -> Tensor:
         """(B, D, h, w) -> z, (B*h*w, D), unit length."""
@@ -70,8 +81,17 @@ class Segmenter(nn.Module):
         return F.normalize(self.projection(rows), dim=1)
 
     def trainable(self) -> list[nn.Parameter]:
-        """The parameters of head and projection: the net's optimizer group, and what clipping acts on."""
+        """Parameters of head and projection: the net's optimizer group, and the ones that are clipped."""
         return [*self.head.parameters(), *self.projection.parameters()]
+
+    def _head_features(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.backbone.to_map(self.head(tokens), grid)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile; what cannot be compiled runs eagerly, with a warning."""
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(function, dynamic=False)
 
 
 def criterion_dropout(crit: Tensor, *, probability: float, generator: torch.Generator) -> Tensor:
@@ -79,8 +99,8 @@ def criterion_dropout(crit: Tensor, *, probability: float, generator: torch.Gene
 
     Args:
         crit: (B, D, h, w), this rank's slice of the global batch.
-        probability: share of channels zeroed; the others are scaled by 1 / (1 - probability).
-        generator: made afresh for the step; row b of its draw belongs to image b of the global batch.
+        probability: share of channels to zero; the others are scaled by 1 / (1 - probability).
+        generator: made for the step; row b of its draw belongs to image b of the global batch.
     """
     if probability == 0:
         return crit

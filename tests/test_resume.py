@@ -1,4 +1,4 @@
-"""A run that is cut short and goes on is the run that was never cut short, bit for bit."""
+"""A run that is interrupted and resumed equals the uninterrupted run, bit for bit."""
 
 import csv
 import json
@@ -15,21 +15,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 import run
+from loss import PPAPLossOutput
+from model import criterion, register_loss
 from model.module import PPAPModule
-from model.saving import Saver
 from tests.conftest import write_tiny
-from tests.utils.wandb_file import WandbFile
 from utils.config.cli import guarded
+from utils.config.options import LOSSES
 from utils.errors import UserError
-from utils.training.checkpointing import BEST, LAST, PREVIOUS, newest_complete, read_progress
+from utils.training.checkpointing import BEST, LAST, CheckpointManager, read_progress, validation_due
 from utils.training.run_dir import locked
-from utils.training.stopping import Stopped, StopRequest
+from utils.training.stopping import Stopped, StopSignal
 
 TIMES = {"images_per_s", "train_hours", "peak_memory_gib", "checkpoint"}
 LONG = {"train__epoch": 3, "train__valid_freq": 3, "train__print_freq": 1, "eval__is_crf": False}  # 12 steps
+SEVEN = LONG | {"train__epoch": 2, "dataset__train_images": 30}  # 14 steps, 7 per epoch
 
 
 def rows_of(folder):
@@ -38,7 +41,7 @@ def rows_of(folder):
 
 
 def same(value, other):
-    """Equal to the last bit, tensors too; times left out."""
+    """Equal to the last bit, tensors too; times do not count."""
     if isinstance(value, dict):
         return value.keys() == other.keys() and all(same(value[k], other[k]) for k in value if k not in TIMES)
     if isinstance(value, (list, tuple)):
@@ -68,11 +71,11 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def stopping(monkeypatch):
     def stop_in(step, *, hook="training_step", signum=signal.SIGTERM, only=lambda module: True):
-        """Has this process signalled where a step, or the validation after it, is computed."""
+        """Signals this process while it computes a step, or the validation after it."""
         plain = getattr(PPAPModule, hook)
 
         def signalled(module, *arguments):
-            if module.iters + (hook == "training_step") == step and only(module):
+            if module.global_step + (hook == "training_step") == step and only(module):
                 os.kill(os.getpid(), signum)
             return plain(module, *arguments)
 
@@ -95,7 +98,7 @@ def stopping(monkeypatch):
 def test_signal__saves_leaves_and_goes_on(tiny_file, tmp_path, whole, stopping, step, hook, signum):
     path, folder = tiny_file(**LONG), tmp_path / "output/tiny"
     undo, before = stopping(step, hook=hook, signum=signum), set(tqdm._instances)
-    with pytest.raises(Stopped, match=rf"saved in {folder}/last\.ckpt; go on with: .*--resume") as stopped:
+    with pytest.raises(Stopped, match=rf"saved in {folder}/last\.ckpt; resume with: .*--resume") as stopped:
         run.main(["--opt", path])
     undo()
     assert stopped.value.status == 128 + signum
@@ -106,9 +109,80 @@ def test_signal__saves_leaves_and_goes_on(tiny_file, tmp_path, whole, stopping, 
     assert_same_run(folder, whole)
 
 
+@pytest.mark.parametrize("valid_freq", [3, 100])
+@pytest.mark.parametrize(
+    ("step", "hook"),
+    [
+        (3, "training_step"),
+        (5, "training_step"),
+        (7, "training_step"),
+        (7, "validation_step"),
+        (14, "training_step"),
+    ],
+)
+def test_resume__of_an_epoch_of_seven_steps(tiny_file, tmp_path, sevens, stopping, valid_freq, step, hook):
+    """Before, at and after validations that `valid_freq` or the end of an epoch asks for; twice in a row."""
+    words = ["--opt", tiny_file(**SEVEN), f"train.valid_freq={valid_freq}"]
+    undo = stopping(step, hook=hook)
+    with pytest.raises(Stopped):
+        run.main(words)
+    undo()
+    if step < 10:
+        undo = stopping(11)
+        with pytest.raises(Stopped):
+            run.main([*words, "--resume"])
+        undo()
+    run.main([*words, "--resume"])
+    assert_same_run(tmp_path / "output/tiny", sevens[valid_freq])
+
+
+@pytest.fixture(scope="module")
+def sevens(tmp_path_factory):
+    """Folders of uninterrupted runs of two epochs of seven steps, by valid_freq."""
+    folders = {}
+    for valid_freq in (3, 100):
+        folder = tmp_path_factory.mktemp("seven")
+        run.main(["--opt", write_tiny(folder, **SEVEN), f"train.valid_freq={valid_freq}"])
+        folders[valid_freq] = folder / "output/tiny"
+        due = [int(row["iters"]) for row in rows_of(folders[valid_freq]) if row["valid_loss"]]
+        assert due == {3: [3, 6, 7, 10, 13, 14], 100: [7, 14]}[valid_freq]
+    return folders
+
+
+class Drawing(nn.Module):
+    """A user's loss that draws from the global generators of torch, NumPy and Python."""
+
+    def forward(self, z, features, generator=None):
+        weights = torch.rand(len(z)) + np.random.rand() + random.random()
+        one = torch.ones(())
+        return PPAPLossOutput((weights * z[:, 0]).mean(), one, one)
+
+
+def test_resume__a_loss_that_draws_from_global_generators(tiny_file, tmp_path, stopping):
+    register_loss("drawing", lambda options: Drawing())
+    try:
+        words = ["--opt", tiny_file(**LONG), "training_coeff.loss=drawing"]
+        undo = stopping(6)
+        with pytest.raises(Stopped):
+            run.main(words)
+        undo()
+        torch.manual_seed(5)
+        run.main([*words, "--resume"])
+        run.main([*words, "wandb.name=whole"])
+    finally:
+        LOSSES.remove("drawing")
+        del criterion._registered["drawing"]
+    assert_same_run(tmp_path / "output/tiny", tmp_path / "output/whole")
+
+
+def test_validation_due__every_valid_freq_and_at_the_end():
+    assert [step + 1 for step in range(7) if validation_due(step, 7, 3)] == [3, 6, 7]
+    assert [step + 1 for step in range(7) if validation_due(step, 7, 100)] == [7]
+
+
 def test_signal__puts_the_handlers_back():
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with StopRequest() as stop:
+    with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
         assert stop.signum == signal.SIGTERM
@@ -138,31 +212,9 @@ def test_signal__in_a_slurm_job_requeues_it(tiny_file, tmp_path, stopping, monke
     monkeypatch.setenv("SLURM_JOB_NAME", "ppap")
     monkeypatch.setattr("pytorch_lightning.plugins.environments.SLURMEnvironment.detect", lambda: False)
     stopping(2, signum=signal.SIGUSR1)
-    with pytest.raises(Stopped, match=r"step 2 of 12.*SLURM job 77 is requeued; go on with"):
+    with pytest.raises(Stopped, match=r"step 2 of 12.*SLURM job 77 is requeued; resume with"):
         run.main(["--opt", tiny_file(**LONG)])
     assert (tmp_path / "asked").read_text() == "requeue 77\n"
-
-
-def test_wandb__has_each_point_once(tiny_file, tmp_path, stopping):
-    """Stopped at step 8, after the validation of step 7; the last file has the whole run."""
-    path, folder = tiny_file(**LONG, wandb__mode="offline"), tmp_path / "output/tiny"
-    undo = stopping(9)
-    with pytest.raises(Stopped):
-        run.main(["--opt", path])
-    undo()
-    (before,) = (folder / "wandb").glob("offline-run-*")
-    run.main(["--opt", path, "--resume"])
-    (now,) = (folder / "wandb").glob("offline-run-*")
-    assert [old.name for old in (folder / "wandb").glob("superseded-*")] == [
-        before.name.replace("offline", "superseded")
-    ]
-    assert now.name.rsplit("-", 1)[1] == before.name.rsplit("-", 1)[1]  # the run's id
-    found = WandbFile(now).history
-    losses = [(row["iters"], row["total_loss"]) for row in found if "total_loss" in row]
-    logged = [row for row in rows_of(folder) if row["total_loss"]]
-    assert losses == [(float(row["iters"]), float(row["total_loss"])) for row in logged]
-    assert [step for step, _ in losses] == list(range(1, 13))
-    assert [row["iters"] for row in found if "valid_loss" in row] == [3, 4, 7, 8, 11, 12]
 
 
 def test_resume__where_nothing_is_validated(tiny_file, tmp_path, stopping):
@@ -226,36 +278,31 @@ def test_resume__other_options_are_refused(tiny_file, stopping, tmp_path):
     with pytest.raises(UserError, match=r"training_coeff\.tau was 0\.8, is 0\.5") as error:
         run.main(["--opt", path, "--resume", "training_coeff.tau=0.5", "dataloader.num_workers=1"])
     assert "num_workers" not in str(error.value)
-    assert newest_complete(tmp_path / "output/tiny").progress.step == 2
+    assert read_progress(tmp_path / "output/tiny" / LAST).step == 2
 
 
-def test_resume__a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    tiny_file, tmp_path, whole, stopping, capsys
-):
+def test_resume__names_a_damaged_checkpoint_and_uses_the_best(tiny_file, tmp_path, whole, stopping, capsys):
     path, folder = tiny_file(**LONG), tmp_path / "output/tiny"
     undo = stopping(9)
     with pytest.raises(Stopped):
         run.main(["--opt", path])
     undo()
-    assert read_progress(folder / PREVIOUS).step == 8
     content = bytearray((folder / LAST).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / LAST).write_bytes(content)
     run.main(["--opt", path, "--resume"])
-    told = capsys.readouterr().out
-    assert "last.ckpt: damaged (its content is not that of its SHA-256); the one before it is used" in told
-    assert "going on after step 8" in told
+    assert "last.ckpt: not a readable checkpoint" in capsys.readouterr().out
     assert_same_run(folder, whole)
 
 
-def test_checkpoints__come_every_so_many_steps_and_two_are_kept(tiny_file, tmp_path, monkeypatch):
-    saved, plain = [], Saver._save
+def test_checkpoints__come_every_so_many_steps(tiny_file, tmp_path, monkeypatch):
+    saved, plain = [], CheckpointManager._save
 
-    def noted(saver, *arguments, **keywords):
-        saved.append(saver._at.step)
-        plain(saver, *arguments, **keywords)
+    def noted(manager, *arguments, **keywords):
+        saved.append(manager._now.step)
+        plain(manager, *arguments, **keywords)
 
-    monkeypatch.setattr(Saver, "_save", noted)
+    monkeypatch.setattr(CheckpointManager, "_save", noted)
     seldom = tiny_file(**LONG | {"train__valid_freq": 100})
     run.main(["--opt", seldom, "train.checkpoint_every=0.00001 min", "wandb.name=minutes"])
     assert saved == list(range(1, 13))  # less than a millisecond
@@ -266,8 +313,7 @@ def test_checkpoints__come_every_so_many_steps_and_two_are_kept(tiny_file, tmp_p
     run.main(["--opt", seldom, "train.checkpoint_every=2"])
     assert saved == [2, 4, 6, 8, 10, 12]  # each once
     there = {path.name for path in (tmp_path / "output/tiny").glob("*.ckpt")}
-    assert there == {BEST, LAST, PREVIOUS}
-    assert read_progress(tmp_path / "output/tiny" / PREVIOUS).step == 10
+    assert there == {BEST, LAST}
 
 
 @pytest.mark.parametrize("every", ["0", "15 hours", "1.5", "-3", "min"])

@@ -8,7 +8,7 @@ import pytest
 import run
 from model import callbacks as dashboard
 from model.callbacks import Allowance, checkpoint_artifact, summary_of
-from tests.utils.test_report_page import check
+from tests.utils.plots.test_report import check
 from tests.utils.wandb_file import WandbFile
 from utils.plots.wandb_media import confusion_table
 from utils.vision.labels import LabelSpace

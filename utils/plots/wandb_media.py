@@ -1,4 +1,4 @@
-"""What wandb shows of a validation: tables, masks and bars."""
+"""Tables, masks and bar charts of a validation for wandb."""
 
 from __future__ import annotations
 
@@ -18,39 +18,36 @@ def prediction_table(
     maps: Sequence[Mapping[str, np.ndarray]],
     labels: LabelSpace,
 ) -> wandb.Table:
-    """A row an image: its name, the photograph, and the photograph under each of its class maps.
+    """One row per image: its name, the photograph, and the photograph overlaid with each class map.
 
     Args:
-        names: P of them.
+        names: P image names.
         photographs: (P, H, W, 3) uint8.
-        maps: P times title -> classes (H, W), 255 = none; the same titles each time.
+        maps: P mappings from title to class ids (H, W), 255 = none; all with the same titles.
         labels: class names.
     """
-    words = dict(enumerate(labels.names)) | {IGNORE: "none"}
+    class_labels = dict(enumerate(labels.names)) | {IGNORE: "none"}
     titles = list(maps[0]) if maps else []
     table = wandb.Table(columns=["image", "photograph", *titles])
-    for name, photograph, found in zip(names, photographs, maps, strict=True):
-        overlays = [
-            wandb.Image(photograph, file_type="jpg", masks={title: _mask(found[title], words)})
-            for title in titles
-        ]
+    for name, photograph, class_maps in zip(names, photographs, maps, strict=True):
+        overlays = []
+        for title in titles:
+            mask = class_maps[title].astype(np.uint8)
+            masks = {title: {"mask_data": mask, "class_labels": class_labels}}
+            overlays.append(wandb.Image(photograph, file_type="jpg", masks=masks))
         table.add_data(name, wandb.Image(photograph, file_type="jpg"), *overlays)
     return table
 
 
-def _mask(classes: np.ndarray, words: dict[int, str]) -> dict[str, object]:
-    return {"mask_data": classes.astype(np.uint8), "class_labels": words}
-
-
 def confusion_table(counts: np.ndarray, labels: LabelSpace) -> wandb.Table:
-    """Counts (C, C + 1) as a row a true class, in percent of it; the last column is of unmatched clusters."""
+    """A confusion matrix (C, C + 1) in percent of the true class; the last column is unmatched clusters."""
     share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # (C, C + 1)
     rows = [[name, *row] for name, row in zip(labels.names, share.round(2).tolist(), strict=True)]
-    columns = [f"predicted {name}" for name in labels.names]  # no two alike, whatever classes are called
+    columns = [f"predicted {name}" for name in labels.names]  # the prefix keeps column names unique
     return wandb.Table(columns=["true class", *columns, "unmatched"], data=rows)
 
 
 def iou_chart(iou: Mapping[str, float], *, title: str) -> object:
-    """Bars of IoU per class in percent; a class with an empty union has none."""
+    """A bar chart of IoU per class in percent; a class with an empty union (NaN) has no bar."""
     rows = [[name, value] for name, value in iou.items() if math.isfinite(value)]
     return wandb.plot.bar(wandb.Table(columns=["class", "IoU"], data=rows), "class", "IoU", title=title)

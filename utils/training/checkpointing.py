@@ -1,43 +1,39 @@
-"""Checkpoint files of a run: written whole or not at all, and held against a digest when they are read.
-
-The digest is the comment of the zip archive that `torch.save` writes, so that it travels with the file and
-every reader of such archives goes on reading it.
-"""
+"""Checkpoints of a run: when they are written, what they hold, and where a run resumes."""
 
 from __future__ import annotations
 
-import hashlib
-import os
+import copy
 import shutil
-import struct
-import zipfile
-from dataclasses import asdict, dataclass, field
+import signal
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from utils.errors import UserError, first_line
+from utils.errors import NotFinite, UserError
 from utils.files import replacing
+from utils.training.distributed import Agreement
+from utils.training.launch import in_slurm_job
+from utils.training.stopping import Stopped, StopSignal, requeue, resume_command
+from utils.training.torch_files import read_torch_file, write_torch_file
 
-BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
-NEWEST = "newest.ckpt"  # until last.ckpt has become previous.ckpt
-MARK, HEX = b"sha256:", 64  # the comment: this and so many digits
-PROGRESS = "progress"  # the entry of a checkpoint
+BEST, LAST = "best.ckpt", "last.ckpt"
+PROGRESS = "progress"  # entry of a checkpoint
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run had come when a checkpoint was written.
+    """Progress of a run at a checkpoint.
 
     Attributes:
-        step: the last that was trained, from 1; 0 before the first.
-        validated: False where the validation that follows this step is still to be done.
-        best: the largest sum of metrics so far.
-        seconds: of training.
-        wandb_id: of the run there, or None.
-        random: states of the global random generators, as `random_states` gives them.
+        step: the last trained step, from 1; 0 before the first.
+        validated: False if the validation that follows this step has not been done.
+        best: largest sum of metrics so far.
+        seconds: training time.
+        wandb_id: the wandb run, or None.
     """
 
     step: int = 0
@@ -45,157 +41,216 @@ class Progress:
     best: float = float("-inf")
     seconds: float = 0.0
     wandb_id: str | None = None
-    random: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    def as_entry(self) -> dict[str, Any]:
-        """As plain containers."""
-        return asdict(self)
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A complete checkpoint that a run can go on from."""
+def read_progress(path: Path) -> Progress:
+    """The progress stored in one of our checkpoints.
 
-    path: Path
-    progress: Progress
+    Raises:
+        UserError: damaged, or not a checkpoint that a run can resume from.
+    """
+    content = read_torch_file(path, "checkpoint")
+    stored = content.get(PROGRESS) if isinstance(content, dict) else None
+    if not isinstance(stored, dict) or "loops" not in content:
+        raise UserError(f"{path}: not a checkpoint to resume from; use one that run.py wrote")
+    return Progress(**{name: stored[name] for name in asdict(Progress())})
 
 
-class WholeCheckpoints(TorchCheckpointIO):
-    """What Lightning writes and reads checkpoints with."""
+class CheckedCheckpointIO(TorchCheckpointIO):
+    """Lightning's reader and writer of checkpoints: atomic writes, integrity-checked reads."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
-        """Writes one, whole or not at all."""
-        save_whole(checkpoint, Path(path))
+        """Writes a checkpoint, completely or not at all."""
+        write_torch_file(checkpoint, Path(path))
 
-    def load_checkpoint(self, path: str, *arguments: Any, **keywords: Any) -> dict[str, Any]:
-        """Reads one that is not damaged."""
-        check_digest(Path(path))
-        return super().load_checkpoint(path, *arguments, **keywords)
+    def load_checkpoint(self, path: str, *_arguments: Any, **_keywords: Any) -> dict[str, Any]:
+        """Reads a checkpoint onto the CPU."""
+        return read_torch_file(Path(path), "checkpoint")
 
 
-def save_whole(content: dict[str, Any], path: Path) -> None:
-    """`torch.save` under a temporary name, with a digest, synced to the disk and renamed.
+class CheckpointManager(Callback):
+    """Keeps best.ckpt (largest sum of metrics) and last.ckpt, and stops the run on request.
 
-    Raises:
-        UserError: it cannot be written; what lay under the name is intact.
+    Saves after each validation, every `train.checkpoint_every` in between, on a stop signal, and when an
+    error outside the program ends the run. Without validation images it saves after each epoch, and best.ckpt
+    is the newest. A checkpoint always describes the moment between two steps, so that a resumed run computes
+    what the uninterrupted one would have computed.
+
+    Args:
+        folder: of the run.
+        valid_freq: steps between validations, besides each epoch's end.
+        every: (steps, seconds) between checkpoints; at most one is not None.
+        validates: whether there are validation images.
+        stop: notes stop signals.
+        progress: what the run resumes from.
+        wandb_id: of the run, or None.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, sync=True) as temporary:
-            torch.save(content, temporary)
-            _sign(temporary)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise UserError(
-            f"{path}: cannot be written ({first_line(error)}; {free / 1e9:.1f} GB are free there); what was "
-            "saved before is intact: free some space, or choose another folder"
-        ) from None
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        valid_freq: int,
+        every: tuple[int | None, float | None],
+        validates: bool,
+        stop: StopSignal,
+        progress: Progress,
+        wandb_id: str | None = None,
+    ) -> None:
+        self.folder, self.valid_freq, self.validates, self.stop = folder, valid_freq, validates, stop
+        self.steps, self.seconds = every
+        self.best, self.wandb_id = progress.best, wandb_id
+        self._start, self._now = progress, progress
+        self._loops: dict[str, Any] = {}
+        self._agreement = Agreement()
+        self._began = self._saved = time.perf_counter()
+        self._saved_step = progress.step
+
+    @property
+    def spent(self) -> float:
+        """Training time in seconds, including that before a resume."""
+        return self._start.seconds + time.perf_counter() - self._began
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes over the signals from Lightning, and makes the validation that was due at the stop.
+
+        Lightning itself skips that validation once the state of its loops was restored.
+        """
+        self.stop.listen()
+        self._loops = self._loops or resumable_loops(trainer)
+        if not self._start.validated and self.validates:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_batch: Any) -> None:
+        """Saves or stops between two steps: loggers and callbacks have finished the previous one."""
+        stopping, due = self._agreement.result() or (self._stop_requested, self._due(trainer))
+        if stopping or due:
+            self._save(trainer)
+        if stopping:
+            self._leave(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes the position in the run."""
+        due = self.validates and validation_due(batch_idx, trainer.num_training_batches, self.valid_freq)
+        self._now = Progress(trainer.global_step, validated=not due)
+        self._loops = resumable_loops(trainer)
+        self._agreement.start((self._stop_requested, self._due(trainer)))
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_batch: Any) -> None:
+        """Leaves an unfinished validation on request; the resumed run starts it again."""
+        if trainer.state.fn != "fit":
+            return
+        stopping = trainer.strategy.reduce_boolean_decision(self._stop_requested, all=False)
+        if stopping:
+            self._save(trainer)
+            self._leave(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves, and keeps the best."""
+        self._now = replace(self._now, validated=True)
+        improved = pl_module.score > self.best
+        self.best = max(self.best, pl_module.score)
+        self._save(trainer, best=improved)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the last step if no validation has saved it."""
+        if self._saved_step < self._now.step:
+            self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves if an error outside the program ends the run; several ranks cannot save without each other."""
+        outside = isinstance(exception, UserError) and not isinstance(exception, (Stopped, NotFinite))
+        outside = outside or "DataLoader worker (pid" in str(exception)
+        if trainer.world_size == 1 and outside and self._saved_step < self._now.step:
+            self._save(trainer)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keeps the position that the run resumes from."""
+        self._loops = checkpoint["loops"]["fit_loop"]
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds the progress, and the position between two steps instead of the one inside a hook."""
+        progress = replace(self._now, best=self.best, seconds=self.spent, wandb_id=self.wandb_id)
+        checkpoint[PROGRESS] = asdict(progress)
+        checkpoint["loops"]["fit_loop"] = self._loops
+
+    @property
+    def _stop_requested(self) -> bool:
+        return self.stop.signum is not None
+
+    def _due(self, trainer: Trainer) -> bool:
+        """Whether this rank's schedule asks for a checkpoint now."""
+        step = self._now.step
+        if step <= self._saved_step:
+            return False
+        if not self.validates and step % trainer.num_training_batches == 0:
+            return True
+        if self.steps is not None:
+            return step % self.steps == 0
+        return self.seconds is not None and time.perf_counter() - self._saved >= self.seconds
+
+    def _save(self, trainer: Trainer, *, best: bool = False) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # first, so that no checkpoint is ahead of metrics.csv
+        trainer.save_checkpoint(self.folder / LAST)
+        if trainer.is_global_zero and (best or not self.validates):
+            copy_file(self.folder / LAST, self.folder / BEST)
+        trainer.strategy.barrier()  # every rank may read them from here on
+        self._saved_step, self._saved = self._now.step, time.perf_counter()
+
+    def _leave(self, trainer: Trainer) -> None:
+        total = trainer.max_epochs * trainer.num_training_batches
+        words = [f"at step {self._now.step:,} of {total:,}, saved in {self.folder / LAST}"]
+        if in_slurm_job() and trainer.is_global_zero:
+            words.append(requeue())
+        words.append(f"resume with: {resume_command()}")
+        raise Stopped("; ".join(words), signum=self.stop.signum or signal.SIGTERM)
 
 
-def _sign(path: Path) -> None:
-    """Makes the digest of an archive its comment."""
-    with path.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        comment = MARK + _digest(file, size - 2).encode()
-        file.seek(size - 2)  # the length of the comment, 0 so far, ends the archive
-        file.write(struct.pack("<H", len(comment)) + comment)
+def validation_due(batch_idx: int, batches: int, valid_freq: int) -> bool:
+    """Whether a validation follows a batch, from 0: every `valid_freq` steps of an epoch and at its end."""
+    return (batch_idx + 1) % valid_freq == 0 or batch_idx + 1 == batches
 
 
-def copy_whole(source: Path, path: Path) -> None:
-    """Copies a file, whole or not at all.
+def resumable_loops(trainer: Trainer) -> dict[str, Any]:
+    """State of Lightning's loops after a training batch, in a form that Lightning resumes correctly.
+
+    A validation always starts from its first batch, and an epoch whose last batch is trained counts as
+    complete: Lightning would otherwise count that epoch twice. The last epoch stays open, so that the hooks
+    around training still run.
+    """
+    state = copy.deepcopy(trainer.fit_loop.state_dict())
+    _set_counters(state["epoch_loop.val_loop.batch_progress"]["current"], 0)
+    epochs = trainer.current_epoch + 1
+    if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and epochs < trainer.max_epochs:
+        batches = state["epoch_loop.batch_progress"]["total"]
+        _set_counters(batches, batches["ready"])
+        for counters in (state["epoch_progress"]["total"], state["epoch_progress"]["current"]):
+            _set_counters(counters, epochs)
+    return state
+
+
+def _set_counters(counters: dict[str, int], count: int) -> None:
+    """Sets ready, started, processed and completed alike."""
+    counters.update(dict.fromkeys(counters, count))
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copies a file, completely or not at all.
 
     Raises:
-        UserError: it cannot be written; what lay under the name is intact.
+        UserError: it cannot be written; the previous file is intact.
     """
     try:
         with replacing(path, sync=True) as temporary:
             shutil.copyfile(source, temporary)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); what lay there is intact") from None
-
-
-def shift_names(folder: Path) -> None:
-    """newest.ckpt becomes last.ckpt, and last.ckpt previous.ckpt: at any moment one of them is there."""
-    if (folder / LAST).exists():
-        os.replace(folder / LAST, folder / PREVIOUS)
-    os.replace(folder / NEWEST, folder / LAST)
-
-
-def check_digest(path: Path) -> None:
-    """Holds a file against its digest; one that has none, as other programs write it, passes.
-
-    Raises:
-        UserError: it cannot be read, or is damaged.
-    """
-    length = len(MARK) + HEX
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - length))
-            comment = file.read()
-            if comment.startswith(MARK) and comment[len(MARK) :].decode("ascii", "replace") != _digest(
-                file, size - length - 2
-            ):
-                raise UserError(f"{path}: damaged (its content is not that of its SHA-256)")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def refuse_bomb(path: Path) -> None:
-    """torch stores without compression: a content larger than its file is none of torch's.
-
-    Raises:
-        ValueError: it is larger.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > path.stat().st_size:
-            raise ValueError(f"its content of {size} bytes is larger than the file")
-
-
-def _digest(file: Any, size: int) -> str:
-    """SHA-256 of the first bytes of an open file."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while size > 0 and (block := file.read(min(size, 2**20))):
-        digest.update(block)
-        size -= len(block)
-    return digest.hexdigest()
-
-
-def newest_complete(folder: Path) -> Saved | None:
-    """The checkpoint that has come furthest among those of a run that are whole; names those that are not.
-
-    Ends a change of names that was cut short.
-    """
-    found = []
-    if (folder / NEWEST).is_file():  # which has its name from `save_whole`, so it is whole
-        shift_names(folder)
-    for path in (folder / name for name in (LAST, PREVIOUS, BEST)):
-        if not path.is_file():
-            continue
-        try:
-            found.append(Saved(path, read_progress(path)))
-        except UserError as error:
-            print(f"{error}; the one before it is used")
-    return max(found, key=lambda saved: (saved.progress.step, saved.progress.validated), default=None)
-
-
-def read_progress(path: Path) -> Progress:
-    """How far a run had come when it wrote a checkpoint.
-
-    Raises:
-        UserError: damaged, or not one that a run can go on from.
-    """
-    check_digest(path)
-    try:
-        refuse_bomb(path)
-        progress = Progress(**torch.load(path, map_location="cpu", weights_only=True)[PROGRESS])
-        if not (isinstance(progress.step, int) and isinstance(progress.best, float)):
-            raise TypeError("its progress is not a run's")
-        return progress
-    except Exception as error:  # a damaged pickle raises almost anything
-        raise UserError(
-            f"{path}: no checkpoint to go on from ({type(error).__name__}: {first_line(error)})"
-        ) from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); the previous file is intact") from None

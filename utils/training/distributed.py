@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
@@ -67,6 +68,35 @@ def all_gather_object(value: Any) -> list[Any]:
     if len(found) > 1:
         dist.all_gather_object(found, value)
     return found
+
+
+class Agreement:
+    """Lets the ranks agree on a few booleans without blocking a step: any rank's True counts.
+
+    `start` sends them on a CPU process group, `result` reads the answer a step later. With one process
+    there is nothing to agree on, and `result` is None.
+    """
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self._pending: tuple[Any, Any] | None = None
+
+    def start(self, flags: tuple[bool, ...]) -> None:
+        """Begins to exchange this rank's flags."""
+        if world_size() == 1:
+            return
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        sent = torch.tensor(flags, dtype=torch.int32)
+        self._pending = (dist.all_reduce(sent, dist.ReduceOp.MAX, self._group, async_op=True), sent)
+
+    def result(self) -> tuple[bool, ...] | None:
+        """The flags that were started before, or None."""
+        if self._pending is None:
+            return None
+        (work, flags), self._pending = self._pending, None
+        work.wait()
+        return tuple(map(bool, flags.tolist()))
 
 
 class _AllGather(Function):

@@ -1,6 +1,6 @@
-"""Randomness as a function of (seed, purpose, place): made afresh wherever it is needed.
+"""Randomness as a function of (seed, purpose, step or index), so that it does not depend on any global state.
 
-So workers, prefetching, a resumed run or several ranks cannot change what is drawn.
+Workers, prefetching, resuming and the number of ranks therefore cannot change what is drawn.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,23 +33,12 @@ def seeded(seed: int, *place: str | int) -> Iterator[None]:
         yield
 
 
-def random_states() -> dict[str, Any]:
-    """States of the global generators of Python, NumPy and torch, in what `torch.load` reads as plain."""
-    kind, keys, *further = np.random.get_state()
-    return {
-        "python": list(random.getstate()),
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *further],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+def seed_globally(seed: int, *place: str | int) -> None:
+    """Seeds the global generators of torch (all devices), NumPy and Python.
 
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Puts the global generators where `random_states` found them."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *further = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *further))
-    torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    Done at each training step, so that a user's own loss may draw from them and still resume exactly.
+    """
+    drawn = derived_seed(seed, *place)
+    torch.manual_seed(drawn)
+    np.random.seed(drawn % 2**32)
+    random.seed(drawn)

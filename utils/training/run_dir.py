@@ -15,7 +15,7 @@ from utils.config.loading import SCHEMA, as_tree, flatten
 from utils.config.options import Options
 from utils.errors import UserError
 from utils.files import make_folder, move_aside, read_json_object, write_json
-from utils.training.checkpointing import Saved, newest_complete
+from utils.training.checkpointing import BEST, LAST, Progress, read_progress
 from utils.training.launch import is_rank_zero
 from utils.training.provenance import hardware, provenance
 
@@ -30,6 +30,22 @@ MAY_DIFFER = (  # what decides where and how fast a run computes, not what
     "resume",
     "train.checkpoint_every",
 )
+
+
+@dataclass(frozen=True)
+class Saved:
+    path: Path
+    progress: Progress
+
+
+def newest_complete(folder):
+    for name in (LAST, BEST):
+        if (folder / name).is_file():
+            try:
+                return Saved(folder / name, read_progress(folder / name))
+            except UserError as error:
+                print(f"{error}; the one before it is used")
+    return None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Leaving a run when asked to: by Ctrl-C, by SIGTERM, or by SLURM shortly before its time is up."""
+"""Graceful shutdown on Ctrl-C, SIGTERM or SLURM's warning signal."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from utils.training.launch import in_slurm_job
 
 
 class Stopped(UserError):
-    """A run left as it was asked to, with all it had saved.
+    """The run stopped on request, with everything saved.
 
     Args:
-        message: what was saved, and how to go on.
+        message: what was saved, and how to resume.
         signum: the signal that asked.
     """
 
@@ -31,11 +31,10 @@ class Stopped(UserError):
         self.status = 128 + signum
 
 
-class StopRequest:
-    """Notes the first signal that asks a run to end, for the run to heed between two steps.
+class StopSignal:
+    """Notes the first SIGINT, SIGTERM or, in a SLURM job, SIGUSR1; the run acts on it between two steps.
 
-    SIGINT, SIGTERM, and in a SLURM job SIGUSR1 (`#SBATCH --signal=SIGUSR1@90`). A second Ctrl-C leaves at
-    once. Outside the main thread, where Python takes no signals, nothing is ever asked.
+    A second Ctrl-C exits at once. Outside the main thread, where Python handles no signals, nothing is noted.
 
     Attributes:
         signum: the signal, or None.
@@ -46,23 +45,23 @@ class StopRequest:
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> StopSignal:
         self._before = self.listen()
         return self
 
     def listen(self) -> dict[int, Any]:
-        """Takes the signals, from whoever has them now; returns the handlers before."""
+        """Installs the handlers; returns the previous ones."""
         if threading.current_thread() is not threading.main_thread():
             return {}
-        asking = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if in_slurm_job() else [])]
-        return {signum: signal.signal(signum, self._asked) for signum in asking}
+        signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if in_slurm_job() else [])]
+        return {signum: signal.signal(signum, self._handle) for signum in signals}
 
     def __exit__(self, *_exception: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
-    def _asked(self, signum: int, _frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a worker has this handler too; its parent decides
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a loader's process inherits this handler
             if signum == signal.SIGTERM:
                 os._exit(128 + signum)
             return
@@ -71,12 +70,12 @@ class StopRequest:
                 os._exit(128 + signum)
             return
         self.signum = signum
-        told = "saving, then leaving; once more leaves at once"  # print could be what was interrupted
-        os.write(2, f"\n{signal.Signals(signum).name}: {told}\n".encode())
+        message = "saving before exit; press Ctrl-C to exit at once"
+        os.write(2, f"\n{signal.Signals(signum).name}: {message}\n".encode())  # print is not reentrant
 
 
 def requeue() -> str:
-    """Has SLURM start this job again later; returns what came of it."""
+    """Asks SLURM to start this job again later; returns a line on the outcome."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -87,8 +86,8 @@ def requeue() -> str:
     return f"SLURM job {job} is requeued"
 
 
-def command_to_go_on() -> str:
-    """The command line of this program, with --resume; torchrun's own words are not known here."""
-    starter = ["torchrun", "..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
-    words = [*starter, *sys.argv]
+def resume_command() -> str:
+    """The command line of this program with --resume; torchrun's own flags are unknown here."""
+    launcher = ["torchrun", "..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
+    words = [*launcher, *sys.argv]
     return shlex.join(words if "--resume" in words else [*words, "--resume"])

@@ -16,73 +16,69 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 
 from utils.config.options import Options
 from utils.errors import UserError
-from utils.training.checkpointing import WholeCheckpoints
+from utils.training.checkpointing import CheckedCheckpointIO, validation_due
 from utils.training.hardware import accelerator, chosen_precision
 from utils.training.launch import launch_mistake, planned_world_size
-from utils.training.schedule import Schedule
 
 LOSS_SCALE, GROWTH_INTERVAL = 2048.0, 1000  # the published scaler
 
 
 class ValidationSteps(Callback):
-    """Validates after the steps that the schedule says.
+    """Validates every `valid_freq` steps of an epoch and at its end.
+
+    Lightning's integer `val_check_interval` may not exceed the epoch, and skips an end that it does not divide.
 
     Args:
-        schedule: of all steps.
-        done: steps that are left out at the start.
+        valid_freq: in steps.
     """
 
-    def __init__(self, schedule: Schedule, *, done: int = 0) -> None:
-        self.schedule, self.done = schedule, done
+    def __init__(self, valid_freq: int) -> None:
+        self.valid_freq = valid_freq
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """`val_check_batch` is compared with the batch in hand; infinity leaves the last batch alone."""
-        due = self.schedule.validates(self.done + batch_idx + 1)
+        """Lightning validates after a batch that `val_check_batch` divides; infinity means the last one."""
+        due = validation_due(batch_idx, trainer.num_training_batches, self.valid_freq)
         trainer.val_check_batch = batch_idx + 1 if due else math.inf
 
 
 class RunBar(TQDMProgressBar):
-    """One bar for all steps of a run, which names the epoch.
+    """One progress bar for all steps of a run, which names the epoch and shows the newest loss and metrics."""
 
-    Args:
-        schedule: of all steps; None for an evaluation.
-        done: steps that are left out at the start.
-        refresh_rate: batches from one refresh to the next.
-    """
-
-    def __init__(self, schedule: Schedule | None, *, done: int, refresh_rate: int) -> None:
-        super().__init__(refresh_rate=refresh_rate)
-        self.schedule, self.done = schedule, done
+    def on_train_start(self, trainer: Trainer, *_unused: Any) -> None:
+        """Starts at the step that the run resumes from."""
+        super().on_train_start(trainer, *_unused)
+        self.train_progress_bar.reset(trainer.max_epochs * trainer.num_training_batches)
+        self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
+        self._name_epoch(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, *_unused: Any) -> None:
-        """Begins where an earlier start has stopped; Lightning's one epoch is the whole run."""
-        self.train_progress_bar.reset(self.schedule.total)
-        self.train_progress_bar.initial = self.train_progress_bar.n = self.done
-        self._name_epoch(self.done + 1)
+        """Names the epoch."""
+        self._name_epoch(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts on from there."""
-        step = self.done + batch_idx + 1
-        self._name_epoch(step)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, step - 1)
+        """Counts the steps of all epochs."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def on_exception(self, trainer: Trainer, *_unused: Any) -> None:
-        """Closes the bars, which would otherwise write when they are collected.
-
-        That may be in the midst of anything: where wandb listens to what is written, setting its context
-        variable from there breaks those of Python before 3.12 (python/cpython#148891).
-        """
+        """Closes the bars, which would otherwise write whenever they are garbage-collected."""
         for bar in (self._train_progress_bar, self._val_progress_bar, self._test_progress_bar):
             if bar is not None:
                 bar.close()
 
-    def _name_epoch(self, step: int) -> None:
-        epoch = min(self.schedule.epoch(step) + 1, self.schedule.epochs)
-        self.train_progress_bar.set_description(f"Epoch {epoch}/{self.schedule.epochs}", refresh=False)
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
+        """Called at each refresh; only then is a GPU waited for."""
+        shown = {"loss": pl_module.scalars["total_loss"]} if pl_module.scalars else {}
+        names = ("Cluster_Accuracy", "Cluster_mIoU")
+        shown |= {name: pl_module.metrics[name] for name in names if name in pl_module.metrics}
+        return {name: f"{float(value):.3f}" for name, value in shown.items()}
+
+    def _name_epoch(self, trainer: Trainer) -> None:
+        epoch = min(trainer.current_epoch + 1, trainer.max_epochs)
+        self.train_progress_bar.set_description(f"Epoch {epoch}/{trainer.max_epochs}", refresh=False)
 
 
 def hardware_settings(options: Options) -> dict[str, Any]:
@@ -167,38 +163,28 @@ def build_trainer(
     *,
     loggers: list[Logger] | None = None,
     callbacks: list[Callback] | None = None,
-    validate: bool = True,
-    schedule: Schedule | None = None,
-    done: int = 0,
+    validates: bool = True,
 ) -> Trainer:
-    """A Trainer for a run, or with no schedule for an evaluation.
-
-    A run is one epoch to Lightning, so that it may begin at any step.
+    """A Trainer for a run or an evaluation.
 
     Args:
         options: all options.
         hardware: from `hardware_settings`.
         loggers: where scalars go.
-        callbacks: beside the progress bar.
-        validate: whether there are validation images.
-        schedule: of all steps.
-        done: steps that are left out at the start.
+        callbacks: besides the progress bar and the validation schedule.
+        validates: whether there are validation images.
     """
-    # each refresh waits for the device
-    refresh = options.train.print_freq if hardware["accelerator"] == "cuda" else 1
+    refresh_rate = options.train.print_freq if hardware["accelerator"] == "cuda" else 1
     for library in ("pytorch_lightning", "lightning_fabric", "torchmetrics"):
         logging.getLogger(library).setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", module=library)
-    steps = [ValidationSteps(schedule, done=done)] if schedule is not None else []
-    bar = RunBar(schedule, done=done, refresh_rate=refresh)
-    plugins = [*hardware.get("plugins", []), WholeCheckpoints()]
     return Trainer(
-        **hardware | {"plugins": plugins},
-        max_epochs=1,
+        **hardware | {"plugins": [*hardware.get("plugins", []), CheckedCheckpointIO()]},
+        max_epochs=options.train.epoch,
         deterministic=options.train.deterministic,
         logger=loggers or False,
-        callbacks=[*steps, *(callbacks or []), bar],
-        limit_val_batches=1.0 if validate else 0,
+        callbacks=[ValidationSteps(options.train.valid_freq), *(callbacks or []), RunBar(refresh_rate)],
+        limit_val_batches=1.0 if validates else 0,
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -121,6 +121,8 @@ class CrfPool:
         workers: number of processes; None is one per core this process may use.
     """
 
+    on_device = False
+
     def __init__(self, workers: int | None = None) -> None:
         self.workers = workers or cores()
         # spawn: a fork would copy torch's threads and, on a GPU, its context

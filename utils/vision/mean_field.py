@@ -85,6 +85,8 @@ def _divided(features: Tensor, deviation: float) -> Tensor:
 class MeanField:
     """Refines each image as it is submitted, on the device where it lies; to be used like `CrfPool`."""
 
+    on_device = True
+
     def __init__(self) -> None:
         self._done: deque[tuple[Any, list[Tensor]]] = deque()
 

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -8,22 +9,21 @@ import pytest
 from PIL import Image
 
 from utils.config.loading import as_tree
-from utils.plots.report import write_report
-from utils.plots.tables import read_scalars
+from utils.plots.report import MAX_POINTS, write_report
 from utils.vision.labels import LabelSpace
 
-VOID = {"meta", "img", "br", "line", "circle", "polyline"}  # have no end tag, or end themselves
+VOID = {"meta", "img"}  # have no end tag
 FOUR = {"Cluster_Accuracy": 50.0, "Cluster_mIoU": 20.0, "Linear_Accuracy": 80.0, "Linear_mIoU": 40.0}
-EVIL = '<script>alert("x")</script>'
+EVIL = '</script><script>alert("x")</script>'
 LABELS = LabelSpace((EVIL, "road"), ((255, 255, 255), (0, 0, 0)))
 
 
 class Checker(HTMLParser):
-    """Every tag is closed in order, and nothing is fetched."""
+    """Checks that every tag is closed in order and that nothing is loaded from elsewhere."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.seen, self.scripts = [], [], 0
+        self.open, self.seen = [], []
         self.feed(text)
         assert self.open == []
 
@@ -37,40 +37,49 @@ class Checker(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag, attrs):
-        self.seen.append(tag)
-
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
 
 def check(text):
-    assert "http://" not in text
-    assert "https://" not in text
-    assert "url(" not in text
-    assert "@import" not in text
+    """Checks that a page is well-formed, escaped and self-contained; returns the parser with its tags."""
+    assert not re.search(r"https?://|url\(|@import", text)
     assert EVIL not in text
-    checked = Checker(text)
-    assert checked.seen.count("script") == 1  # our own
-    return checked
+    checker = Checker(text)
+    assert checker.seen.count("script") == 2  # data and drawing
+    return checker
+
+
+def written(folder, **arguments):
+    """The checked page as text, and its tags."""
+    write_report(folder, **{"labels": LABELS, "state": "Finished", "result": finished()} | arguments)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    return text, check(text).seen
+
+
+def charts_of(text):
+    """The embedded data of the curves, by title."""
+    (data,) = re.findall(r'<script type="application/json" id="charts">(.*?)</script>', text)
+    return {chart["title"]: chart for chart in json.loads(data)}
 
 
 @pytest.fixture
 def folder(tmp_path, tiny_options):
-    """Of a run whose every word is an attack."""
+    """The folder of a run with hostile strings wherever a user can put one."""
     tree = as_tree(tiny_options())
     tree["wandb"]["name"] = tree["wandb"]["notes"] = EVIL
     (tmp_path / "options.json").write_text(json.dumps(tree))
     about = {"git_sha": EVIL, "versions": {"torch": "2"}, "hardware": {"cpu": EVIL, "gpu": None}}
     (tmp_path / "provenance.json").write_text(json.dumps(about))
-    rows = ["iters,total_loss,Cluster_mIoU", "1,3.5,", "2,nan,", "3,2.5,20.5"]
+    rows = ["iters,total_loss,Cluster_mIoU,num_positives,num_negatives"]
+    rows += ["1,3.5,,8,900", "2,nan,,9,800", "3,2.5,20.5,7,850"]
     (tmp_path / "metrics.csv").write_text("\n".join(rows))
     Image.new("RGB", (4, 4)).save(tmp_path / "confusion.png")
     return tmp_path
 
 
 def finished(**changes):
-    iou = {"cluster": {EVIL: 10.0, "road": None}}  # None: NaN as JSON has it
+    iou = {"cluster": {EVIL: 10.0, "road": None}}  # None: NaN in JSON
     return {
         "step": 3,
         "before_crf": FOUR,
@@ -82,58 +91,71 @@ def finished(**changes):
     } | changes
 
 
-def test_page__of_a_finished_run_is_whole_and_escaped(folder):
-    write_report(folder, labels=LABELS, state=EVIL, result=finished())
-    text = (folder / "report.html").read_text(encoding="utf-8")
-    seen = check(text).seen
-    assert (seen.count("svg"), seen.count("img")) == (2, 1)
+def test_report__finished_run(folder):
+    text, seen = written(folder, state=EVIL)
+    assert (seen.count("svg"), seen.count("img")) == (3, 1)
     for words in ("best step (3), after CRF", "51.0", "30.0 minutes", "10.0 → 12.0", "dataset.data_type"):
         assert words in text
     assert not (folder / "report.html.part").exists()
 
 
-def test_page__of_a_run_that_trains_has_no_pictures(folder):
+def test_report__curves_are_embedded_without_gaps(folder):
+    charts = charts_of(written(folder)[0])
+    assert charts["Loss"]["lines"] == [{"name": "total_loss", "x": [1, 3], "y": [3.5, 2.5]}]
+    assert charts["Metrics"]["lines"] == [{"name": "Cluster_mIoU", "x": [3], "y": [20.5]}]
+    assert charts["Positives and negatives"]["log"]
+    assert "logarithmic" in charts["Positives and negatives"]["description"]
+
+
+def test_report__axis_with_a_zero_is_linear(folder):
+    (folder / "metrics.csv").write_text("iters,num_positives\n1,8\n2,0")
+    chart = charts_of(written(folder)[0])["Positives and negatives"]
+    assert not chart["log"]
+    assert "logarithmic" not in chart["description"]
+
+
+def test_report__long_curve_is_averaged(folder):
+    (folder / "metrics.csv").write_text("iters,grad_norm\n" + "\n".join(f"{k},{k}" for k in range(5000)))
+    (line,) = charts_of(written(folder)[0])["Gradient norm"]["lines"]
+    assert len(line["x"]) <= MAX_POINTS
+    assert (line["x"][0], line["y"][0]) == (1, 0.5)  # 5000 = 294 * 17 + 2
+    assert (line["x"][-1], line["y"][-1]) == (4999, 4991)
+
+
+def test_report__during_training_without_pictures(folder):
     running = {"step": 3, "before_crf": FOUR, "class_iou": {"before_crf": {}}}
-    write_report(folder, labels=LABELS, state="Training", result=running, pictures=False)
-    text = (folder / "report.html").read_text(encoding="utf-8")
+    text, seen = written(folder, state="Training", result=running, pictures=False)
     assert "best validation so far (step 3)" in text
-    assert "img" not in check(text).seen
+    assert "img" not in seen
 
 
-def test_page__without_labels_or_scalars(folder):
+def test_report__without_labels_or_scalars(folder):
     (folder / "metrics.csv").unlink()
     nothing = finished(before_crf=None, after_crf=None, after_crf_missing="no labels", class_iou={})
-    write_report(folder, labels=LABELS, state="Finished", result=nothing)
-    text = (folder / "report.html").read_text(encoding="utf-8")
+    text, seen = written(folder, result=nothing)
     assert "No metrics" in text
     assert "After CRF: no labels" in text
-    assert "svg" not in check(text).seen
+    assert "svg" not in seen
 
 
-def test_page__last_step_has_rows_of_its_own(folder):
+def test_report__last_step_replaces_the_last_validation(folder):
     last = finished(step=9, after_crf=None)
-    write_report(folder, labels=LABELS, state="Finished", result=finished(last_step=last))
-    text = (folder / "report.html").read_text(encoding="utf-8")
+    text, _ = written(folder, result=finished(last_step=last))
     assert "last step (9), before CRF" in text
     assert "last validation" not in text
 
 
-def test_read_scalars__leaves_out_empty_cells(folder):
-    rows = read_scalars(folder / "metrics.csv")
-    assert rows[0] == {"iters": 1.0, "total_loss": 3.5}
-    assert rows[2] == {"iters": 3.0, "total_loss": 2.5, "Cluster_mIoU": 20.5}
-
-
-def test_page__opens_in_a_browser_without_a_message(folder, tmp_path):
+def test_report__draws_its_curves_in_a_browser(folder, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium on this machine")
-    write_report(folder, labels=LABELS, state="Finished", result=finished())
+    written(folder)
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run(
         [browser, *flags, "--enable-logging=stderr", "--dump-dom", (folder / "report.html").as_uri()],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr
-    assert "best step (3), after CRF" in done.stdout
+    assert done.stdout.count("<polyline") == 4
+    assert "total_loss <b>2.5</b>" in done.stdout

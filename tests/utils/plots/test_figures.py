@@ -1,0 +1,32 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.plots.figures import colour, draw_class_iou, draw_confusion, draw_predictions
+from utils.vision.labels import LabelSpace
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8])
+def test_colour__palette_and_missing(dtype):
+    labels = LabelSpace(("a", "b"), ((255, 0, 0), (0, 0, 255)))
+    painted = colour(np.array([[0, 1], [255, 1]], dtype=dtype), labels)
+    assert painted.tolist() == [[[255, 0, 0], [0, 0, 255]], [[0, 0, 0], [0, 0, 255]]]
+    assert colour(np.array([[255, 2]]), labels, missing=(1, 2, 3)).tolist() == [[[1, 2, 3], [1, 2, 3]]]
+
+
+@pytest.mark.parametrize("n_classes", [2, 27])
+def test_figures__few_and_many_classes(tmp_path, n_classes):
+    """Many classes stack the confusion matrices; classes without pixels are allowed."""
+    labels = LabelSpace.with_spread_colours(tuple(f"class {n}" for n in range(n_classes)))
+    counts = np.eye(n_classes, n_classes + 1, dtype=np.int64)
+    counts[0] = 0
+    draw_confusion(tmp_path / "confusion.png", {"cluster": counts, "linear": counts}, labels=labels)
+    iou = dict.fromkeys(labels.names, 50.0) | {"class 0": float("nan")}
+    draw_class_iou(
+        tmp_path / "iou.png", {"cluster, before CRF": iou, "linear, before CRF": iou}, labels=labels
+    )
+    maps = {"image": np.zeros((4, 4, 3), np.uint8)}
+    draw_predictions(tmp_path / "predictions.png", [maps] * 5, labels=labels)
+    width, height = Image.open(tmp_path / "confusion.png").size
+    assert (width < height) == (n_classes == 27)
+    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in ("iou", "predictions"))

@@ -22,7 +22,7 @@ from utils.training.launch import is_rank_zero
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from dataset.datamodule import SegmentationData
+    from dataset.datamodule import SegmentationDataModule
     from model import PPAPModule
     from model.evaluator import Evaluation
     from utils.plots.photographs import Masked
@@ -108,7 +108,7 @@ class Predicted:
     predictions: list
 
 
-def why_no_crf(options: Options, data: SegmentationData) -> str | None:
+def why_no_crf(options: Options, data: SegmentationDataModule) -> str | None:
     """The reason why there is nothing to refine or nothing to refine it with, or None."""
     from utils.vision.crf import crf_missing
 
@@ -134,7 +134,7 @@ def open_refiner(options: Options) -> AbstractContextManager[CrfPool | MeanField
     return CrfPool(options.eval.crf_workers or share)
 
 
-def predict(options: Options, restored, *, data: SegmentationData):
+def predict(options: Options, restored, *, data: SegmentationDataModule):
     from tqdm import tqdm
 
     from model import build_module

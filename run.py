@@ -82,7 +82,7 @@ def train(options: Options, folder: Path, saved: Saved | None = None) -> Trained
             if options.dataset.cache_features:
                 encode = functools.partial(module.frozen_tokens, trainer=trainer)
                 precision = trainer.precision_plugin.precision
-                data.keep_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
+                data = data.with_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
             with stop:
                 trainer.fit(module, datamodule=data, ckpt_path=saved and saved.path, weights_only=True)
     except BaseException:

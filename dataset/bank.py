@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dataset.base import SegmentationDataset
-from dataset.datamodule import SegmentationData
+from dataset.datamodule import SegmentationDataModule
 from utils.errors import UserError
 from utils.vision.images import open_image
 
@@ -39,7 +39,7 @@ class BankImages:
         return f"bank: {others + 1} images, this one and {others} of the {self.split} split"
 
 
-def bank_images(data: SegmentationData, image: str, *, size: int) -> BankImages:
+def bank_images(data: SegmentationDataModule, image: str, *, size: int) -> BankImages:
     """An image with others spread over the validation split; over the train split where that is empty.
 
     Args:
@@ -69,7 +69,7 @@ def bank_images(data: SegmentationData, image: str, *, size: int) -> BankImages:
     return BankImages(images, (name, *(others.source.name(other) for other in chosen)), split)
 
 
-def _place(image: str, data: SegmentationData, others: SegmentationDataset | None) -> int | None:
+def _place(image: str, data: SegmentationDataModule, others: SegmentationDataset | None) -> int | None:
     """Where the split that the bank is of has the image: an index of validation, or a file of that split."""
     if re.fullmatch(r"-?\d+", image):
         length = len(data.validation_set)
@@ -82,7 +82,7 @@ def _place(image: str, data: SegmentationData, others: SegmentationDataset | Non
     return next((index for index, name in enumerate(names) if Path(name).resolve() == path), None)
 
 
-def _others(data: SegmentationData) -> tuple[str, SegmentationDataset | None]:
+def _others(data: SegmentationDataModule) -> tuple[str, SegmentationDataset | None]:
     """The split that has images, and it at the geometry of validation; None where neither has."""
     if len(data.validation_set):
         return "validation", data.validation_set

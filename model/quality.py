@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from model.backbone import FrozenViT
 from model.set_quality import patch_classes
 from utils.training.randomness import generator
+from utils.vision.labels import IGNORE
 from utils.vision.metrics import score
 from utils.vision.transforms import normalise
 
@@ -73,7 +74,7 @@ def patch_features(
     Args:
         backbone: the network.
         images: (S, 3, H, W) uint8.
-        labels: (S, H, W) int64, -1 = ignore.
+        labels: (S, H, W) int64, 255 = ignore.
         batch_size: images at a time.
     """
     patch = backbone.spec.patch
@@ -83,7 +84,7 @@ def patch_features(
     ]  # (b, D, h, w) each
     rows = F.normalize(torch.cat(maps).permute(0, 2, 3, 1).flatten(0, 2), dim=1)  # (N, D)
     classes = patch_classes(labels, patch)  # (N,)
-    return PatchFeatures(rows[classes >= 0], classes[classes >= 0])
+    return PatchFeatures(rows[classes != IGNORE], classes[classes != IGNORE])
 
 
 def linear_accuracy(train: PatchFeatures, held_out: PatchFeatures, *, n_classes: int, seed: int) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 from model.evaluator import Evaluation, Prediction
 from model.module import PPAPModule
 from utils.plots.figures import IGNORED, UNMATCHED, colour, draw_class_iou, draw_confusion, draw_predictions
+from utils.vision.labels import IGNORE
 
 
 def class_iou(evaluation: Evaluation, names: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -53,14 +54,14 @@ def picture_row(prediction: Prediction, module: PPAPModule, plain: Evaluation) -
 
 
 def class_maps(prediction: Prediction, module: PPAPModule, plain: Evaluation) -> dict[str, np.ndarray]:
-    """Title -> classes (H, W) int64 of one image, negative where there is none; in the pictures' order."""
+    """Title -> classes (H, W) int64 of one image, 255 = none; in the pictures' order."""
     labels = module.labels
     # without labels nothing is matched: clusters take the colours in turn, extra ones none
     extra = module.options.model.extra_clusters
-    unscored = (*range(labels.n_classes), *[-1] * extra)
+    unscored = (*range(labels.n_classes), *[IGNORE] * extra)
     assignment = np.array(plain.cluster.assignment if plain.cluster else unscored)
     maps = {"truth": prediction.label.numpy()} if plain.cluster else {}
-    maps["clusters"] = assignment[prediction.cluster.numpy()]
+    maps["clusters"] = np.where(assignment < 0, IGNORE, assignment)[prediction.cluster.numpy()]
     if prediction.linear is not None:
         maps["linear probe"] = prediction.linear.numpy()
     return maps

@@ -15,6 +15,7 @@ from loss.propagation import Boundaries, Sets, propagations, select_sets
 from model.module import PPAPModule
 from utils.training.randomness import generator
 from utils.training.trainer import build_trainer, hardware_settings
+from utils.vision.labels import IGNORE
 
 ANCHORS_AT_ONCE = 256  # held against all patches of a batch
 
@@ -53,7 +54,7 @@ def set_quality(
 
     Args:
         bank: f_j of every patch, (N, D) float32, as `PPAPLoss.bank` gives it.
-        classes: (N,) int64, a patch's class; patches below 0 are neither anchors nor counted.
+        classes: (N,) int64, a patch's class; ignored patches (255) are neither anchors nor counted.
         anchors: (A,) int64 indices into the N patches.
         boundaries: the coefficients.
         operand: `PPAPLoss.similarity_dtype`.
@@ -61,8 +62,8 @@ def set_quality(
     Returns:
         One entry for each t.
     """
-    anchors = anchors[classes[anchors] >= 0]  # (A,)
-    valid = (classes >= 0).repeat(len(anchors), 1).scatter_(1, anchors[:, None], False)  # (A, N)
+    anchors = anchors[classes[anchors] != IGNORE]  # (A,)
+    valid = (classes != IGNORE).repeat(len(anchors), 1).scatter_(1, anchors[:, None], False)  # (A, N)
     same = (classes[anchors][:, None] == classes) & valid  # (A, N)
     with torch.autocast(bank.device.type, enabled=False), ieee_float32():
         steps = propagations(bank[anchors], bank, boundaries, operand=operand)
@@ -118,11 +119,12 @@ def patch_classes(label: Tensor, patch: int) -> Tensor:
     """The commonest value of each patch.
 
     Args:
-        label: (B, H, W) int64, -1 = ignore; H and W multiples of the patch.
+        label: (B, H, W) int64, 255 = ignore; H and W multiples of the patch.
         patch: its side in pixels.
 
     Returns:
-        (B * h * w,) int64, -1 where most pixels are ignored.
+        (B * h * w,) int64, 255 where most pixels are ignored.
     """
-    votes = F.one_hot(label + 1).permute(0, 3, 1, 2).float()  # (B, 1 + C, H, W)
-    return (F.avg_pool2d(votes, patch).argmax(dim=1) - 1).flatten()
+    channel = (label + 1) % (IGNORE + 1)  # 0 = ignore, which wins a tie
+    votes = F.one_hot(channel).permute(0, 3, 1, 2).float()  # (B, 1 + C, H, W)
+    return ((F.avg_pool2d(votes, patch).argmax(dim=1) - 1) % (IGNORE + 1)).flatten()

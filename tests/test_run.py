@@ -163,7 +163,7 @@ def test_wandb__every_run_of_a_sweep_is_a_run_of_its_own(tiny_file, tmp_path, mo
 
 def test_crf__without_pydensecrf_all_else_runs(tiny_file, monkeypatch, capsys):
     monkeypatch.setattr("utils.vision.crf.crf_missing", lambda: "pydensecrf does not import")
-    (result,) = run.main(["--opt", tiny_file()])
+    (result,) = run.main(["--opt", tiny_file(eval__crf_backend="pydensecrf")])
     assert result["before_crf"]
     assert result["after_crf"] is None
     assert "tiny, after CRF: pydensecrf does not import" in capsys.readouterr().out

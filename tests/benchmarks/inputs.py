@@ -89,7 +89,7 @@ def random_batch(options: Options, device: torch.device, n_classes: int) -> Batc
     size, side = options.dataloader.batch_size, options.dataset.res
     drawn = torch.Generator().manual_seed(0)
     image = torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=drawn)
-    label = torch.randint(-1, n_classes, (size, side, side), generator=drawn)
+    label = torch.randint(-1, n_classes, (size, side, side), generator=drawn) % 256  # -1 -> 255
     return Batch(image.to(device), label.to(device), torch.arange(size))
 
 

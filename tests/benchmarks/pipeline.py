@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dataset import DATA_SETS
+from dataset import build_data
 from dataset.base import SegmentationDataset, Source
 from dataset.crops import CropSource, PreparedCrops, prepared_folder
-from dataset.datamodule import SegmentationData
-from dataset.image_folder import Directory
+from dataset.datamodule import SegmentationDataModule
+from dataset.image_folder import ImageFolder
 from model.module import PPAPModule
 from tests.benchmarks import literal
 from tests.benchmarks.compute import LITERAL_BATCH, literal_losses, network_cost, step_form, step_loss_cost
@@ -69,7 +69,7 @@ def bench_data(bench: Bench, shape: str) -> list[Row]:
         chosen = options.dataset
         geometry = Geometry(chosen.res, "center", chosen.interpolation)
         prepared = PreparedCrops(prepared_folder(Path(root), "directory", "five", 0.5), "train", CLASSES)
-        whole = CropSource(Directory(chosen, "train"), 0.5, "five")
+        whole = CropSource(ImageFolder(chosen, "train"), 0.5, "five")
         size = options.dataloader.batch_size
         forms = {
             "literal": one_pass(TwoViews(prepared, chosen.res), size),
@@ -111,7 +111,7 @@ def hardware_of(bench: Bench, options: Options) -> dict[str, Any]:
     return {"accelerator": accelerator, "devices": 1} | precision_settings(options, accelerator)
 
 
-def fitted(bench: Bench, module: PPAPModule, data: SegmentationData) -> Callable[[], None]:
+def fitted(bench: Bench, module: PPAPModule, data: SegmentationDataModule) -> Callable[[], None]:
     """An epoch by Lightning's loop, as run.py runs it, without validation."""
     loader = data.train_dataloader()
 
@@ -124,15 +124,15 @@ def fitted(bench: Bench, module: PPAPModule, data: SegmentationData) -> Callable
     return run
 
 
-def cached_data(bench: Bench, module: PPAPModule, options: Options) -> SegmentationData:
+def cached_data(bench: Bench, module: PPAPModule, options: Options) -> SegmentationDataModule:
     """The same items as tokens in memory."""
-    options = with_changes(options, {"dataset.cache_features": "ram"})
-    data = SegmentationData(options, DATA_SETS["directory"])
+    options = copy.deepcopy(options)
+    options.dataset.cache_features = "ram"
+    data = build_data(options)
     trainer = build_trainer(options, hardware_of(bench, options))
     encode = functools.partial(module.encode, trainer=trainer)
     precision = trainer.precision_plugin.precision
-    data.keep_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
-    return data
+    return data.with_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
 
 
 def bench_epoch(bench: Bench, shape: str) -> list[Row]:
@@ -140,7 +140,7 @@ def bench_epoch(bench: Bench, shape: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as root:
         options = with_changes(photographs(Path(root), shape, bench), {"train.epoch": 1})
         size = options.dataloader.batch_size
-        data = SegmentationData(options, DATA_SETS["directory"])
+        data = build_data(options)
         steps = len(data.train_set) // size
         module = random_module(options, bench.device)
         forms = {"ours": fitted(bench, module, data)}

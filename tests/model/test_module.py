@@ -237,7 +237,7 @@ def full_shape_step(options, device, dtype):
     optimizer, side = module.configure_optimizers(), options.dataset.res
     batch = Batch(
         torch.randint(256, (options.dataloader.batch_size, 3, side, side), dtype=torch.uint8, device=device),
-        torch.randint(-1, labels.n_classes, (options.dataloader.batch_size, side, side), device=device),
+        torch.randint(0, labels.n_classes, (options.dataloader.batch_size, side, side), device=device),
         torch.arange(options.dataloader.batch_size),
     )
     for step in (1, 2):  # the first warms up

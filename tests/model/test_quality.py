@@ -30,7 +30,7 @@ def test_accuracy__of_what_is_plain_and_of_noise():
 def test_patch_features__leaves_out_what_has_no_label(tiny_options):
     data = build_data(tiny_options())
     image, label = (torch.stack([data.train_set[index][part] for index in range(2)]) for part in (0, 1))
-    label[0] = -1
+    label[0] = 255
     backbone = FrozenViT(backbone_spec(tiny_options()))
     found = patch_features(backbone, image, label, batch_size=1)
     assert found.rows.shape == (16, 24)

@@ -39,7 +39,7 @@ def test_set_quality__wrong_positives_and_negatives():
 
 
 def test_set_quality__ignored_patches_are_neither_anchors_nor_counted():
-    (found,) = quality([5, -1, 5, 7], anchors=(0, 1))
+    (found,) = quality([5, 255, 5, 7], anchors=(0, 1))
     means = found.means()
     assert math.isnan(means["precision"])  # the one positive is ignored
     assert (means["recall"], means["purity"], means["negatives"]) == (0, 100, 50)
@@ -83,7 +83,8 @@ def test_set_quality__compares_as_the_loss_does():
 def test_set_quality__cuda_equals_cpu():
     drawn = torch.Generator().manual_seed(0)
     bank = torch.nn.functional.normalize(torch.randn(300, 64, generator=drawn) + 1, dim=1)
-    classes = torch.randint(-1, 4, (300,), generator=drawn)
+    classes = torch.randint(0, 5, (300,), generator=drawn)
+    classes[classes == 4] = 255
     boundaries = Boundaries(phi=0.6, psi=0.45, steps=2, sigma_pos=3.0, sigma_amb=3.0)
     anchors = torch.arange(0, 300, 7)
     found = [
@@ -95,5 +96,5 @@ def test_set_quality__cuda_equals_cpu():
 
 
 def test_patch_classes__the_commonest_value():
-    label = torch.tensor([[3, 3, -1, -1], [3, 0, -1, 2], [1, 1, 0, 0], [1, 2, 0, 0]])
-    assert patch_classes(label[None], 2).tolist() == [3, -1, 1, 0]
+    label = torch.tensor([[3, 3, 255, 255], [3, 0, 255, 2], [1, 1, 0, 0], [1, 2, 0, 0]])
+    assert patch_classes(label[None], 2).tolist() == [3, 255, 1, 0]

@@ -1,21 +1,43 @@
+<<<<<<< HEAD
 """Class names and colours of a data set, as used by tables, figures and checkpoints."""
+=======
+"""Class names and colours of a data set, and the label value to ignore."""
+>>>>>>> dataset
 
 from __future__ import annotations
 
 import colorsys
 from dataclasses import dataclass
 
-IGNORE = -1
+from utils.errors import UserError
+
+IGNORE = 255  # class of ignored pixels, and of clusters without a class; so there are at most 255 classes
 
 
 @dataclass(frozen=True)
 class LabelSpace:
     """The classes of a data set in the order of their ids."""
 
+<<<<<<< HEAD
     names: tuple[str, ...]  # unique
     palette: tuple[tuple[int, int, int], ...]  # (red, green, blue) of each class, 0 to 255
+=======
+    Attributes:
+        names: one unique name per class.
+        palette: one (red, green, blue) per class, 0 to 255.
+
+    Raises:
+        ValueError: the two differ in length or a name occurs twice.
+        UserError: there are more than 255 classes.
+    """
+
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+>>>>>>> dataset
 
     def __post_init__(self) -> None:
+        if len(self.names) > IGNORE:
+            raise UserError(f"{len(self.names)} classes, must be at most {IGNORE}: labels have 8 bits")
         if len(self.names) != len(self.palette) or len(set(self.names)) != len(self.names):
             counts = f"{len(self.names)} names and {len(self.palette)} colours"
             raise ValueError(f"{counts}: must be as many, and names unique: {self.names}")

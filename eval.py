@@ -5,7 +5,6 @@ option file -> data -> network from the checkpoint -> predictions -> metrics bef
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.config.cli import guarded, parse_arguments, plan_jobs
 from utils.config.options import Options
-from utils.errors import LeftOut, UserError
+from utils.errors import UserError
 from utils.files import find_checkpoint
 from utils.training.launch import is_rank_zero
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from dataset.datamodule import SegmentationDataModule
     from model import PPAPModule
     from model.evaluator import Evaluation
-    from utils.plots.photographs import Masked
     from utils.vision.crf import CrfPool
     from utils.vision.labels import LabelSpace
     from utils.vision.mean_field import MeanField
@@ -166,96 +164,10 @@ def predict(options: Options, restored, *, data: SegmentationDataModule):
     return module, Predicted(evaluator.compute(), refined, missing, evaluator.predictions())
 
 
-def measure_sets(options: Options, *, folder: Path) -> list[dict[str, float]]:
-    """Holds the sets that propagation chooses on frozen features against the validation labels.
-
-    Nothing is trained and no checkpoint is read; batch size, anchors and boundaries are as in training, the
-    images are those of validation at `dataset.val_res`, and there is no dropout. Writes sets.json and
-    sets.png.
-
-    Args:
-        options: all options.
-        folder: where results go.
-
-    Returns:
-        For t = 0..T what `SetQuality.means` gives, in percent.
-
-    Raises:
-        UserError: the validation split has no labels, or data or weights are missing or do not fit.
-    """
-    from dataset import build_data
-    from model import build_module
-    from model.set_quality import measured
-    from utils.files import make_folder, write_json
-    from utils.plots.figures import draw_sets
-
-    data = build_data(options, train=False)
-    if not data.validation_labelled:
-        raise UserError(
-            f"dataset.data_path is {options.dataset.data_path}: its validation split has no labels, "
-            "so there is nothing to hold the sets against; add labels"
-        )
-    need_ppap(options, "--measure-sets")
-    need_one_process(options, "--measure-sets")
-    rows = measured(build_module(options, data.labels), data.validation_set)
-    make_folder(folder)
-    write_json(folder / "sets.json", rows)
-    draw_sets(
-        folder / "sets.png", rows, title=f"{options.dataset.data_type}, {data.labels.n_classes} classes"
-    )
-    return rows
-
-
 def need_ppap(options: Options, flag: str) -> None:
     """Raises a UserError where another loss, which propagates nothing, was chosen."""
     if (chosen := options.training_coeff.loss) != "ppap":
         raise UserError(f"training_coeff.loss is {chosen}, must be ppap with {flag}")
-
-
-def explain(options: Options, *, image: str, patch: tuple[int, int] | None, folder: Path) -> dict[str, Any]:
-    """Draws what propagation does for one anchor of an image, on frozen features.
-
-    Nothing is trained and no checkpoint is read; the bank is as large as a training batch, at
-    `dataset.val_res`, without dropout. Writes <image>_<row>_<col>.png, and adds to explain.json.
-
-    Args:
-        options: all options.
-        image: an image file, or the index of a validation image.
-        patch: (row, column) of the anchor on the patch grid, from 0; None takes the centre.
-        folder: where results go.
-
-    Returns:
-        `image`, `patch`, `grid`, `images` (of the bank) and `steps` (`Explanation.numbers`).
-
-    Raises:
-        UserError: there is no such image or patch, or data or weights are missing or do not fit.
-    """
-    from dataset import build_data
-    from dataset.bank import bank_images
-    from model import build_module
-    from model.explain import explain_images
-    from utils.files import make_folder, read_json_object, write_json
-    from utils.plots.explain_figure import draw_explanation
-
-    need_ppap(options, "--explain")
-    need_one_process(options, "--explain")
-    data = build_data(options, train=False)
-    asked = bank_images(data, image, size=options.dataloader.batch_size)
-    found = explain_images(build_module(options, data.labels), asked.images, patch=patch)
-    _, row, column = found.anchor
-    name = re.sub(r"[^\w.=+-]+", "_", f"{Path(asked.names[0]).stem}_{row}_{column}")
-    pictures = asked.images.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-    file = make_folder(folder) / "explain.json"
-    draw_explanation(folder / f"{name}.png", found, pictures=pictures, names=asked.names, about=asked.about)
-    result = {
-        "image": asked.names[0],
-        "patch": [row, column],
-        "grid": list(found.grid),
-        "images": len(pictures),
-        "steps": found.numbers(),
-    }
-    write_json(file, (read_json_object(file) if file.exists() else {}) | {name: result})
-    return result
 
 
 def need_one_process(options: Options, flag: str) -> None:
@@ -275,31 +187,52 @@ def _classes(options: Options) -> LabelSpace | None:
         return None
 
 
-def _masked(options: Options, arguments: Namespace) -> Masked:
-    from model.masking import mask
+def _masked(options: Options, arguments: Namespace) -> dict[str, Any]:
+    from model import load_segmenter
+    from model.predictor import predict_folder
+    from utils.training.trainer import device_settings
 
-    result = mask(options, arguments, labels=_classes(options))
-    speed = result.images / max(result.seconds, 1e-9)
-    print(f"\n{result.images} images, {speed:.2f} images/s\n\nresults: {arguments.out}")
-    if result.left_out:
-        raise LeftOut(result.left_out, f"{arguments.images}; the other {result.images} images are done")
-    return result
+    device = device_settings(options)
+    number = f":{device['devices'][0]}" if device["accelerator"] == "cuda" else ""
+    predictor = load_segmenter(
+        options.checkpoint,
+        opt=options,
+        labels=_classes(options),
+        device=device["accelerator"] + number,
+        res=arguments.res,
+        head=arguments.head or "cluster",
+        crf=arguments.crf,
+        tile=arguments.tile,
+    )
+    return predict_folder(predictor, Path(arguments.images), Path(arguments.out), names=arguments.names)
 
 
 def _measured(options: Options) -> list[dict[str, float]]:
+    from dataset import build_data
+    from model import build_module
+    from model.set_quality import measure_sets
     from utils.plots.tables import sets_table
 
+    need_ppap(options, "--measure-sets")
+    need_one_process(options, "--measure-sets")
+    data = build_data(options, train=False)
     folder = results_folder(options)
-    rows = measure_sets(options, folder=folder)
+    rows = measure_sets(build_module(options, data.labels), data, folder=folder)
     print(f"\n{sets_table(rows)}\n\nresults: {folder}")
     return rows
 
 
 def _explained(options: Options, *, image: str, patch: tuple[int, int] | None) -> dict[str, Any]:
+    from dataset import build_data
+    from model import build_module
+    from model.explain import explain_image
     from utils.plots.tables import explanation_table
 
+    need_ppap(options, "--explain")
+    need_one_process(options, "--explain")
+    data = build_data(options, train=False)
     folder = results_folder(options) / "explain"
-    result = explain(options, image=image, patch=patch, folder=folder)
+    result = explain_image(build_module(options, data.labels), data, image=image, patch=patch, folder=folder)
     print(f"\n{explanation_table(result)}\n\nresults: {folder}")
     return result
 

@@ -146,6 +146,14 @@ class SegmentationDataModule(LightningDataModule):
         """Whether validation items have labels to compute metrics from."""
         return len(self.validation_set) > 0 and self.validation_set.source.labelled
 
+    def example_split(self) -> SegmentationDataset:
+        """The validation split; without validation images, the train split at its geometry."""
+        if len(self.validation_set):
+            return self.validation_set
+        return SegmentationDataset(
+            self.kind.source(self.options.dataset, "train"), self.validation_set.geometry
+        )
+
     def train_dataloader(self) -> DataLoader:
         """The batches of an epoch; a resumed run starts with the step that follows the last trained one."""
         return self._loader(self.train_set, self._batches(self.trainer.global_step if self.trainer else 0))

@@ -12,7 +12,7 @@ from model.checkpoint import Checkpoint, n_classes, read_checkpoint, restore
 from model.criterion import register_loss
 from model.evaluator import Refiner
 from model.module import PPAPModule
-from model.predictor import Asked, PhotoSegmenter
+from model.predictor import Predictor
 from model.segmenter import Segmenter
 from model.weights import build_backbone, load_backbone, register_backbone
 from utils.config.loading import build_options, find_option_file, flatten, load_options
@@ -26,7 +26,7 @@ __all__ = [
     "BackboneSpec",
     "FrozenViT",
     "PPAPModule",
-    "PhotoSegmenter",
+    "Predictor",
     "build_module",
     "load_segmenter",
     "register_backbone",
@@ -113,30 +113,25 @@ def load_segmenter(
     head: str = "cluster",
     crf: bool | str = False,
     tile: int | None = None,
-) -> PhotoSegmenter:
-    """A trained network as a function: photograph in, class map out.
+) -> Predictor:
+    """Loads a trained network as a function from a photograph to its class map.
 
     Args:
         checkpoint: a file, a folder or a run below `output_dir`.
-        opt: an option file, or options; None takes the checkpoint's own: published ones have none.
-        labels: classes for a published checkpoint; ours carry them. None calls them class 0, class 1, ...
-        device: such as "cuda:0"; None takes CUDA, else Apple MPS, else the CPU.
-        res: pixels of the shorter side as the network sees it; None is `dataset.val_res`.
-        head: "cluster" or "linear".
-        crf: whether to refine; or with what, "pydensecrf" or "torch", where `eval.crf_backend` is not meant.
-        tile: side in pixels, as the network sees it, of overlapping tiles for photographs that are too large
-            to be taken whole; a multiple of the patch.
+        opt: an option file, or options; None uses those in the checkpoint, which published ones do not have.
+        labels: classes for a published checkpoint; ours contain them. None names them class 0, class 1, ...
+        device, res, head, crf, tile: see `Predictor`.
 
     Raises:
-        UserError: the checkpoint is missing, damaged or does not fit, or what is asked for is not to be had.
+        UserError: the checkpoint is missing, damaged or does not fit, or an argument is invalid.
     """
     if isinstance(opt, str):
         opt = load_options(find_option_file(opt))
     loaded = read_checkpoint(find_checkpoint(str(checkpoint), (opt or Options()).output_dir))
     options = _own_options(loaded) if opt is None else opt
     module = build_module(options, _own_labels(loaded) or labels or _numbered(loaded), checkpoint=loaded)
-    asked = Asked(device=device, res=res, head=head, crf=crf, tile=tile)
-    return PhotoSegmenter(module, assignment=loaded.about.get("assignment"), asked=asked)
+    assignment = loaded.about.get("assignment")
+    return Predictor(module, assignment=assignment, device=device, res=res, head=head, crf=crf, tile=tile)
 
 
 def _own_labels(loaded: Checkpoint) -> LabelSpace | None:

@@ -1,45 +1,75 @@
-"""How good the sets of a propagation are: held against labels, which the loss itself never sees."""
+"""Quality of the sets that propagation chooses on frozen features, by labels (eval.py --measure-sets)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from loss import ieee_float32
 from loss.propagation import Boundaries, Sets, propagations, select_sets
 from model.module import PPAPModule
+from utils.errors import UserError
+from utils.files import make_folder, write_json
+from utils.plots.figures import draw_sets
 from utils.training.randomness import generator
 from utils.training.trainer import build_trainer, hardware_settings
 from utils.vision.labels import IGNORE
 
-ANCHORS_AT_ONCE = 256  # held against all patches of a batch
+CHUNK = 256  # anchors that are compared with all patches of a batch at a time
+MEASURES = ("precision", "recall", "purity", "positives", "negatives", "ambiguous", "chance")
 
 
-@dataclass(frozen=True)
-class SetQuality:
-    """Sums over anchors at one t; `means` gives what a reader wants.
+def measure_sets(module: PPAPModule, data: Any, *, folder: Path) -> list[dict[str, float]]:
+    """Writes sets.json and sets.png for the validation images, in batches as large as those of training.
 
-    Attributes:
-        sums: (7,) float64 on the CPU: precision, recall, purity, and the shares of positives, negatives
-            and ambiguous patches, and the precision of taking every patch.
-        counts: (7,) float64: anchors that each sum is over; one with an empty set has no precision.
+    Args:
+        module: network and criterion.
+        data: the data module of the options.
+        folder: for results.
+
+    Returns:
+        For t = 0..T means over anchors in percent: precision and recall of positives, purity of negatives,
+        shares of positives, negatives and ambiguous patches, and `chance`, the precision of all patches.
+
+    Raises:
+        UserError: the validation split has no labels.
     """
+    options, criterion = module.options, module.criterion
+    if not data.validation_labelled:
+        path = options.dataset.data_path
+        raise UserError(f"dataset.data_path is {path}: --measure-sets needs labels of the validation split")
+    trainer = build_trainer(options, hardware_settings(options))
+    n_classes, patch = data.labels.n_classes, module.segmenter.backbone.spec.patch
+    totals: Tensor | float = 0.0
+    batches = DataLoader(data.validation_set, options.dataloader.batch_size)
+    for step, batch in enumerate(tqdm(batches, desc="sets", unit="batch"), start=1):
+        bank = criterion.bank(module.frozen_features(batch.image, trainer))  # (N, D)
+        classes = patch_classes(batch.label, patch, n_classes=n_classes).to(bank.device)  # (N,)
+        drawn = criterion.sample_anchors(len(classes), generator(options.train.seed, "anchors", step))
+        for anchors in drawn[drawn >= 0].to(bank.device).split(CHUNK):
+            totals = totals + set_quality(
+                bank,
+                classes,
+                anchors=anchors,
+                boundaries=criterion.boundaries,
+                operand=criterion.similarity_dtype,
+            )
+    rows = means(totals)
+    make_folder(folder)
+    write_json(folder / "sets.json", rows)
+    draw_sets(folder / "sets.png", rows, title=f"{options.dataset.data_type}, {n_classes} classes")
+    return rows
 
-    sums: Tensor
-    counts: Tensor
 
-    def __add__(self, other: SetQuality) -> SetQuality:
-        return SetQuality(self.sums + other.sums, self.counts + other.counts)
-
-    def means(self) -> dict[str, float]:
-        """Means over anchors in percent, by name; NaN where no anchor had such a set."""
-        names = ("precision", "recall", "purity", "positives", "negatives", "ambiguous", "chance")
-        return dict(zip(names, (100 * self.sums / self.counts).tolist(), strict=True))
+def means(totals: Tensor) -> list[dict[str, float]]:
+    """Means in percent by name for t = 0..T, of sums of `set_quality`; NaN if no anchor has such a set."""
+    return [dict(zip(MEASURES, (100 * sums / counts).tolist(), strict=True)) for sums, counts in totals]
 
 
 def set_quality(
@@ -49,59 +79,34 @@ def set_quality(
     anchors: Tensor,
     boundaries: Boundaries,
     operand: torch.dtype = torch.float32,
-) -> list[SetQuality]:
-    """The sets of a batch for t = 0..T relocations, by the arithmetic of the loss.
+) -> Tensor:
+    """Sums of `MEASURES` over anchors, and the number of anchors that have each, for t = 0..T.
 
     Args:
-        bank: f_j of every patch, (N, D) float32, as `PPAPLoss.bank` gives it.
-        classes: (N,) int64, a patch's class; ignored patches (255) are neither anchors nor counted.
+        bank: f_j of all patches, (N, D) float32; see `PPAPLoss.bank`.
+        classes: class of each patch, (N,) int64; patches with `IGNORE` are neither anchors nor counted.
         anchors: (A,) int64 indices into the N patches.
         boundaries: the coefficients.
         operand: `PPAPLoss.similarity_dtype`.
 
     Returns:
-        One entry for each t.
+        (T + 1, 2, 7) float64 on the CPU.
     """
-    anchors = anchors[classes[anchors] != IGNORE]  # (A,)
-    valid = (classes != IGNORE).repeat(len(anchors), 1).scatter_(1, anchors[:, None], False)  # (A, N)
+    labelled = classes != IGNORE  # (N,)
+    anchors = anchors[labelled[anchors]]  # (A,)
+    valid = labelled.repeat(len(anchors), 1).scatter_(1, anchors[:, None], False)  # (A, N)
     same = (classes[anchors][:, None] == classes) & valid  # (A, N)
     with torch.autocast(bank.device.type, enabled=False), ieee_float32():
         steps = propagations(bank[anchors], bank, boundaries, operand=operand)
-        return [_held_against(select_sets(reached, anchors), same, valid=valid) for reached in steps]
+        return torch.stack([_sums(select_sets(step, anchors), same, valid=valid) for step in steps])
 
 
-def measured(module: PPAPModule, items: Dataset) -> list[dict[str, float]]:
-    """The sets of frozen features over a split in batches of training's size; for t = 0..T percents by name.
-
-    Args:
-        module: network and criterion.
-        items: labelled images, each an item with `image` and `label`.
-    """
-    options, criterion, total = module.options, module.criterion, None
-    trainer = build_trainer(options, hardware_settings(options))
-    batches = DataLoader(items, options.dataloader.batch_size)
-    for step, batch in enumerate(tqdm(batches, desc="sets", unit="batch"), start=1):
-        bank = criterion.bank(module.frozen_features(batch.image, trainer))  # (N, D)
-        classes = patch_classes(batch.label, module.segmenter.backbone.spec.patch).to(bank.device)
-        drawn = criterion.sample_anchors(len(classes), generator(options.train.seed, "anchors", step))
-        for anchors in drawn[drawn >= 0].to(bank.device).split(ANCHORS_AT_ONCE):
-            found = set_quality(
-                bank,
-                classes,
-                anchors=anchors,
-                boundaries=criterion.boundaries,
-                operand=criterion.similarity_dtype,
-            )
-            total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
-    return [quality.means() for quality in total]
-
-
-def _held_against(sets: Sets, same: Tensor, *, valid: Tensor) -> SetQuality:
-    """Sums over anchors; `same` class and `valid`, (A, N) bool, leave out the anchor itself."""
+def _sums(sets: Sets, same: Tensor, *, valid: Tensor) -> Tensor:
+    """Sums and counts at one t, (2, 7); `same` (class) and `valid`, (A, N) bool, exclude the anchor."""
     positives = sets.positives & valid
-    negatives = sets.negatives & valid & ~positives  # where Psi lies above Phi, a positive stays one
+    negatives = sets.negatives & valid & ~positives  # if Psi lies above Phi, a patch of both is positive
     ambiguous = valid & ~positives & ~negatives
-    pairs = [
+    pairs = [  # in the order of MEASURES
         (positives & same, positives),
         (positives & same, same),
         (negatives & ~same, negatives),
@@ -112,19 +117,22 @@ def _held_against(sets: Sets, same: Tensor, *, valid: Tensor) -> SetQuality:
     ]
     part, whole = (torch.stack([pair[side].sum(dim=1) for pair in pairs]).cpu().double() for side in (0, 1))
     shares = torch.where(whole > 0, part / whole.clamp_min(1), 0)  # (7, A)
-    return SetQuality(shares.sum(dim=1), (whole > 0).sum(dim=1).double())
+    return torch.stack([shares.sum(dim=1), (whole > 0).sum(dim=1).double()])
 
 
-def patch_classes(label: Tensor, patch: int) -> Tensor:
-    """The commonest value of each patch.
+def patch_classes(label: Tensor, patch: int, *, n_classes: int) -> Tensor:
+    """The most frequent class of each patch.
 
     Args:
-        label: (B, H, W) int64, 255 = ignore; H and W multiples of the patch.
-        patch: its side in pixels.
+        label: (B, H, W) int64, values outside [0, n_classes) are ignored; H and W are multiples of the patch.
+        patch: side in pixels.
+        n_classes: number of classes.
 
     Returns:
-        (B * h * w,) int64, 255 where most pixels are ignored.
+        (B*h*w,) int64, `IGNORE` if at least as many pixels are ignored as belong to any class.
     """
-    channel = (label + 1) % (IGNORE + 1)  # 0 = ignore, which wins a tie
-    votes = F.one_hot(channel).permute(0, 3, 1, 2).float()  # (B, 1 + C, H, W)
-    return ((F.avg_pool2d(votes, patch).argmax(dim=1) - 1) % (IGNORE + 1)).flatten()
+    known = (label >= 0) & (label < n_classes)  # (B, H, W)
+    channel = torch.where(known, label + 1, 0)  # ignored pixels are channel 0, so that they win a tie
+    votes = F.one_hot(channel, 1 + n_classes).permute(0, 3, 1, 2).float()  # (B, 1 + C, H, W)
+    classes = F.avg_pool2d(votes, patch).argmax(dim=1).flatten() - 1  # (B*h*w,)
+    return torch.where(classes < 0, IGNORE, classes)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from dataset.base import FileSource, RawItem, Source, class_rule
 from utils.errors import UserError
-from utils.files import read_json_object
 from utils.training.randomness import derived_seed
 from utils.vision.transforms import center_box
 
 CROPS = 5
 CROPS_FOLDER = "cropped"  # below data_path, of prepared crops
-RECORD = "crops.json"  # in a prepared folder, of what made it; one of the published code has none
 Box = tuple[int, int, int, int]
 
 
@@ -86,18 +83,10 @@ class PreparedCrops(FileSource):
         n_classes: of the data set.
 
     Raises:
-        UserError: the folder holds no crop, or its record says that not all are written.
+        UserError: the folder contains no crop.
     """
 
     def __init__(self, folder: Path, split: str, n_classes: int) -> None:
-        record = folder / RECORD
-        if record.is_file() and read_json_object(record).get("complete") is not True:
-            data_path = shlex.quote(str(folder.parent.parent))
-            raise UserError(
-                f"{folder}: its crops are not complete ({RECORD} says so); go on with: python "
-                f"dataset/crop_datasets.py --opt <option file> --data_path {data_path}; or remove the folder "
-                "to cut them on the fly"
-            )
         images = sorted(
             (path for path in (folder / "img" / split).glob("*.jpg") if path.stem.isdecimal()),
             key=lambda path: int(path.stem),

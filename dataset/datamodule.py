@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
 from dataset.base import SegmentationDataset, Source
-from dataset.crops import CropSource, PreparedCrops, prepared_folder
+from dataset.crops import CROPS, CropSource, PreparedCrops, prepared_folder
 from dataset.samplers import EvaluationBatchSampler, TrainBatchSampler
 from dataset.token_cache import Encoder, TokenDataset, cache_tokens
 from dataset.verify import check_splits
@@ -192,7 +193,26 @@ def open_train(options: DatasetOptions, kind: DataSetKind) -> tuple[Source, bool
     )
     if folder.is_dir():
         crops = PreparedCrops(folder, "train", kind.labels(options).n_classes)
+        check_all_prepared(crops, folder, options, kind)
         print(f"train crops: {len(crops)} in {folder}")
         return crops, False
     print(f"train crops: {options.crop_type}, ratio {options.crop_ratio}, cut on the fly")
     return kind.source(options, "train"), True
+
+
+def check_all_prepared(crops: Source, folder: Path, options: DatasetOptions, kind: DataSetKind) -> None:
+    """Compares the number of prepared crops with that of the whole images, if these exist.
+
+    Raises:
+        UserError: some crops are missing, or they were cut from other images.
+    """
+    try:
+        expected = CROPS * len(kind.source(options, "train"))
+    except UserError:  # the whole images were removed
+        return
+    if len(crops) > expected or (len(crops) < expected and not options.skip_damaged):
+        raise UserError(
+            f"{folder}: contains {len(crops):,} crops, must contain {expected:,} (five per train image); "
+            "write the missing ones with: python dataset/crop_datasets.py --opt <option file> --data_path "
+            f"{shlex.quote(options.data_path)}; or remove the folder to cut them during training"
+        )

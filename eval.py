@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.config.cli import guarded, parse_arguments, plan_jobs
-from utils.config.evaluation_flags import read_patch
 from utils.config.options import Options
 from utils.errors import LeftOut, UserError
 from utils.files import find_checkpoint
-from utils.training.launch import is_rank_zero, planned_world_size
+from utils.training.launch import is_rank_zero
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -78,7 +77,13 @@ def evaluate(options: Options, *, checkpoint: str, folder: Path) -> dict[str, An
     }
     if is_rank_zero():
         write_json(folder / "metrics.json", result)
-        write_pictures(folder, module, plain=predicted.plain, refined=predicted.refined, predictions=predicted.predictions)
+        write_pictures(
+            folder,
+            module,
+            plain=predicted.plain,
+            refined=predicted.refined,
+            predictions=predicted.predictions,
+        )
     return result
 
 
@@ -116,7 +121,9 @@ def why_no_crf(options: Options, data: SegmentationDataModule) -> str | None:
 
 def open_refiner(options: Options) -> AbstractContextManager[CrfPool | MeanField]:
     """What refines predictions: processes, or the device of the network itself."""
-    if options.eval.crf_backend == "torch":
+    from utils.vision.crf import resolve_backend
+
+    if resolve_backend(options.eval.crf_backend) == "torch":
         from utils.vision.mean_field import MeanField
 
         return nullcontext(MeanField())
@@ -138,7 +145,13 @@ def predict(options: Options, restored, *, data: SegmentationDataModule):
     missing = why_no_crf(options, data)
     images = len(data.validation_set)
     with open_refiner(options) if missing is None else nullcontext() as refiner:
-        module = build_module(options, data.labels, checkpoint=restored, pictured=shown_places(options.eval.pictures, images), refiner=refiner)
+        module = build_module(
+            options,
+            data.labels,
+            checkpoint=restored,
+            pictured=shown_places(options.eval.pictures, images),
+            refiner=refiner,
+        )
         evaluator = module.evaluator
         if images:
             trainer = build_trainer(options, hardware_settings(options))
@@ -247,7 +260,7 @@ def explain(options: Options, *, image: str, patch: tuple[int, int] | None, fold
 
 def need_one_process(options: Options, flag: str) -> None:
     """Raises a UserError where several processes were asked for."""
-    if planned_world_size(options.trainer) > 1:
+    if options.trainer.world_size > 1:
         wanted = f"{options.trainer.devices} x {options.trainer.num_nodes}"
         raise UserError(f"trainer.devices x trainer.num_nodes is {wanted}, must be 1 x 1 with {flag}")
 
@@ -308,11 +321,6 @@ def export_published(arguments: Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> list[Any]:
     """Evaluates what the command line asks for, one job after another."""
     arguments = parse_arguments(argv, description="Evaluate a PPAP checkpoint.", training=False)
-    if arguments.list_backbones:
-        from model.official import described
-
-        print(described())
-        return []
     if arguments.export:
         export_published(arguments)
         return []
@@ -320,8 +328,7 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
     if arguments.measure_sets:
         return [_measured(job.options) for job in jobs]
     if arguments.explain is not None:
-        patch = read_patch(arguments.patch)
-        return [_explained(job.options, image=arguments.explain, patch=patch) for job in jobs]
+        return [_explained(job.options, image=arguments.explain, patch=arguments.patch) for job in jobs]
     if arguments.images is not None:
         return [_masked(job.options, arguments) for job in jobs]
     for job in jobs:
@@ -344,4 +351,4 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, then="give the same command again"))
+    sys.exit(guarded(main, then="repeat the command"))

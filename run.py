@@ -5,11 +5,8 @@ option file -> typed options -> data -> backbone -> head -> loss and probes -> m
 
 from __future__ import annotations
 
-import copy
 import functools
-import math
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from eval import evaluate, results_folder, run_folder
 from utils.config.cli import Job, guarded, parse_arguments, plan_jobs
-from utils.config.loading import flatten
-from utils.config.options import Options
+from utils.config.loading import with_changes
+from utils.config.options import FROZEN, Options
 from utils.training.launch import is_rank_zero
-from utils.training.schedule import checkpoint_interval
 
 if TYPE_CHECKING:
-    from dataset.base import Batch, SegmentationDataset
     from utils.training.run_dir import Saved
 
 
@@ -32,10 +27,6 @@ class Trained:
     dashboard: Any
     hours: float
 
-
-FROZEN = "-frozen"  # ends the name of a baseline
-VERIFIED = 0.01  # points by which a number may differ on another machine
-DEMO_SCENES = 2048  # that the demo's backbone is trained on
 
 # What needs torch is imported inside functions; see eval.py.
 
@@ -77,7 +68,7 @@ def train(options: Options, folder: Path, saved: Saved | None = None) -> Trained
     checkpoints = CheckpointManager(
         folder,
         valid_freq=options.train.valid_freq,
-        every=checkpoint_interval(options.train.checkpoint_every),
+        every=options.train.checkpoint_interval,
         validates=validates,
         stop=(stop := StopSignal()),
         progress=progress,
@@ -129,12 +120,10 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
 
 def as_baseline(options: Options) -> Options:
     """The same run with the head never updated, under a name of its own."""
-    baseline = copy.deepcopy(options)
-    baseline.train.frozen = True
-    baseline.wandb.name += FROZEN
-    if baseline.wandb.id is not None:
-        baseline.wandb.id += FROZEN
-    return baseline
+    changes = {"train.frozen": True, "wandb.name": options.wandb.name + FROZEN}
+    if options.wandb.id is not None:
+        changes["wandb.id"] = options.wandb.id + FROZEN
+    return with_changes(options, changes)
 
 
 def run_job(job: Job) -> dict[str, dict[str, Any]]:
@@ -166,101 +155,10 @@ def sweep_rows(job: Job, results: dict[str, dict[str, Any]]) -> list[tuple[str, 
     return rows
 
 
-def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
-    """Trains the demo's backbone on scenes without labels and writes it where demo.json looks for it.
-
-    Args:
-        options: of the demo; `model.pretrained.pretrained_weights` is the file to write.
-
-    Returns:
-        Accuracy in percent of a linear probe and of k-means on its patch features, untrained and distilled.
-
-    Raises:
-        UserError: the options are not of such a demo.
-    """
-    import torch
-
-    from dataset import build_data
-    from model.distillation import distilled_backbone, save_backbone
-    from model.quality import backbone_worth
-    from utils.errors import UserError
-    from utils.files import weights_file
-    from utils.plots.tables import markdown
-    from utils.training.trainer import build_trainer, hardware_settings
-
-    weights = options.model.pretrained.pretrained_weights
-    if options.dataset.data_type != "synthetic" or options.model.arch != "vit" or weights is None:
-        raise UserError(
-            f"--make-demo-weights: dataset.data_type is {options.dataset.data_type}, model.arch is "
-            f"{options.model.arch}, model.pretrained.pretrained_weights is {weights}; they must be "
-            "synthetic, vit and the file to write, as in demo.json"
-        )
-    options.dataset.train_images, labelled = DEMO_SCENES, options.dataset.train_images
-    data = build_data(options)
-    device = build_trainer(options, hardware_settings(options)).strategy.root_device
-    scenes = torch.stack([item.image for item in items(data.train_set, DEMO_SCENES)])  # (S, 3, H, W)
-    backbones = distilled_backbone(options, scenes.to(device), centred_on=labelled)
-    path = save_backbone(backbones.distilled, weights_file(weights))
-    splits = [items(data.train_set, labelled), items(data.validation_set, len(data.validation_set))]
-    asked = {"n_classes": data.labels.n_classes, "seed": options.train.seed}
-    found = {name: backbone_worth(each, *splits, **asked) for name, each in vars(backbones).items()}
-    rows = [[name, *(f"{value:.1f}" for value in row.values())] for name, row in found.items()]
-    print("\nAccuracy of frozen patch features (%)\n" + markdown(["", *found["distilled"]], rows))
-    print(f"written: {path}, {path.stat().st_size / 1e6:.1f} MB")
-    return found
-
-
-def verify_run(options: Options, folder: Path) -> dict[str, Any]:
-    """Evaluates a finished run from its own checkpoint and options and holds the result against its metrics.
-
-    Args:
-        options: those that the run has saved.
-        folder: of the run.
-
-    Returns:
-        What `evaluate` gives now.
-
-    Raises:
-        UserError: the folder holds no finished run, or a number differs by more than `VERIFIED` points.
-    """
-    from utils.errors import UserError, listed
-    from utils.files import read_json_object
-
-    stored = numbers(read_json_object(folder / "metrics.json"))
-    with tempfile.TemporaryDirectory() as elsewhere:
-        result = evaluate(options, checkpoint=str(folder), folder=Path(elsewhere))
-    now = numbers(result)
-    differing = [key for key in now if now[key] != stored.get(key)]
-    if any(abs(now[key] - stored.get(key, math.inf)) > VERIFIED for key in differing):
-        lines = [f"{key} is {now[key]}, was {stored.get(key)}" for key in differing]
-        heading = f"{folder}: {len(lines)} of {len(now)} numbers are not those of the run"
-        raise UserError(listed(heading, lines))
-    same = (
-        f"within {VERIFIED}, {len(differing)} of them not equal" if differing else "equal to the last digit"
-    )
-    print(f"{folder}: {len(now)} numbers, {same}")
-    return result
-
-
-def numbers(tree: dict[str, Any]) -> dict[str, float]:
-    """The numbers in nested results, by dotted key; those that are not defined (NaN) left out."""
-    flat = flatten(tree).items()
-    return {key: value for key, value in flat if isinstance(value, (int, float)) and value == value}
-
-
-def items(split: SegmentationDataset, count: int) -> list[Batch]:
-    """The first items of a split."""
-    return [split[index] for index in range(count)]
-
-
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Runs what the command line asks for, one job after another; returns the metrics of each."""
     arguments = parse_arguments(argv, description="Train PPAP and evaluate it.", training=True)
     jobs = plan_jobs(arguments)
-    if arguments.verify_run:
-        return [verify_run(jobs[0].options, Path(arguments.verify_run))]
-    if arguments.make_demo_weights:
-        return [make_demo_weights(jobs[0].options)]
     from utils.files import move_aside
     from utils.plots.tables import class_table, metrics_table, sweep_table, write_sweep
     from utils.training.trainer import check_backends

@@ -21,8 +21,7 @@ if not __package__:  # run as a file: what is imported below lies in the project
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from utils.config.cli import guarded, parse_overrides
-from utils.config.contradictions import missing_files
-from utils.config.loading import find_option_file, load_options
+from utils.config.loading import find_option_file, load_options, missing_files
 from utils.config.options import WITHOUT_FOLDER, Options
 from utils.errors import Interrupted, UserError, listed
 

@@ -11,9 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.evaluator import CLUSTER_ALPHA, HEADS, upsampled_norm
+from model.evaluator import CLUSTER_ALPHA, HEADS
 from model.module import PPAPModule
-from model.strips import strongest_channel
 from model.tiles import blended_code, tile_mistake
 from utils.errors import UserError, first_line
 from utils.plots.mask_ids import MaskIds, class_ids, cluster_ids
@@ -22,6 +21,7 @@ from utils.vision import crf
 from utils.vision import mean_field as meanfield
 from utils.vision.images import upright_rgb
 from utils.vision.transforms import RESAMPLING, normalise, resized, to_eight_bit
+from utils.vision.upsampling import upsampled_argmax, upsampled_norm
 
 CRF_BACKENDS = ("pydensecrf", "torch")
 
@@ -66,6 +66,8 @@ class PhotoSegmenter:
         self.asked, self.patch = asked, module.segmenter.backbone.spec.patch
         self.res = options.dataset.val_res if asked.res is None else asked.res
         self.backend = options.eval.crf_backend if asked.crf is True else asked.crf
+        if self.backend == "auto":
+            self.backend = "torch" if crf.crf_missing() else "pydensecrf"
         self.device = torch.device(asked.device or accelerator())
         self._check(with_linear=module.evaluator.with_linear)
         self.unmatched = asked.head == "cluster" and assignment is None
@@ -151,9 +153,9 @@ class PhotoSegmenter:
         logits = self.module.evaluator.heads(code, **probes)[self.asked.head]  # (1, K, h, w)
         if not self.backend:
             extent = height / self.patch, width / self.patch
-            return strongest_channel(logits[0], size, extent=extent).numpy()
-        shown = pixels[..., :height, :width]
-        return strongest_channel(self._refined(shown, code, logits), size).numpy()
+            return upsampled_argmax(logits, size, extent)[1][0].byte().cpu().numpy()
+        refined = self._refined(pixels[..., :height, :width], code, logits)
+        return upsampled_argmax(refined[None], size)[1][0].byte().cpu().numpy()
 
     def _code(self, image: Tensor) -> Tensor:
         """(1, 3, H, W) uint8 to (1, D, h, w) float32."""

@@ -73,9 +73,6 @@ def bench_loss(bench: Bench, shape: str) -> list[Row]:
         inputs = loss_inputs(options, criterion, batch, bench.device)
         forms = {"literal": literal_loss_form(criterion, inputs), "ours": loss_form(criterion, inputs)}
         costs = {"ours": [loss_cost(options, inputs)]}
-        if bench.device.type == "cuda":
-            forms["ours, triton"] = loss_form(loss_of(options, backend="triton"), inputs)
-            costs["ours, triton"] = costs["ours"]
         rows += bench.compare(f"loss, batch {batch}", forms, costs=costs)
     return rows
 

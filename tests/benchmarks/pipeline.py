@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import tempfile
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from tests.benchmarks import literal
 from tests.benchmarks.compute import LITERAL_BATCH, literal_losses, network_cost, step_form, step_loss_cost
 from tests.benchmarks.inputs import random_module, shape_options, write_photographs
 from tests.benchmarks.measure import Bench, Row
+from utils.config.loading import with_changes
 from utils.config.options import Options
 from utils.training.checkpointing import Progress
 from utils.training.launch import cores
@@ -138,8 +138,7 @@ def cached_data(bench: Bench, module: PPAPModule, options: Options) -> Segmentat
 def bench_epoch(bench: Bench, shape: str) -> list[Row]:
     """An epoch on prepared crops: two views and the literal loss, ours, ours from cached tokens."""
     with tempfile.TemporaryDirectory() as root:
-        options = photographs(Path(root), shape, bench)
-        options.train.epoch = 1
+        options = with_changes(photographs(Path(root), shape, bench), {"train.epoch": 1})
         size = options.dataloader.batch_size
         data = build_data(options)
         steps = len(data.train_set) // size

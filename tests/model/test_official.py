@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import eval as evaluation
 from model import official
 from model.official import BACKBONES, official_backbone, official_file
 from model.weights import backbone_spec
@@ -31,26 +30,6 @@ def test_table__has_every_backbone_that_options_can_ask_for():
                     found = official_backbone(arch, model_type, patch, registers=registers)
                     assert (found.arch, found.patch, found.registers) == (arch, patch, registers)
     assert len({backbone.address for backbone in BACKBONES}) == len(BACKBONES)
-
-
-def test_list_backbones__prints_names_and_options(hub, capsys):
-    hub.mkdir(parents=True)
-    (hub / "dino_deitsmall16_pretrain.pth").touch()
-    assert evaluation.main(["--list-backbones"]) == []
-    told = capsys.readouterr().out
-    rows = {line.split("|")[1].strip(): line for line in told.splitlines() if line.startswith("|")}
-    for backbone in BACKBONES:
-        part = told.split(f"\n\n{backbone.name}\n")[1].split("\n\n")[0]
-        for word in (backbone.address, backbone.options, backbone.sha256 or "names and shapes"):
-            assert word in part
-    assert [cell.strip() for cell in rows["DINO ViT-S/16"].split("|")[2:-1]] == [
-        "16",
-        "384",
-        "12",
-        "0",
-        "yes",
-    ]
-    assert rows["DINO ViT-B/16"].endswith(" no |")
 
 
 @pytest.mark.parametrize("backbone", BACKBONES, ids=lambda backbone: backbone.name)

@@ -2,13 +2,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import run
 from dataset import build_data
 from model.backbone import FrozenViT
 from model.quality import PatchFeatures, backbone_worth, kmeans_accuracy, linear_accuracy, patch_features
 from model.weights import backbone_spec, load_backbone
-from utils.config.loading import find_option_file, load_options
-from utils.errors import UserError
+from utils.config.loading import find_option_file, load_options, with_changes
 from utils.training.randomness import seeded
 
 
@@ -42,7 +40,7 @@ def test_patch_features__leaves_out_what_has_no_label(tiny_options):
 def test_demo_weights__are_worth_more_than_an_untrained_backbone():
     """Both accuracies by the 15 points that the README tells of, on fewer scenes than there."""
     options = load_options(find_option_file("demo.json"))
-    options.dataset.train_images, options.dataset.val_images = 96, 16
+    options = with_changes(options, {"dataset.train_images": 96, "dataset.val_images": 16})
     data = build_data(options)
     found = {}
     for name in ("untrained", "shipped"):
@@ -56,30 +54,3 @@ def test_demo_weights__are_worth_more_than_an_untrained_backbone():
         found[name] = list(backbone_worth(backbone, *splits, n_classes=7, seed=0).values())
     for before, after in zip(found["untrained"], found["shipped"], strict=True):
         assert after > before + 15
-
-
-def test_make_demo_weights__writes_what_the_demo_loads(tmp_path, monkeypatch, capsys):
-    from model.distillation import Recipe
-
-    short = Recipe(steps=3, batch_size=4, prototypes=8, warmup=1)
-    monkeypatch.setattr("model.distillation.Recipe", lambda: short)
-    monkeypatch.setattr(run, "DEMO_SCENES", 8)
-    path = tmp_path / "there/demo.safetensors"
-    words = [
-        f"model.pretrained.pretrained_weights={path}",
-        "dataset.train_images=4",
-        "dataset.val_images=2",
-        "dataloader.batch_size=4",
-    ]
-    (found,) = run.main(["--make-demo-weights", *words])
-    assert set(found) == {"untrained", "distilled"}
-    assert f"written: {path}" in capsys.readouterr().out
-    options = load_options(find_option_file("demo.json"))
-    load_backbone(FrozenViT(backbone_spec(options)), str(path))
-
-
-def test_make_demo_weights__of_other_options_is_refused():
-    with pytest.raises(UserError, match="must be synthetic, vit and the file to write"):
-        run.main(["--make-demo-weights", "model.pretrained.pretrained_weights=null"])
-    with pytest.raises(UserError, match="makes one file: leave out --variants and sweeps"):
-        run.main(["--make-demo-weights", "train.seed=0,1"])

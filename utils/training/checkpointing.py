@@ -253,4 +253,6 @@ def copy_file(source: Path, path: Path) -> None:
         with replacing(path, sync=True) as temporary:
             shutil.copyfile(source, temporary)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); the previous file is intact") from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); the previous file is intact"
+        ) from None

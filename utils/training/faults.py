@@ -10,7 +10,6 @@ import torch
 from utils.config.options import Options
 from utils.errors import UserError, first_line
 from utils.training.distributed import world_size
-from utils.training.launch import planned_world_size
 
 
 @contextmanager
@@ -62,7 +61,7 @@ def lost_loader(error: BaseException) -> bool:
 
 def memory_advice(options: Options, reason: str) -> str:
     """What to lower, and to what: what changes no result first."""
-    batch, parts, mends = options.dataloader.batch_size, planned_world_size(options.trainer), []
+    batch, parts, mends = options.dataloader.batch_size, options.trainer.world_size, []
     if options.dataset.cache_features == "ram":
         mends.append("dataset.cache_features=disk (now ram)")
     if (size := options.dataloader.val_batch_size) > 1:

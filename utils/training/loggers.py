@@ -11,7 +11,6 @@ import os
 import shutil
 import socket
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -22,7 +21,7 @@ from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.loggers.logger import rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
-from utils.config.loading import as_tree
+from utils.config.loading import as_tree, with_changes
 from utils.config.options import Options
 from utils.errors import UserError, first_line
 from utils.files import replacing
@@ -118,7 +117,7 @@ def build_loggers(options: Options, folder: Path, progress: Progress | None = No
     rows = rows_until(folder / CSV, progress.step)
     loggers: list[Logger] = [RunCSVLogger(folder, rows)]
     if options.wandb.id is None and progress.wandb_id is not None:
-        options = replace(options, wandb=replace(options.wandb, id=progress.wandb_id))
+        options = with_changes(options, {"wandb.id": progress.wandb_id})
     mode = options.wandb.mode
     if mode == "disabled":
         return loggers

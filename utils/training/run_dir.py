@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from utils.config.loading import SCHEMA, as_tree, flatten
+from utils.config.loading import as_tree, flatten
 from utils.config.options import Options
 from utils.errors import UserError
 from utils.files import make_folder, move_aside, read_json_object, write_json
@@ -136,13 +136,12 @@ def begin(folder: Path, options: Options, *, left_out: Sequence[str]) -> None:
 
 
 def _require_same(options: Options, path: Path) -> None:
-    before, now = flatten(read_json_object(path)), flatten(as_tree(options))
+    before = flatten(as_tree(Options())) | flatten(read_json_object(path))
+    now = flatten(as_tree(options))
     differing = [
-        f"{key} was {json.dumps(before.get(key, SCHEMA[key].default))}, is {json.dumps(value)}"
+        f"{key} was {json.dumps(before[key])}, is {json.dumps(value)}"
         for key, value in now.items()
-        if before.get(key, SCHEMA[key].default) != value
-        and not key.startswith(("wandb.", "trainer."))
-        and key not in MAY_DIFFER
+        if before[key] != value and not key.startswith(("wandb.", "trainer.")) and key not in MAY_DIFFER
     ]
     if differing:
         mend = "give the options of that run, or start another one under another wandb.name"

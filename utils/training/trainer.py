@@ -18,7 +18,7 @@ from utils.config.options import Options
 from utils.errors import UserError
 from utils.training.checkpointing import CheckedCheckpointIO, validation_due
 from utils.training.hardware import accelerator, chosen_precision
-from utils.training.launch import launch_mistake, planned_world_size
+from utils.training.launch import launch_mistake
 
 LOSS_SCALE, GROWTH_INTERVAL = 2048.0, 1000  # the published scaler
 
@@ -138,7 +138,7 @@ def precision_settings(options: Options, accelerator: str) -> dict[str, Any]:
     """
     chosen = chosen_precision(options, accelerator)
     if chosen == "fp16":
-        scale = LOSS_SCALE / planned_world_size(options.trainer)
+        scale = LOSS_SCALE / options.trainer.world_size
         scaler = torch.amp.GradScaler("cuda", init_scale=scale, growth_interval=GROWTH_INTERVAL)
         return {"plugins": [MixedPrecision("16-mixed", "cuda", scaler=scaler)]}
     return {"precision": {"bf16": "bf16-mixed", "fp32": "32-true"}[chosen]}

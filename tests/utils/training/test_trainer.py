@@ -51,30 +51,6 @@ def test_precision__auto_and_the_published_scaler(tiny_options, monkeypatch):
         training.precision_settings(tiny_options(train__precision="fp16"), "cpu")
 
 
-def test_backends__need_their_device_and_their_package(tiny_options, monkeypatch):
-    triton = tiny_options(training_coeff__backend="triton")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
-    monkeypatch.setattr(training, "_triton_version", lambda: (3, 3))
-    training.check_backends(tiny_options())
-    with pytest.raises(
-        UserError, match=r"training_coeff\.backend is triton, which needs CUDA.*set it to torch"
-    ):
-        training.check_backends(triton)
-    with pytest.raises(UserError, match=r"eval\.crf_backend is torch, must be pydensecrf on mps"):
-        training.check_backends(tiny_options(eval__crf_backend="torch"))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    training.check_backends(triton)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(UserError, match="unset TRITON_INTERPRET"):
-        training.check_backends(triton)
-    for found in (None, (3, 2)):
-        monkeypatch.setattr(training, "_triton_version", lambda found=found: found)
-        with pytest.raises(UserError, match=r"missing or older than 3\.3"):
-            training.check_backends(triton)
-
-
 def test_write_json__is_standard_json(tmp_path):
     write_json(tmp_path / "m.json", {"a": float("nan"), "b": (1, 2), "c": {"d": float("inf")}})
     text = (tmp_path / "m.json").read_text()

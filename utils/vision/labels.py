@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Class names and colours of a data set, as used by tables, figures and checkpoints."""
-=======
-"""Class names and colours of a data set, and the label value to ignore."""
->>>>>>> dataset
 
 from __future__ import annotations
 
@@ -16,24 +12,14 @@ IGNORE = 255  # class of ignored pixels, and of clusters without a class; so the
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """The classes of a data set in the order of their ids."""
-
-<<<<<<< HEAD
-    names: tuple[str, ...]  # unique
-    palette: tuple[tuple[int, int, int], ...]  # (red, green, blue) of each class, 0 to 255
-=======
-    Attributes:
-        names: one unique name per class.
-        palette: one (red, green, blue) per class, 0 to 255.
+    """The classes of a data set in the order of their ids.
 
     Raises:
-        ValueError: the two differ in length or a name occurs twice.
         UserError: there are more than 255 classes.
     """
 
-    names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
->>>>>>> dataset
+    names: tuple[str, ...]  # unique
+    palette: tuple[tuple[int, int, int], ...]  # (red, green, blue) of each class, 0 to 255
 
     def __post_init__(self) -> None:
         if len(self.names) > IGNORE:

@@ -311,5 +311,5 @@ def test_measure_sets__needs_labels_and_no_checkpoint(tiny_file, tmp_path, unlab
     assert json.loads((folder / "sets.json").read_text()) == rows
     assert (folder / "sets.png").stat().st_size > 1000
     path = tiny_file(dataset__data_type="directory", dataset__n_classes=3)
-    with pytest.raises(UserError, match="no labels, so there is nothing to hold the sets against"):
+    with pytest.raises(UserError, match="--measure-sets needs labels of the validation split"):
         evaluation.main(["--opt", path, "--data_path", str(unlabelled), "--measure-sets"])

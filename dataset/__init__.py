@@ -8,6 +8,7 @@ from dataset import cityscapes, cocostuff, image_folder, potsdam, synthetic
 from dataset.base import FileSource, RawItem, Source, class_rule
 from dataset.datamodule import DataSetKind, SegmentationDataModule
 from utils.config.options import DATA_TYPES, WITHOUT_FOLDER, DatasetOptions, Options
+from utils.errors import UserError
 from utils.vision.labels import LabelSpace
 
 DATA_SETS = {
@@ -27,6 +28,14 @@ __all__ = ["DATA_SETS", "FileSource", "RawItem", "Source", "build_data", "class_
 def build_data(options: Options, *, train: bool = True) -> SegmentationDataModule:
     """The data of a run; see `SegmentationDataModule.from_options`."""
     return SegmentationDataModule.from_options(options, DATA_SETS[options.dataset.data_type], train=train)
+
+
+def known_labels(options: DatasetOptions) -> LabelSpace | None:
+    """The classes of `dataset.data_type`, or None if they are stored with data that is missing."""
+    try:
+        return DATA_SETS[options.data_type].labels(options)
+    except UserError:
+        return None
 
 
 def register_data_set(

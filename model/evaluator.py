@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from model.probes import ClusterProbe, LinearProbe, read_both
+from utils.config.options import Options
 from utils.training.distributed import all_gather_object
-from utils.vision.crf import HeadLogits
+from utils.training.launch import cores, is_rank_zero
+from utils.vision.crf import CrfPool, HeadLogits, crf_missing, resolve_backend
+from utils.vision.mean_field import MeanField
 from utils.vision.metrics import ConfusionMatrix, Scores, score
 from utils.vision.transforms import normalise, to_eight_bit
 from utils.vision.upsampling import upsampled_argmax, upsampled_norm
@@ -77,6 +82,23 @@ class Refiner(Protocol):
         """(tag, predictions (H, W) per head) of the images that are done."""
 
     def __len__(self) -> int: ...
+
+
+def open_refiner(options: Options) -> AbstractContextManager[Refiner]:
+    """The CRF that `eval.crf_backend` selects."""
+    if resolve_backend(options.eval.crf_backend) == "torch":
+        return nullcontext(MeanField())
+    share = max(1, cores() // options.trainer.devices)  # each rank of a machine has its own pool
+    return CrfPool(options.eval.crf_workers or share)
+
+
+def no_refiner_reason(options: Options, *, labelled: bool) -> str | None:
+    """Why an evaluation cannot score a CRF, or None."""
+    if not options.eval.is_crf:
+        return "eval.is_crf is false"
+    if not labelled:
+        return "the validation split has no labels"
+    return crf_missing() if options.eval.crf_backend == "pydensecrf" else None
 
 
 class Evaluator(nn.Module):
@@ -194,6 +216,15 @@ class Evaluator(nn.Module):
                 metric = self.refined[name]
                 metric.update(*(t.to(metric.counts.device) for t in (torch.as_tensor(prediction), label)))
         return len(self.refiner)
+
+    def finish_refining(self) -> None:
+        """Waits for the CRF, with a progress bar."""
+        if self.refiner is None:
+            return
+        with tqdm(total=self.images, desc="CRF", unit="image", disable=not is_rank_zero()) as bar:
+            bar.update(self.images - len(self.refiner))
+            while waiting := len(self.refiner):
+                bar.update(waiting - self.collect_refined(wait_for_one=True))
 
     def predictions(self) -> list[Prediction]:
         """The kept predictions of all ranks, in the order of the set. Must be called by all ranks."""

@@ -31,7 +31,7 @@ from utils.plots.mask_files import (
     write_mask,
     write_overlay,
 )
-from utils.training.hardware import accelerator, chosen_precision
+from utils.training.device import accelerator, chosen_precision
 from utils.vision import crf, mean_field
 from utils.vision.crf import resolve_backend
 from utils.vision.images import open_image, upright_rgb
@@ -134,8 +134,8 @@ class Predictor:
             if not isinstance(error, MemoryError) and "memory" not in str(error):
                 raise
             raise UserError(
-                f"{rgb.width} x {rgb.height} pixels at res {self.res} exceed the memory ({first_line(error)}); "
-                f"set tile, such as {28 * self.patch}, or a smaller res"
+                f"{rgb.width} x {rgb.height} pixels at res {self.res} exceed the memory "
+                f"({first_line(error)}); set tile, such as {28 * self.patch}, or a smaller res"
             ) from None
 
     def _channels(self, rgb: Image.Image) -> np.ndarray:

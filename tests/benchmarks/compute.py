@@ -135,7 +135,7 @@ def step_form(module: PPAPModule, optimizer: torch.optim.Optimizer, losses: Call
 
 def literal_losses(module: PPAPModule, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """The total loss of a step with the literal form of PPAP; (B, 3, H, W) normalised, (B, H, W)."""
-    output = module.segmenter(image)
+    output = module.segmenter(module.segmenter.backbone.tokens(image), module.segmenter.grid(image))
     options = module.options
     crit = criterion_dropout(
         output.crit,

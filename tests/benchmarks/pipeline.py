@@ -118,7 +118,7 @@ def fitted(bench: Bench, module: PPAPModule, data: SegmentationDataModule) -> Ca
     def run() -> None:
         module.follow(data.schedule, Progress())
         hardware = hardware_of(bench, data.options)
-        trainer = build_trainer(data.options, hardware, validate=False, schedule=data.schedule)
+        trainer = build_trainer(data.options, hardware)
         trainer.fit(module, loader)
 
     return run
@@ -126,11 +126,9 @@ def fitted(bench: Bench, module: PPAPModule, data: SegmentationDataModule) -> Ca
 
 def cached_data(bench: Bench, module: PPAPModule, options: Options) -> SegmentationDataModule:
     """The same items as tokens in memory."""
-    options = copy.deepcopy(options)
-    options.dataset.cache_features = "ram"
-    data = build_data(options)
+    data = build_data(with_changes(options, {"dataset.cache_features": "ram"}))
     trainer = build_trainer(options, hardware_of(bench, options))
-    encode = functools.partial(module.encode, trainer=trainer)
+    encode = functools.partial(module.frozen_tokens, trainer=trainer)
     precision = trainer.precision_plugin.precision
     return data.with_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
 

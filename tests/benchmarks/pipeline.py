@@ -25,7 +25,8 @@ from utils.config.loading import with_changes
 from utils.config.options import Options
 from utils.training.checkpointing import Progress
 from utils.training.launch import cores
-from utils.training.trainer import build_trainer, precision_settings
+from utils.training.device import precision_settings
+from utils.training.trainer import build_trainer
 from utils.vision.transforms import Geometry
 
 PHOTOGRAPHS = {"cpu": 8, "cuda": 128}  # of five crops each

@@ -18,7 +18,7 @@ from utils.training.checkpointing import CheckedCheckpointIO, validation_due
 class ValidationSteps(Callback):
     """Validates every `valid_freq` steps of an epoch and at its end.
 
-    Lightning's integer `val_check_interval` must not exceed the epoch, and skips its end unless it divides it.
+    Lightning's integer `val_check_interval` may not exceed the epoch, and misses an end it does not divide.
 
     Args:
         valid_freq: in steps.

@@ -24,8 +24,8 @@ from tests.benchmarks.measure import Bench, Row
 from utils.config.loading import with_changes
 from utils.config.options import Options
 from utils.training.checkpointing import Progress
-from utils.training.launch import cores
 from utils.training.device import precision_settings
+from utils.training.launch import cores
 from utils.training.trainer import build_trainer
 from utils.vision.transforms import Geometry
 

@@ -1,88 +1,84 @@
 """Evaluates a checkpoint: python eval.py --opt cocostuff_eval.json
 
-option file -> data -> network from the checkpoint -> predictions -> metrics before and after CRF -> report
+Other flags write masks of photographs (--images), plot the propagation of an anchor (--explain), score the
+sets of propagation by labels (--measure-sets) and export a checkpoint (--export).
 """
 
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from utils.config.cli import guarded, parse_arguments, plan_jobs
-from utils.config.evaluation_flags import read_patch
 from utils.config.options import Options
 from utils.errors import UserError
 from utils.files import find_checkpoint
-from utils.training.launch import is_rank_zero, planned_world_size
+from utils.training.launch import is_rank_zero
 
-if TYPE_CHECKING:
-    from argparse import Namespace
-
-    from dataset.datamodule import SegmentationData
-    from model import PPAPModule
-    from model.evaluator import Evaluation
-    from utils.vision.crf import CrfPool
-    from utils.vision.labels import LabelSpace
-    from utils.vision.mean_field import MeanField
-
-# What needs torch is imported inside functions: a mistyped option is answered at once, and the CRF
-# processes, which import this file again, stay small.
+# Commands import torch when they start: a mistyped option is reported at once, and the processes of the CRF,
+# which import this file again, stay small.
 
 
-def evaluate(options: Options, *, checkpoint: str, folder: Path) -> dict[str, Any]:
-    """Evaluates a checkpoint on the validation split; run.py ends with this too.
+def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[str, Any]:
+    """Evaluates a checkpoint on the validation split; training ends with this too.
 
     Writes metrics.json, confusion.npz, predictions.png, confusion.png and class_iou.png.
 
     Args:
         options: all options.
         checkpoint: a file, a folder, or a run below `output_dir`.
-        folder: where results go.
+        folder: for results.
 
     Returns:
-        What metrics.json holds: `before_crf` and `after_crf` (the four metrics, or None), `class_iou`,
+        The content of metrics.json: `before_crf` and `after_crf` (the four metrics, or None), `class_iou`,
         `valid_loss`, `images`, `assignment`, `step`, `checkpoint`, `after_crf_missing`.
 
     Raises:
         UserError: data or checkpoint are missing or do not fit.
     """
     from dataset import build_data
+    from model import build_module
     from model.checkpoint import read_checkpoint
-    from model.results import class_iou, write_pictures
+    from model.evaluator import no_refiner_reason, open_refiner
+    from model.results import evaluation_result, shown_indices, write_pictures
     from utils.files import make_folder, write_json
+    from utils.training.device import explained_errors, hardware_settings
+    from utils.training.trainer import build_trainer
 
     data = build_data(options, train=False)
-    restored = read_checkpoint(find_checkpoint(checkpoint, options.output_dir))
+    stored = read_checkpoint(find_checkpoint(str(checkpoint), options.output_dir))
     make_folder(folder)
-    module, predicted = predict(options, restored, data=data)
-    stages = {"before_crf": predicted.plain, "after_crf": predicted.refined}
-    assigned = predicted.plain.cluster
+    images = len(data.validation_set)
+    missing = no_refiner_reason(options, labelled=data.validation_labelled)
+    with open_refiner(options) if missing is None else nullcontext() as refiner:
+        module = build_module(
+            options,
+            data.labels,
+            checkpoint=stored,
+            pictured=shown_indices(options.eval.pictures, images),
+            refiner=refiner,
+        )
+        if images:
+            trainer = build_trainer(options, hardware_settings(options))
+            with explained_errors(options):
+                trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)
+        module.evaluator.finish_refining()
+    plain = module.evaluator.compute()
+    refined = module.evaluator.compute(refined=True) if missing is None else None
+    predictions = module.evaluator.predictions()
     result = {
-        "checkpoint": str(restored.path),
-        "step": restored.about.get("step"),
-        "images": predicted.plain.images,
-        "valid_loss": predicted.plain.valid_loss,
-        **{stage: evaluation and (evaluation.metrics() or None) for stage, evaluation in stages.items()},
-        "after_crf_missing": predicted.missing,
-        "class_iou": {
-            stage: evaluation and class_iou(evaluation, data.labels.names)
-            for stage, evaluation in stages.items()
-        },
-        "assignment": list(assigned.assignment) if assigned else None,
+        "checkpoint": str(stored.path),
+        "step": stored.about.get("step"),
+        **evaluation_result(plain, refined, names=data.labels.names),
+        "after_crf_missing": missing,
     }
     if is_rank_zero():
         write_json(folder / "metrics.json", result)
-        write_pictures(
-            folder,
-            module,
-            plain=predicted.plain,
-            refined=predicted.refined,
-            predictions=predicted.predictions,
-        )
+        write_pictures(folder, data.labels, predictions=predictions, plain=plain, refined=refined)
     return result
 
 
@@ -92,112 +88,60 @@ def run_folder(options: Options) -> Path:
 
 
 def results_folder(options: Options) -> Path:
-    """The run's folder; a folder `evaluation` in it where that run was trained, whose results are kept."""
+    """The run's folder, or its subfolder `evaluation` if a run was trained there: its results are kept."""
     folder = run_folder(options)
     return folder / "evaluation" if (folder / "options.json").exists() else folder
 
 
-@dataclass(frozen=True)
-class Predicted:
-    """Scores before CRF; scores after CRF, or None and why there are none."""
-
-    plain: Evaluation
-    refined: Evaluation | None
-    missing: str | None
-    predictions: list
-
-
-def why_no_crf(options: Options, data: SegmentationData) -> str | None:
-    """The reason why there is nothing to refine or nothing to refine it with, or None."""
-    from utils.vision.crf import crf_missing
-
-    if not options.eval.is_crf:
-        return "eval.is_crf is false"
-    if not data.validation_labelled:
-        return "the validation split has no labels"
-    return crf_missing() if options.eval.crf_backend == "pydensecrf" else None
-
-
-def open_refiner(options: Options) -> AbstractContextManager[CrfPool | MeanField]:
-    """What refines predictions: processes, or the device of the network itself."""
-    if options.eval.crf_backend == "torch":
-        from utils.vision.mean_field import MeanField
-
-        return nullcontext(MeanField())
-    from utils.training.launch import cores
-    from utils.vision.crf import CrfPool
-
-    share = max(1, cores() // options.trainer.devices)  # each process of a machine has a pool of its own
-    return CrfPool(options.eval.crf_workers or share)
-
-
-def predict(options: Options, restored, *, data: SegmentationData):
-    from tqdm import tqdm
-
+def measure_sets(options: Options) -> list[dict[str, float]]:
+    """--measure-sets: scores the sets of propagation on frozen features by the validation labels."""
+    from dataset import build_data
     from model import build_module
-    from utils.training.faults import faults_told
-    from utils.training.shown import shown_places
-    from utils.training.trainer import build_trainer, hardware_settings
+    from model.set_quality import measure_sets as measure
+    from utils.plots.tables import sets_table
 
-    missing = why_no_crf(options, data)
-    images = len(data.validation_set)
-    with open_refiner(options) if missing is None else nullcontext() as refiner:
-        module = build_module(
-            options,
-            data.labels,
-            checkpoint=restored,
-            pictured=shown_places(options.eval.pictures, images),
-            refiner=refiner,
-        )
-        evaluator = module.evaluator
-        if images:
-            trainer = build_trainer(options, hardware_settings(options))
-            with faults_told(options):
-                trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)
-        if refiner is not None:
-            with tqdm(total=evaluator.images, desc="CRF", unit="image", disable=not is_rank_zero()) as bar:
-                bar.update(evaluator.images - len(refiner))
-                while waiting := len(refiner):
-                    bar.update(waiting - evaluator.collect_refined(wait_for_one=True))
-    refined = evaluator.compute(refined=True) if missing is None else None
-    return module, Predicted(evaluator.compute(), refined, missing, evaluator.predictions())
+    require_ppap(options, "--measure-sets")
+    data, folder = build_data(options, train=False), results_folder(options)
+    rows = measure(build_module(options, data.labels), data, folder=folder)
+    print(f"\n{sets_table(rows)}\n\nresults: {folder}")
+    return rows
 
 
-def need_ppap(options: Options, flag: str) -> None:
-    """Raises a UserError where another loss, which propagates nothing, was chosen."""
-    if (chosen := options.training_coeff.loss) != "ppap":
-        raise UserError(f"training_coeff.loss is {chosen}, must be ppap with {flag}")
+def explain(options: Options, *, image: str, patch: tuple[int, int] | None) -> dict[str, Any]:
+    """--explain: plots what propagation does for one anchor of an image, on frozen features."""
+    from dataset import build_data
+    from model import build_module
+    from model.explain import explain_image
+    from utils.plots.tables import explanation_table
+
+    require_ppap(options, "--explain")
+    data, folder = build_data(options, train=False), results_folder(options) / "explain"
+    result = explain_image(build_module(options, data.labels), data, image=image, patch=patch, folder=folder)
+    print(f"\n{explanation_table(result)}\n\nresults: {folder}")
+    return result
 
 
-def need_one_process(options: Options, flag: str) -> None:
-    """Raises a UserError where several processes were asked for."""
-    if planned_world_size(options.trainer) > 1:
-        wanted = f"{options.trainer.devices} x {options.trainer.num_nodes}"
-        raise UserError(f"trainer.devices x trainer.num_nodes is {wanted}, must be 1 x 1 with {flag}")
+def require_ppap(options: Options, flag: str) -> None:
+    """Raises a UserError unless the options choose the PPAP loss and a single process."""
+    if (loss := options.training_coeff.loss) != "ppap":
+        raise UserError(f"training_coeff.loss is {loss}, must be ppap with {flag}")
+    if options.trainer.world_size > 1:
+        spread = f"{options.trainer.devices} x {options.trainer.num_nodes}"
+        raise UserError(f"trainer.devices x trainer.num_nodes is {spread}, must be 1 x 1 with {flag}")
 
 
-def _classes(options: Options) -> LabelSpace | None:
-    """The data set's classes; None where it takes its files to know them."""
-    from dataset import DATA_SETS
-
-    try:
-        return DATA_SETS[options.dataset.data_type].labels(options.dataset)
-    except UserError:
-        return None
-
-
-def _masked(options: Options, arguments: Namespace) -> dict[str, Any]:
+def write_masks(options: Options, arguments: Namespace) -> dict[str, Any]:
+    """--images: writes masks of a photograph or of a folder of them."""
+    from dataset import known_labels
     from model import load_segmenter
     from model.predictor import predict_folder
-    from utils.training.trainer import device_settings
+    from utils.training.device import device_name
 
-    device = device_settings(options)
-    number = f":{device['devices'][0]}" if device["accelerator"] == "cuda" else ""
     predictor = load_segmenter(
         options.checkpoint,
         opt=options,
-        labels=_classes(options),
-        device=device["accelerator"] + number,
+        labels=known_labels(options.dataset),
+        device=device_name(options),
         res=arguments.res,
         head=arguments.head or "cluster",
         crf=arguments.crf,
@@ -206,80 +150,26 @@ def _masked(options: Options, arguments: Namespace) -> dict[str, Any]:
     return predict_folder(predictor, Path(arguments.images), Path(arguments.out), names=arguments.names)
 
 
-def _measured(options: Options) -> list[dict[str, float]]:
-    from dataset import build_data
-    from model import build_module
-    from model.set_quality import measure_sets
-    from utils.plots.tables import sets_table
-
-    need_ppap(options, "--measure-sets")
-    need_one_process(options, "--measure-sets")
-    data = build_data(options, train=False)
-    folder = results_folder(options)
-    rows = measure_sets(build_module(options, data.labels), data, folder=folder)
-    print(f"\n{sets_table(rows)}\n\nresults: {folder}")
-    return rows
-
-
-def _explained(options: Options, *, image: str, patch: tuple[int, int] | None) -> dict[str, Any]:
-    from dataset import build_data
-    from model import build_module
-    from model.explain import explain_image
-    from utils.plots.tables import explanation_table
-
-    need_ppap(options, "--explain")
-    need_one_process(options, "--explain")
-    data = build_data(options, train=False)
-    folder = results_folder(options) / "explain"
-    result = explain_image(build_module(options, data.labels), data, image=image, patch=patch, folder=folder)
-    print(f"\n{explanation_table(result)}\n\nresults: {folder}")
-    return result
-
-
-def export_published(arguments: Namespace) -> None:
-    """Writes the checkpoint that the command line names in the published format.
-
-    Raises:
-        UserError: there is none, or it cannot be written.
-    """
+def export(options: Options, path: Path) -> None:
+    """--export: writes a checkpoint in the published format."""
     from model.checkpoint import export, read_checkpoint
 
-    options = plan_jobs(arguments)[0].options  # a sweep's jobs differ in what a checkpoint has not
     found = find_checkpoint(options.checkpoint, options.output_dir)
-    export(read_checkpoint(found), Path(arguments.export))
-    print(f"{found} written in the published format: {arguments.export}")
+    export(read_checkpoint(found), path)
+    print(f"{found} written in the published format: {path}")
 
 
-def main(argv: Sequence[str] | None = None) -> list[Any]:
-    """Evaluates what the command line asks for, one job after another."""
-    arguments = parse_arguments(argv, description="Evaluate a PPAP checkpoint.", training=False)
-    if arguments.list_backbones:
-        from model.official import described
-
-        print(described())
-        return []
-    if arguments.export:
-        export_published(arguments)
-        return []
-    jobs = plan_jobs(arguments)
-    if arguments.measure_sets:
-        return [_measured(job.options) for job in jobs]
-    if arguments.explain is not None:
-        patch = read_patch(arguments.patch)
-        return [_explained(job.options, image=arguments.explain, patch=patch) for job in jobs]
-    if arguments.images is not None:
-        return [_masked(job.options, arguments) for job in jobs]
-    for job in jobs:
-        find_checkpoint(job.options.checkpoint, job.options.output_dir)  # named at all?
+def evaluate_all(jobs: Sequence[Any]) -> list[dict[str, Any]]:
+    """Evaluates the checkpoint of each job, and prints tables."""
     from utils.plots.tables import class_table, metrics_table, sweep_table
-    from utils.training.trainer import check_backends
+    from utils.training.device import check_backends
 
-    for job in jobs:
+    for job in jobs:  # all before the first one starts
+        find_checkpoint(job.options.checkpoint, job.options.output_dir)
         check_backends(job.options)
     results = []
     for job in jobs:
-        name = job.options.wandb.name
-        folder = results_folder(job.options)
+        name, folder = job.options.wandb.name, results_folder(job.options)
         result = evaluate(job.options, checkpoint=job.options.checkpoint, folder=folder)
         print(f"\n{class_table({name: result})}\n\n{metrics_table({name: result})}\n\nresults: {folder}")
         results.append(result)
@@ -288,5 +178,20 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
     return results
 
 
+def main(argv: Sequence[str] | None = None) -> list[Any]:
+    """Runs the command that the flags choose, once per job."""
+    arguments = parse_arguments(argv, description="Evaluate a PPAP checkpoint.", training=False)
+    jobs = plan_jobs(arguments)
+    if arguments.export:
+        return [export(jobs[0].options, Path(arguments.export))]
+    if arguments.measure_sets:
+        return [measure_sets(job.options) for job in jobs]
+    if arguments.explain is not None:
+        return [explain(job.options, image=arguments.explain, patch=arguments.patch) for job in jobs]
+    if arguments.images is not None:
+        return [write_masks(job.options, arguments) for job in jobs]
+    return evaluate_all(jobs)
+
+
 if __name__ == "__main__":
-    sys.exit(guarded(main, then="give the same command again"))
+    sys.exit(guarded(main, then="repeat the command"))

@@ -1,148 +1,137 @@
 """Trains PPAP and evaluates it: python run.py --opt cocostuff.json
 
-option file -> typed options -> data -> backbone -> head -> loss and probes -> metrics -> report
+options -> data -> network -> loss and probes -> best checkpoint -> metrics before and after CRF
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-import math
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval import evaluate, results_folder, run_folder
 from utils.config.cli import Job, guarded, parse_arguments, plan_jobs
-from utils.config.loading import flatten
-from utils.config.options import Options
+from utils.config.loading import with_changes
+from utils.config.options import FROZEN, Options
 from utils.training.launch import is_rank_zero
-from utils.training.schedule import checkpoint_interval
 
 if TYPE_CHECKING:
-    from dataset.base import Batch, SegmentationDataset
-    from utils.training.run_dir import Saved
+    from model.callbacks import HtmlReport, WandbImages
+    from utils.training.run_dir import RunDir
+
+# Commands import torch when they start: a mistyped option is reported at once.
 
 
-@dataclass
-class Trained:
-    dashboard: Any
-    hours: float
+def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbImages]:
+    """Trains one run, or resumes it; writes options, scalars and checkpoints to its folder.
 
-
-FROZEN = "-frozen"  # ends the name of a baseline
-VERIFIED = 0.01  # points by which a number may differ on another machine
-DEMO_SCENES = 2048  # that the demo's backbone is trained on
-
-# What needs torch is imported inside functions; see eval.py.
-
-
-def train(options: Options, folder: Path, saved: Saved | None = None) -> Trained:
-    """Trains one run and writes its options, scalars and checkpoints (best.ckpt, last.ckpt).
-
-    Args:
-        options: all options.
-        folder: of the run; an earlier run in it is moved aside.
-        saved: a checkpoint of the same run to resume from.
+    Returns:
+        Training time in seconds, and the callbacks that show the final results.
 
     Raises:
         UserError: data or weights are missing or do not fit.
-        Stopped: a signal asked to stop; everything is saved.
+        Stopped: a signal asked the run to stop; everything is saved.
     """
     from dataset import build_data
     from model import build_module
-    from model.callbacks import Dashboard
-    from utils.training.checkpointing import CheckpointManager, Progress
-    from utils.training.faults import faults_told
+    from model.callbacks import HtmlReport, WandbImages
+    from model.checkpoint import read_checkpoint
+    from model.results import ShownImages, shown_indices
+    from utils.files import find_checkpoint
+    from utils.training.checkpointing import CheckpointManager, Progress, read_progress
+    from utils.training.device import explained_errors, hardware_settings
     from utils.training.loggers import build_loggers, wandb_runs
-    from utils.training.run_dir import begin
-    from utils.training.shown import ShownImages
     from utils.training.stopping import StopSignal
-    from utils.training.trainer import build_trainer, hardware_settings
+    from utils.training.trainer import build_trainer
 
     hardware = hardware_settings(options)
     data = build_data(options)
-    shown = ShownImages.of(data.validation_set, options.eval.pictures)
-    pictured = shown.places if shown is not None and options.wandb.mode != "disabled" else ()
-    module = build_module(options, data.labels, train_labelled=data.train_labelled, pictured=pictured)
-    if saved is None:
-        begin(folder, options, left_out=data.damaged)
-    progress = Progress() if saved is None else saved.progress
-    loggers = build_loggers(options, folder, progress)
-    validates = len(data.validation_set) > 0
-    dashboard = Dashboard(options, folder, shown=shown, loggers=loggers, best=progress.best)
-    checkpoints = CheckpointManager(
-        folder,
-        valid_freq=options.train.valid_freq,
-        every=checkpoint_interval(options.train.checkpoint_every),
-        validates=validates,
-        stop=(stop := StopSignal()),
-        progress=progress,
-        wandb_id=next((opened.id for opened in wandb_runs(loggers)), None),
+    start = options.checkpoint and read_checkpoint(find_checkpoint(options.checkpoint, options.output_dir))
+    module = build_module(
+        options,
+        data.labels,
+        checkpoint=start or None,
+        train_labelled=data.train_labelled,
+        pictured=shown_indices(options.eval.pictures, len(data.validation_set)),
     )
-    trainer = build_trainer(
-        options, hardware, loggers=loggers, callbacks=[dashboard, checkpoints], validates=validates
-    )
-    try:
-        with faults_told(options):
+    if not data.train_labelled:
+        print("train data has no labels: no linear probe")
+    checkpoint = run_dir.resume_checkpoint(options)
+    if checkpoint is None:
+        run_dir.prepare(options, data.damaged)
+    progress = Progress() if checkpoint is None else read_progress(checkpoint)
+    loggers = build_loggers(options, run_dir.path, step=progress.step, wandb_id=progress.wandb_id)
+    shown = ShownImages.load(data.validation_set, options.eval.pictures)
+    images = WandbImages(options.wandb, run_dir.path, loggers=loggers, shown=shown, best=progress.best)
+    report = HtmlReport(run_dir.path, data.labels, shown=shown)
+    with StopSignal() as stop, explained_errors(options):
+        checkpoints = CheckpointManager(
+            run_dir.path,
+            valid_freq=options.train.valid_freq,
+            every=options.train.checkpoint_interval,
+            validates=len(data.validation_set) > 0,
+            stop=stop,
+            progress=progress,
+            wandb_id=next((run.id for run in wandb_runs(loggers)), None),
+        )
+        trainer = build_trainer(options, hardware, loggers=loggers, callbacks=[images, report, checkpoints])
+        try:
             if options.dataset.cache_features:
-                encode = functools.partial(module.frozen_tokens, trainer=trainer)
+                encode = partial(module.frozen_tokens, trainer=trainer)
                 precision = trainer.precision_plugin.precision
-                data.keep_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
-            with stop:
-                trainer.fit(module, datamodule=data, ckpt_path=saved and saved.path, weights_only=True)
-    except BaseException:
-        dashboard.close()
-        raise
-    return Trained(dashboard, hours=checkpoints.spent / 3600)
+                data = data.with_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except BaseException:
+            images.close()
+            raise
+    return checkpoints.spent, report, images
 
 
 def train_and_evaluate(options: Options) -> dict[str, Any]:
-    """One run from data to metrics.json and report.html; returns what the former holds."""
-    from utils.files import write_json
-    from utils.training.checkpointing import BEST, LAST
-    from utils.training.run_dir import earlier_run, locked
-    from utils.training.trainer import peak_memory_gib, reset_peak_memory
+    """One run from data to metrics.json and report.html; returns the content of metrics.json."""
+    from utils.training.device import peak_memory_gib, reset_peak_memory
+    from utils.training.run_dir import RunDir
 
-    folder = run_folder(options)
-    with locked(folder):
-        earlier = earlier_run(options, folder)
-        if earlier.result is not None:
-            return earlier.result
+    run_dir = RunDir(options)
+    with run_dir.lock():
+        if options.resume is not None:
+            run_dir.check_options(options)
+            if run_dir.finished:
+                print(f"{run_dir.path}: this run is finished")
+                return run_dir.read_metrics()
         reset_peak_memory()
-        trained = train(options, folder, earlier.saved)
+        seconds, report, images = train(options, run_dir)
         try:
-            result = evaluate(options, checkpoint=str(folder / BEST), folder=folder)
-            result |= {"train_hours": trained.hours, "peak_memory_gib": peak_memory_gib()}
+            result = evaluate(options, checkpoint=run_dir.best, folder=run_dir.path)
+            result |= {"train_hours": seconds / 3600, "peak_memory_gib": peak_memory_gib()}
             if options.eval.last_step:
-                result["last_step"] = evaluate(options, checkpoint=str(folder / LAST), folder=folder / "last")
+                last = run_dir.path / "last"
+                result["last_step"] = evaluate(options, checkpoint=run_dir.last, folder=last)
+            run_dir.write_metrics(result)
             if is_rank_zero():
-                write_json(folder / "metrics.json", result)
-                trained.dashboard.finish(result, checkpoint=folder / BEST)
+                report.finish(result)
+                images.finish(result, checkpoint=run_dir.best)
         finally:
-            trained.dashboard.close()
+            images.close()
     return result
 
 
 def as_baseline(options: Options) -> Options:
-    """The same run with the head never updated, under a name of its own."""
-    baseline = copy.deepcopy(options)
-    baseline.train.frozen = True
-    baseline.wandb.name += FROZEN
-    if baseline.wandb.id is not None:
-        baseline.wandb.id += FROZEN
-    return baseline
+    """The same run without any update of the head, under its own name."""
+    names = {"wandb.name": options.wandb.name + FROZEN}
+    if options.wandb.id is not None:
+        names["wandb.id"] = options.wandb.id + FROZEN
+    return with_changes(options, {"train.frozen": True, **names})
 
 
 def run_job(job: Job) -> dict[str, dict[str, Any]]:
-    """One job of the command line: a run, with `train.compare_frozen` its baseline first."""
+    """Runs one job: a run, preceded by its frozen baseline with `train.compare_frozen`."""
     options = as_baseline(job.options) if job.options.train.frozen else job.options
     if job.evaluate_only:
         checkpoint, folder = options.checkpoint or str(run_folder(options)), results_folder(options)
-        print(f"{options.wandb.name}: evaluation of {checkpoint}, results in {folder}")
+        print(f"{options.wandb.name}: evaluates {checkpoint}, results in {folder}")
         return {options.wandb.name: evaluate(options, checkpoint=checkpoint, folder=folder)}
     runs = [options]
     if options.train.compare_frozen and not options.train.frozen:
@@ -155,7 +144,7 @@ def run_job(job: Job) -> dict[str, dict[str, Any]]:
 
 
 def sweep_rows(job: Job, results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """(setting, result) of what one job has given: its run, its baseline, the last step of each."""
+    """(setting, result) of the run, its baseline, and the last step of each."""
     rows = []
     for name, result in results.items():
         compared = len(results) > 1 and ("frozen" if name.endswith(FROZEN) else "PPAP")
@@ -166,121 +155,28 @@ def sweep_rows(job: Job, results: dict[str, dict[str, Any]]) -> list[tuple[str, 
     return rows
 
 
-def make_demo_weights(options: Options) -> dict[str, dict[str, float]]:
-    """Trains the demo's backbone on scenes without labels and writes it where demo.json looks for it.
-
-    Args:
-        options: of the demo; `model.weights.pretrained_weights` is the file to write.
-
-    Returns:
-        Accuracy in percent of a linear probe and of k-means on its patch features, untrained and distilled.
-
-    Raises:
-        UserError: the options are not of such a demo.
-    """
-    import torch
-
-    from dataset import build_data
-    from model.distillation import distilled_backbone, save_backbone
-    from model.quality import backbone_worth
-    from utils.errors import UserError
-    from utils.files import weights_file
-    from utils.plots.tables import markdown
-    from utils.training.trainer import build_trainer, hardware_settings
-
-    weights = options.model.pretrained.pretrained_weights
-    if options.dataset.data_type != "synthetic" or options.model.arch != "vit" or weights is None:
-        raise UserError(
-            f"--make-demo-weights: dataset.data_type is {options.dataset.data_type}, model.arch is "
-            f"{options.model.arch}, model.weights.pretrained_weights is {weights}; they must be "
-            "synthetic, vit and the file to write, as in demo.json"
-        )
-    options.dataset.train_images, labelled = DEMO_SCENES, options.dataset.train_images
-    data = build_data(options)
-    device = build_trainer(options, hardware_settings(options)).strategy.root_device
-    scenes = torch.stack([item.image for item in items(data.train_set, DEMO_SCENES)])  # (S, 3, H, W)
-    backbones = distilled_backbone(options, scenes.to(device), centred_on=labelled)
-    path = save_backbone(backbones.distilled, weights_file(weights))
-    splits = [items(data.train_set, labelled), items(data.validation_set, len(data.validation_set))]
-    asked = {"n_classes": data.labels.n_classes, "seed": options.train.seed}
-    found = {name: backbone_worth(each, *splits, **asked) for name, each in vars(backbones).items()}
-    rows = [[name, *(f"{value:.1f}" for value in row.values())] for name, row in found.items()]
-    print("\nAccuracy of frozen patch features (%)\n" + markdown(["", *found["distilled"]], rows))
-    print(f"written: {path}, {path.stat().st_size / 1e6:.1f} MB")
-    return found
-
-
-def verify_run(options: Options, folder: Path) -> dict[str, Any]:
-    """Evaluates a finished run from its own checkpoint and options and holds the result against its metrics.
-
-    Args:
-        options: those that the run has saved.
-        folder: of the run.
-
-    Returns:
-        What `evaluate` gives now.
-
-    Raises:
-        UserError: the folder holds no finished run, or a number differs by more than `VERIFIED` points.
-    """
-    from utils.errors import UserError, listed
-    from utils.files import read_json_object
-
-    stored = numbers(read_json_object(folder / "metrics.json"))
-    with tempfile.TemporaryDirectory() as elsewhere:
-        result = evaluate(options, checkpoint=str(folder), folder=Path(elsewhere))
-    now = numbers(result)
-    differing = [key for key in now if now[key] != stored.get(key)]
-    if any(abs(now[key] - stored.get(key, math.inf)) > VERIFIED for key in differing):
-        lines = [f"{key} is {now[key]}, was {stored.get(key)}" for key in differing]
-        heading = f"{folder}: {len(lines)} of {len(now)} numbers are not those of the run"
-        raise UserError(listed(heading, lines))
-    same = (
-        f"within {VERIFIED}, {len(differing)} of them not equal" if differing else "equal to the last digit"
-    )
-    print(f"{folder}: {len(now)} numbers, {same}")
-    return result
-
-
-def numbers(tree: dict[str, Any]) -> dict[str, float]:
-    """The numbers in nested results, by dotted key; those that are not defined (NaN) left out."""
-    flat = flatten(tree).items()
-    return {key: value for key, value in flat if isinstance(value, (int, float)) and value == value}
-
-
-def items(split: SegmentationDataset, count: int) -> list[Batch]:
-    """The first items of a split."""
-    return [split[index] for index in range(count)]
-
-
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Runs what the command line asks for, one job after another; returns the metrics of each."""
-    arguments = parse_arguments(argv, description="Train PPAP and evaluate it.", training=True)
-    jobs = plan_jobs(arguments)
-    if arguments.verify_run:
-        return [verify_run(jobs[0].options, Path(arguments.verify_run))]
-    if arguments.make_demo_weights:
-        return [make_demo_weights(jobs[0].options)]
+    """Runs all jobs of a command line, one after another; returns the metrics of each."""
+    jobs = plan_jobs(parse_arguments(argv, description="Train PPAP and evaluate it.", training=True))
     from utils.files import move_aside
     from utils.plots.tables import class_table, metrics_table, sweep_table, write_sweep
-    from utils.training.trainer import check_backends
+    from utils.training.device import check_backends
 
     for job in jobs:
         check_backends(job.options)
-
     finished, rows = [], []
     for job in jobs:
         results = run_job(job)
         print(f"\n{class_table(results)}\n\n{metrics_table(results)}")
         for name, result in results.items():
             if "train_hours" in result:
-                spent = f"{result['train_hours']:.2f} h, {result['peak_memory_gib']:.1f} GiB at most"
+                spent = f"{result['train_hours']:.2f} h, peak memory {result['peak_memory_gib']:.1f} GiB"
                 folder = Path(job.options.output_dir) / name
                 print(f"{name}: best at step {result['step']}, {spent}, results in {folder}")
         finished.append(list(results.values())[-1])
         rows += sweep_rows(job, results)
         folder = Path(job.options.output_dir) / f"{job.base}-sweep"
-        if len(jobs) > 1 and is_rank_zero():  # each time: a sweep that is cut short loses nothing
+        if len(jobs) > 1 and is_rank_zero():  # after each job: an interrupted sweep keeps its results
             if job is jobs[0]:
                 move_aside(folder)
             write_sweep(folder, rows)

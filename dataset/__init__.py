@@ -1,14 +1,14 @@
-"""Data sets by name; `build_data` is the factory. One file a data set, one line here."""
+"""Data sets by name; `build_data` is the factory, `register_data_set` adds your own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from dataset import cityscapes, cocostuff, potsdam, synthetic
-from dataset import image_folder as directory
+from dataset import cityscapes, cocostuff, image_folder, potsdam, synthetic
 from dataset.base import FileSource, RawItem, Source, class_rule
-from dataset.datamodule import DataSetKind, SegmentationData
+from dataset.datamodule import DataSetKind, SegmentationDataModule
 from utils.config.options import DATA_TYPES, WITHOUT_FOLDER, DatasetOptions, Options
+from utils.errors import UserError
 from utils.vision.labels import LabelSpace
 
 DATA_SETS = {
@@ -18,24 +18,24 @@ DATA_SETS = {
     "cityscapes": DataSetKind(cityscapes.labels, cityscapes.Cityscapes),
     "potsdam": DataSetKind(potsdam.labels, potsdam.Potsdam, cropped=False),
     "potsdamraw": DataSetKind(potsdam.labels, potsdam.Potsdam, cropped=False),
-    "directory": DataSetKind(directory.labels, directory.Directory),
+    "directory": DataSetKind(image_folder.labels, image_folder.ImageFolder),
     "synthetic": DataSetKind(synthetic.labels, synthetic.Synthetic),
 }
 
-__all__ = [
-    "DATA_SETS",
-    "FileSource",
-    "RawItem",
-    "Source",
-    "build_data",
-    "class_rule",
-    "register_data_set",
-]
+__all__ = ["DATA_SETS", "FileSource", "RawItem", "Source", "build_data", "class_rule", "register_data_set"]
 
 
-def build_data(options: Options, *, train: bool = True) -> SegmentationData:
-    """The data of a run; see `SegmentationData`."""
-    return SegmentationData(options, DATA_SETS[options.dataset.data_type], train=train)
+def build_data(options: Options, *, train: bool = True) -> SegmentationDataModule:
+    """The data of a run; see `SegmentationDataModule.from_options`."""
+    return SegmentationDataModule.from_options(options, DATA_SETS[options.dataset.data_type], train=train)
+
+
+def known_labels(options: DatasetOptions) -> LabelSpace | None:
+    """The classes of `dataset.data_type`, or None if they are stored with data that is missing."""
+    try:
+        return DATA_SETS[options.data_type].labels(options)
+    except UserError:
+        return None
 
 
 def register_data_set(
@@ -45,19 +45,20 @@ def register_data_set(
     source: Callable[[DatasetOptions, str], Source],
     needs_folder: bool = True,
 ) -> None:
-    """Makes a data set of your own known as `dataset.data_type=<name>`.
+    """Makes your own data set available as `dataset.data_type=<name>`.
 
     Args:
-        name: not yet taken.
-        labels: from `dataset.*` to class names and colours.
-        source: from `dataset.*` and the split, "train" or "val", to its items; a class such as `FileSource`.
+        name: a new name.
+        labels: takes `dataset.*`, returns class names and colours (at most 255).
+        source: takes `dataset.*` and a split, "train" or "val", and returns its items; for example a
+            subclass of `FileSource`.
         needs_folder: whether `dataset.data_path` must name a folder.
 
     Raises:
         ValueError: the name is taken.
     """
     if name in DATA_SETS:
-        raise ValueError(f"data set {name} is there already; take another name")
+        raise ValueError(f"data set {name} already exists; choose another name")
     DATA_SETS[name] = DataSetKind(labels, source)
     DATA_TYPES.append(name)
     if not needs_folder:

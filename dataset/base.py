@@ -1,12 +1,12 @@
-"""What a data set gives: images and raw labels, before any transform; and items made of them."""
+"""Sources of raw images and labels, and the data set that makes training items of them."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,84 +16,86 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from utils.config.options import DatasetOptions
 from utils.errors import UserError
 from utils.training.randomness import generator
 from utils.vision.images import open_image, open_label
 from utils.vision.labels import IGNORE
 from utils.vision.transforms import Geometry
 
-INVALID = -2  # a raw label value that the data set's rule does not know
+INVALID = -1  # in a rule: a raw label value that must not occur
 
 
-@dataclass(frozen=True)
-class RawItem:
-    """An image (mode RGB) and its raw label (mode L, the same size), or None where there is no label."""
+class RawItem(NamedTuple):
+    """An RGB image and its raw label (mode L, same size), or None if it has no label."""
 
     image: Image.Image
     label: Image.Image | None
 
 
 class Source(ABC):
-    """The images of one split.
+    """Raw images and labels of one split.
 
     Attributes:
+        rule: (256,) int64, raw label value -> class; see `class_rule`.
         labelled: whether any item has a label.
-        rule: (256,) int64, class of each raw label value, -1 = ignore, `INVALID` = the rule knows it not.
-        cropped: whether the items are crops that were prepared.
-        official: number of items that the split officially has, where that is known.
+        official_size: number of items in the official split, if known.
     """
 
-    labelled: bool = True
     rule: np.ndarray
-    cropped: bool = False
-    official: int | None = None
+    labelled: bool = True
+    official_size: int | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def read(self, index: int) -> RawItem:
-        """The raw item."""
+        """Reads an item."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call the item in an error."""
+        """The image file of an item, or a name for error messages."""
 
     def label_path(self, index: int) -> Path | None:
-        """The file of the item's label, where there is one."""
+        """The label file of an item, if it has one."""
         return None
 
-    def place(self, index: int) -> int:
-        """The item's place in the whole split, which differs from `index` where items were left out."""
+    def original_index(self, index: int) -> int:
+        """Index in the complete split; only a `Subset` differs from `index`."""
         return index
 
-    def stamp(self, index: int) -> str:
-        """Names, sizes and times of change of the item's files: what a cache is held against."""
-        words = []
-        for path in (self.name(index), self.label_path(index)):
-            words.append(str(path))
-            try:
-                status = Path(path or "").stat()
-            except OSError:
-                continue
-            words.append(f"{status.st_size} {status.st_mtime_ns}")
-        return " ".join(words)
+    def digest(self) -> str:
+        """SHA-256 of the label rule and of each file's name, size and modification time."""
+        digest = hashlib.sha256(repr((self.labelled, self.rule.tolist())).encode())
+        for index in range(len(self)):
+            for path in filter(None, (self.name(index), self.label_path(index))):
+                digest.update(str(path).encode())
+                if os.path.isfile(path):
+                    status = os.stat(path)
+                    digest.update(f" {status.st_size} {status.st_mtime_ns} ".encode())
+        return digest.hexdigest()
 
 
-def class_rule(mapping: dict[int, int], *, other: int = IGNORE) -> np.ndarray:
-    """A rule (256,) int64 from raw value to class; `other` for all values that are not named."""
-    rule = np.full(256, other, dtype=np.int64)
-    for raw, class_id in mapping.items():
-        rule[raw] = class_id
+def class_rule(mapping: dict[int, int], *, ignored: Iterable[int] | None = None) -> np.ndarray:
+    """The class of each raw label value, (256,) int64.
+
+    Args:
+        mapping: raw value -> class.
+        ignored: raw values to ignore, in which case all others are errors; None ignores all others.
+    """
+    rule = np.full(256, IGNORE if ignored is None else INVALID, dtype=np.int64)
+    rule[list(ignored or ())] = IGNORE
+    rule[list(mapping)] = list(mapping.values())
     return rule
 
 
 class FileSource(Source):
-    """A split whose items are an image file and, where there is one, a label file each.
+    """A split of image files and label files.
 
     Args:
         images: image files.
-        targets: the label file of each, or None.
+        targets: the label file of each image, or None.
         rule: see `Source`.
     """
 
@@ -105,109 +107,96 @@ class FileSource(Source):
         return len(self.images)
 
     def read(self, index: int) -> RawItem:
-        """The image and its label, if it has one."""
+        """Reads an image and its label."""
         image, target = open_image(self.images[index]), self.targets[index]
         return RawItem(image, None if target is None else open_label(target, image.size))
 
     def label_path(self, index: int) -> Path | None:
-        """The file of its label."""
+        """The label file."""
         return self.targets[index]
 
     def name(self, index: int) -> str:
-        """The image's file."""
+        """The image file."""
         return str(self.images[index])
 
 
-class Kept(Source):
-    """Some items of another source, in its order.
+class Subset(Source):
+    """The items of another source at `indices`."""
 
-    Args:
-        whole: the other source.
-        places: which of its items.
-    """
-
-    def __init__(self, whole: Source, places: Sequence[int]) -> None:
-        self.whole, self.places = whole, places
-        self.rule, self.labelled, self.cropped = whole.rule, whole.labelled, whole.cropped
+    def __init__(self, whole: Source, indices: Sequence[int]) -> None:
+        self.whole, self.indices = whole, indices
+        self.rule, self.labelled = whole.rule, whole.labelled
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def read(self, index: int) -> RawItem:
-        """The item."""
-        return self.whole.read(self.places[index])
+        """Reads an item."""
+        return self.whole.read(self.indices[index])
 
     def name(self, index: int) -> str:
-        """Its name."""
-        return self.whole.name(self.places[index])
+        """Its name in the other source."""
+        return self.whole.name(self.indices[index])
 
     def label_path(self, index: int) -> Path | None:
-        """The file of its label."""
-        return self.whole.label_path(self.places[index])
+        """Its label file."""
+        return self.whole.label_path(self.indices[index])
 
-    def place(self, index: int) -> int:
-        """Its place in the whole split."""
-        return self.whole.place(self.places[index])
+    def original_index(self, index: int) -> int:
+        """Its index in the complete split."""
+        return self.whole.original_index(self.indices[index])
 
 
-def missing_data(root: str | Path, missing: Sequence[str | Path], *, holds: str, prepare: str) -> UserError:
-    """The error for a data set that is not where the options say.
-
-    Args:
-        root: `dataset.data_path`.
-        missing: files or folders that are not there; the first one is named.
-        holds: what the folder must hold.
-        prepare: what to do, such as the command that fetches it.
-    """
+def missing_data(options: DatasetOptions, missing: Sequence[Path]) -> UserError:
+    """The error for a downloadable data set in which files are missing; names the first."""
+    name = options.data_type.rstrip("0123456789")  # cocostuff27 -> cocostuff
     more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
     return UserError(
-        f"dataset.data_path is {root}: {missing[0]} is missing{more}; the folder must hold {holds}; {prepare}"
+        f"dataset.data_path is {options.data_path}: {missing[0]} is missing{more}; download it with: "
+        f"python dataset/dataset_download.py {name} --root {shlex.quote(options.data_path)} "
+        "(dataset/README.md shows the layout)"
     )
 
 
-def fetch_command(name: str, root: Path) -> str:
-    """The command that fills the folder of a published data set, as a shell takes it.
+def read_ids(options: DatasetOptions, listing: Path) -> list[str]:
+    """The ids in a list file, one per line; raises a UserError if it is missing or empty."""
+    if not listing.is_file():
+        raise missing_data(options, [listing])
+    if not (ids := listing.read_text().split()):
+        raise UserError(f"{listing}: is empty, must hold one id per line; download it again")
+    return ids
 
-    Args:
-        name: what dataset_download.py calls it.
-        root: `dataset.data_path`.
-    """
-    return f"python dataset/dataset_download.py {name} --root {shlex.quote(str(root))}"
 
-
-def not_there(paths: Sequence[Path]) -> list[Path]:
-    """Those of many files that do not exist; each folder is listed once, which is quicker than asking."""
-    listed: dict[Path, set[str]] = {}
-    missing = []
-    for path in paths:
-        if path.parent not in listed:
-            folder = path.parent
-            listed[folder] = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
-        if path.name not in listed[path.parent]:
-            missing.append(path)
-    return missing
+def require_files(options: DatasetOptions, paths: Sequence[Path]) -> None:
+    """Raises a UserError if a file is missing, unless `dataset.skip_damaged` is set."""
+    # listing each folder once is much faster than a stat per file on network disks
+    folders = {path.parent for path in paths}
+    present = {path for folder in folders if folder.is_dir() for path in folder.iterdir()}
+    missing = [path for path in paths if path not in present]
+    if missing and not options.skip_damaged:
+        raise missing_data(options, missing)
 
 
 def classes_of(label: Image.Image, source: Source, index: int) -> np.ndarray:
-    """Classes (H, W) int64, -1 = ignore, of the raw label of item `index`.
+    """Maps the raw label of item `index` to classes, (H, W) int64, 255 = ignore.
 
     Raises:
-        UserError: a value that the data set's rule does not know; names the item.
+        UserError: a value that the source's rule does not allow; names the file.
     """
     raw = np.asarray(label)  # (H, W)
     classes = source.rule[raw]
     if (classes == INVALID).any():
-        values = np.unique(raw[classes == INVALID]).tolist()
+        found = _ranges(np.unique(raw[classes == INVALID]).tolist())
+        allowed = _ranges(np.flatnonzero(source.rule != INVALID).tolist())
         raise UserError(
-            f"{source.label_path(index) or source.name(index)}: the label holds {_ranges(values)}, must hold "
-            f"{_ranges(np.flatnonzero(source.rule != INVALID).tolist())}; mend the label or the number of "
-            "classes"
+            f"{source.label_path(index) or source.name(index)}: the label holds {found}, must hold "
+            f"{allowed}; fix the label or the number of classes"
         )
     return classes
 
 
 def _ranges(values: Sequence[int]) -> str:
-    """Ascending numbers in words: 0 to 5, 7, 255."""
+    """Ascending numbers as text: 0 to 5, 7, 255."""
     runs: list[list[int]] = []
     for value in values:
         if runs and value == runs[-1][-1] + 1:
@@ -218,12 +207,12 @@ def _ranges(values: Sequence[int]) -> str:
 
 
 class Batch(NamedTuple):
-    """One item, or a batch of them with a leading axis.
+    """One item, or a batch of items with a leading axis.
 
     Attributes:
-        inputs: (3, H, W) uint8 image, or (T, D) float16 cached tokens.
-        label: (H, W) int64, -1 = ignore.
-        index: () int64, place in the split.
+        inputs: images (3, H, W) uint8, or the frozen backbone's cached tokens (T, D) float16.
+        label: (H, W) int64, 255 = ignore.
+        index: () int64, index in the split.
     """
 
     inputs: Tensor
@@ -232,17 +221,17 @@ class Batch(NamedTuple):
 
     @property
     def image(self) -> Tensor | None:
-        """The image, or None if the tokens are cached."""
+        """The images, or None if the inputs are cached tokens."""
         return self.inputs if self.inputs.dtype == torch.uint8 else None
 
 
 class SegmentationDataset(Dataset):
     """Items of a source at one resolution.
 
-    An item is asked for by (epoch, index), so that a random crop is a function of seed, epoch and index.
+    Items are indexed by (epoch, index), so that a random crop depends on seed, epoch and index alone.
 
     Args:
-        source: where raw items come from.
+        source: raw items.
         geometry: resize and crop.
         seed: of random crops.
     """

@@ -1,6 +1,6 @@
 """Cityscapes (Cordts et al., CVPR 2016), fine annotations, 27 classes: official labelId - 7, others ignored.
 
-Layout below data_path, as torchvision reads it: leftImg8bit/<split>/<city>/*_leftImg8bit.png and
+Layout of data_path, as in torchvision: leftImg8bit/<split>/<city>/*_leftImg8bit.png and
 gtFine/<split>/<city>/*_gtFine_labelIds.png.
 """
 
@@ -10,17 +10,13 @@ from pathlib import Path
 
 from torchvision.datasets import Cityscapes as TorchvisionCityscapes
 
-from dataset.base import INVALID, FileSource, class_rule, fetch_command, missing_data, not_there
+from dataset.base import FileSource, class_rule, missing_data, require_files
 from utils.config.options import DatasetOptions
-from utils.vision.labels import IGNORE, LabelSpace
+from utils.vision.labels import LabelSpace
 
 FIRST_ID, LAST_ID = 7, 33
 IGNORED_IDS = (*range(FIRST_ID), 255)
 OFFICIAL_SIZES = {"train": 2975, "val": 500}
-HOLDS = (
-    "leftImg8bit/<split>/<city>/*_leftImg8bit.png and gtFine/<split>/<city>/*_gtFine_labelIds.png, as "
-    "unpacked from leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip"
-)
 OFFICIAL = {kind.id: kind for kind in TorchvisionCityscapes.classes if FIRST_ID <= kind.id <= LAST_ID}
 
 
@@ -31,31 +27,18 @@ def labels(options: DatasetOptions) -> LabelSpace:
 
 
 class Cityscapes(FileSource):
-    """One split of Cityscapes.
-
-    Args:
-        options: `dataset.*`.
-        split: "train" or "val".
-
-    Raises:
-        UserError: the split holds no image, or, unless damaged files are to be left out, a label is not
-            there.
-    """
+    """One split, "train" or "val"; raises a UserError if it has no image or a label is missing."""
 
     def __init__(self, options: DatasetOptions, split: str) -> None:
-        root = Path(options.data_path)
-        prepare = f"say what to fetch, and unpack it: {fetch_command('cityscapes', root)}"
-        images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+        folder, label_folder = (Path(options.data_path, name, split) for name in ("leftImg8bit", "gtFine"))
+        images = sorted(folder.glob("*/*_leftImg8bit.png"))
+        if not images:
+            raise missing_data(options, [folder / "<city>/*_leftImg8bit.png"])
         targets = [
-            root / "gtFine" / split / path.parent.name / path.name.replace("_leftImg8bit", "_gtFine_labelIds")
+            label_folder / path.parent.name / path.name.replace("_leftImg8bit", "_gtFine_labelIds")
             for path in images
         ]
-        missing = (
-            not_there(targets) if images else [root / "leftImg8bit" / split / "<city>/*_leftImg8bit.png"]
-        )
-        if missing and not (images and options.skip_damaged):
-            raise missing_data(root, missing, holds=HOLDS, prepare=prepare)
+        require_files(options, targets)
         classes = {label_id: label_id - FIRST_ID for label_id in OFFICIAL}
-        rule = class_rule(classes | dict.fromkeys(IGNORED_IDS, IGNORE), other=INVALID)
-        super().__init__(images, targets, rule=rule)
-        self.official = OFFICIAL_SIZES[split]
+        super().__init__(images, targets, rule=class_rule(classes, ignored=IGNORED_IDS))
+        self.official_size = OFFICIAL_SIZES[split]

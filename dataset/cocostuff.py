@@ -1,17 +1,16 @@
 """COCO-Stuff (Caesar et al., CVPR 2018) with 27 coarse, 15 stuff or 3 classes.
 
-Layout below data_path: curated/<split>/<list>.txt, images/<split>/<id>.jpg, annotations/<split>/<id>.png with
-split train2017 or val2017; annotations hold fine ids 0..181 and 255 = ignore.
+Layout of data_path: curated/<split>/<list>.txt, images/<split>/<id>.jpg, annotations/<split>/<id>.png, with
+split train2017 or val2017; annotations hold fine ids 0 to 181 and 255 = ignore.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from dataset.base import INVALID, FileSource, class_rule, fetch_command, missing_data, not_there
+from dataset.base import FileSource, class_rule, read_ids, require_files
 from utils.config.options import DatasetOptions
-from utils.errors import UserError
-from utils.vision.labels import IGNORE, LabelSpace
+from utils.vision.labels import LabelSpace
 
 NAMES = (
     *("electronic", "appliance", "food (thing)", "furniture (thing)", "indoor", "kitchen", "accessory"),
@@ -40,11 +39,10 @@ LISTS = {
 }
 IGNORED_ID = 255
 OFFICIAL_SIZES = {("cocostuff27", "val"): 2175, ("cocostuff15", "val"): 2175}
-HOLDS = "curated/<split>/<list>.txt, images/<split>/<id>.jpg and annotations/<split>/<id>.png of COCO-Stuff"
 
 
 def coarse_rule(data_type: str) -> dict[int, int]:
-    """Class of each fine id; ids that are not in it are ignored."""
+    """Class of each fine id; ids without a class are ignored."""
     coarse = dict(enumerate(COARSE_OF_FINE))
     if data_type == "cocostuff27":
         return coarse
@@ -61,32 +59,15 @@ def labels(options: DatasetOptions) -> LabelSpace:
 
 
 class CocoStuff(FileSource):
-    """One split of COCO-Stuff.
-
-    Args:
-        options: `dataset.*`.
-        split: "train" or "val".
-
-    Raises:
-        UserError: the curated list is missing or empty, or, unless damaged files are to be left out, a file
-            that it names is not there.
-    """
+    """One split, "train" or "val"; raises a UserError if the list or a file that it names is missing."""
 
     def __init__(self, options: DatasetOptions, split: str) -> None:
         root, folder = Path(options.data_path), f"{split}2017"
         listing = root / "curated" / folder / LISTS[options.data_type, split]
-        prepare = f"fetch it with: {fetch_command('cocostuff', root)}"
-        if not listing.is_file():
-            raise missing_data(root, [listing], holds=HOLDS, prepare=prepare)
-        ids = listing.read_text().split()
-        if not ids:
-            raise UserError(f"{listing}: names no image, must hold one id a line; {prepare}")
+        ids = read_ids(options, listing)
         images = [root / "images" / folder / f"{name}.jpg" for name in ids]
         targets = [root / "annotations" / folder / f"{name}.png" for name in ids]
-        missing = not_there([*images, *targets])
-        if missing and not options.skip_damaged:
-            raise missing_data(root, missing, holds=HOLDS, prepare=prepare)
-        ignored = dict.fromkeys((*range(len(COARSE_OF_FINE)), IGNORED_ID), IGNORE)
-        rule = class_rule(ignored | coarse_rule(options.data_type), other=INVALID)
-        super().__init__(images, targets, rule=rule)
-        self.official = OFFICIAL_SIZES.get((options.data_type, split))
+        require_files(options, [*images, *targets])
+        ignored = (*range(len(COARSE_OF_FINE)), IGNORED_ID)
+        super().__init__(images, targets, rule=class_rule(coarse_rule(options.data_type), ignored=ignored))
+        self.official_size = OFFICIAL_SIZES.get((options.data_type, split))

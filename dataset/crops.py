@@ -1,32 +1,28 @@
-"""Five crops of each train image: from the prepared folder, or cut on the fly."""
+"""Five crops of each train image, prepared as files or cut on the fly."""
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
-from dataset.base import INVALID, FileSource, RawItem, Source, class_rule
+from dataset.base import FileSource, RawItem, Source, class_rule
 from utils.errors import UserError
-from utils.files import read_json_object
 from utils.training.randomness import derived_seed
-from utils.vision.labels import IGNORE
 from utils.vision.transforms import center_box
 
 CROPS = 5
 CROPS_FOLDER = "cropped"  # below data_path, of prepared crops
-RECORD = "crops.json"  # in a prepared folder, of what made it; one of the published code has none
 Box = tuple[int, int, int, int]
 
 
 def crop_boxes(size: tuple[int, int], ratio: float, kind: str, index: int) -> list[Box]:
-    """The five (left, top, right, bottom) of an image.
+    """The five crop boxes (left, top, right, bottom) of an image.
 
     Args:
         size: (W, H) of the image.
-        ratio: size of a crop as a share of each side.
-        kind: "five": top left, top right, bottom left, bottom right, centre. "random": offsets from SHA-256
-            of (index, k), read as 63-bit numbers, modulo the number of places.
-        index: the image's place in its split.
+        ratio: size of a crop as a fraction of each side.
+        kind: "five" is top left, top right, bottom left, bottom right, centre; "random" takes offsets from
+            SHA-256 of (index, k), a 63-bit number modulo the number of positions.
+        index: index of the image in its complete split.
     """
     width, height = size
     w, h = max(1, int(width * ratio)), max(1, int(height * ratio))
@@ -58,23 +54,23 @@ class CropSource(Source):
         return CROPS * len(self.whole)
 
     def read(self, index: int) -> RawItem:
-        """The whole image and label, cut to the crop."""
+        """Reads an image and its label and crops both."""
         raw = self.whole.read(index // CROPS)
-        place = self.whole.place(index // CROPS)
-        box = crop_boxes(raw.image.size, self.ratio, self.kind, place)[index % CROPS]
+        original = self.whole.original_index(index // CROPS)
+        box = crop_boxes(raw.image.size, self.ratio, self.kind, original)[index % CROPS]
         return RawItem(raw.image.crop(box), None if raw.label is None else raw.label.crop(box))
 
     def name(self, index: int) -> str:
         """The image's name and the crop's number."""
         return f"{self.whole.name(index // CROPS)} (crop {index % CROPS})"
 
-    def stamp(self, index: int) -> str:
-        """The image's stamp and which crop of it."""
-        return f"{self.whole.stamp(index // CROPS)} {self.kind} {self.ratio} {index % CROPS}"
+    def digest(self) -> str:
+        """That of the images, and the crops."""
+        return f"{self.whole.digest()} {self.kind} {self.ratio}"
 
 
 def prepared_folder(data_path: Path, data_type: str, kind: str, ratio: float) -> Path:
-    """Where the published layout keeps prepared crops."""
+    """The folder of prepared crops in the published layout."""
     return data_path / CROPS_FOLDER / f"{data_type}_{kind}_crop_{ratio}"
 
 
@@ -87,20 +83,10 @@ class PreparedCrops(FileSource):
         n_classes: of the data set.
 
     Raises:
-        UserError: the folder holds no crop, or its record says that not all are written.
+        UserError: the folder contains no crop.
     """
 
-    cropped = True
-
     def __init__(self, folder: Path, split: str, n_classes: int) -> None:
-        record = folder / RECORD
-        if record.is_file() and read_json_object(record).get("complete") is not True:
-            data_path = shlex.quote(str(folder.parent.parent))
-            raise UserError(
-                f"{folder}: its crops are not complete ({RECORD} says so); go on with: python "
-                f"dataset/crop_datasets.py --opt <option file> --data_path {data_path}; or remove the folder "
-                "to cut them on the fly"
-            )
         images = sorted(
             (path for path in (folder / "img" / split).glob("*.jpg") if path.stem.isdecimal()),
             key=lambda path: int(path.stem),
@@ -111,4 +97,4 @@ class PreparedCrops(FileSource):
         labelled = labels.is_dir()  # asked once: there are five crops an image
         targets = [labels / f"{path.stem}.png" if labelled else None for path in images]
         classes = {class_id + 1: class_id for class_id in range(n_classes)}
-        super().__init__(images, targets, rule=class_rule({0: IGNORE} | classes, other=INVALID))
+        super().__init__(images, targets, rule=class_rule(classes, ignored=[0]))

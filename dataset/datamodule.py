@@ -1,118 +1,124 @@
-"""Loaders: batches that are a function of seed and step, and the sizes of train and evaluation batches."""
+"""The data module: opens the splits of a data set and builds their loaders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from pytorch_lightning import LightningDataModule
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from dataset.base import SegmentationDataset, Source
-from dataset.crop_files import CropPlan, read_record
-from dataset.crops import RECORD, CropSource, PreparedCrops, prepared_folder
+from dataset.crops import CROPS, CropSource, PreparedCrops, prepared_folder
 from dataset.samplers import EvaluationBatchSampler, TrainBatchSampler
-from dataset.token_cache import TokenDataset, cached
+from dataset.token_cache import Encoder, TokenDataset, cache_tokens
 from dataset.verify import check_splits
-from utils.config.options import WITHOUT_FOLDER, DatasetOptions, Options
+from utils.config.options import DatasetOptions, Options
 from utils.errors import UserError
-from utils.files import TOKENS_FOLDER, make_folder
-from utils.training.launch import planned_world_size
 from utils.vision.labels import LabelSpace
 from utils.vision.transforms import Geometry
 
 
 @dataclass(frozen=True)
 class DataSetKind:
-    """A data set as the registry holds it.
-
-    Attributes:
-        labels: from `dataset.*` to its classes.
-        source: from `dataset.*` and a split to its items.
-        cropped: whether `dataset.crop_type` acts on it.
-    """
+    """A registered data set: its classes and, by split, its items."""
 
     labels: Callable[[DatasetOptions], LabelSpace]
     source: Callable[[DatasetOptions, str], Source]
-    cropped: bool = True
+    cropped: bool = True  # whether `dataset.crop_type` applies
 
 
-class SegmentationData(LightningDataModule):
-    """Train and validation data of a run; opened at once, so that a mistake shows before weights load.
+class SegmentationDataModule(LightningDataModule):
+    """Train and validation data of a run; `dataset.build_data` makes one.
 
     Args:
         options: all options.
-        kind: the entry of the registry that `dataset.data_type` names.
-        train: whether train data is wanted (evaluation needs none).
-
-    Attributes:
-        damaged: what is wrong with each item that was left out.
+        kind: registry entry of `dataset.data_type`.
+        train_set: train items; None if there is only an evaluation.
+        validation_set: validation items, possibly none.
+        damaged: one error message per item that was skipped.
 
     Raises:
-        UserError: the data is not where the options say, damaged (where that is checked), or has fewer
-            train items than a batch.
+        UserError: there are fewer train items than a batch.
     """
 
-    def __init__(self, options: Options, kind: DataSetKind, *, train: bool = True) -> None:
+    def __init__(
+        self,
+        options: Options,
+        kind: DataSetKind,
+        *,
+        train_set: SegmentationDataset | TokenDataset | None,
+        validation_set: SegmentationDataset | TokenDataset,
+        damaged: Sequence[str] = (),
+    ) -> None:
         super().__init__()
-        self.options, self.kind = options, kind
-        chosen = options.dataset
-        self.labels: LabelSpace = kind.labels(chosen)
-        sources = {"train": train_source(chosen, kind, self.labels.n_classes)} if train else {}
-        sources["val"] = kind.source(chosen, "val")
-        for split, source in sources.items():
-            if source.official not in (None, len(source)):
-                print(f"{split}: {len(source):,} images; the official split has {source.official:,}")
-        self.damaged: tuple[str, ...] = ()
-        if chosen.check_files or chosen.skip_damaged:
-            checked = check_splits(sources, skip=chosen.skip_damaged, workers=options.dataloader.num_workers)
-            sources = {split: found.source for split, found in checked.items()}
-            self.damaged = tuple(line for found in checked.values() for line in found.damaged)
-        self.validation_set: SegmentationDataset | TokenDataset = SegmentationDataset(
-            sources["val"], Geometry(chosen.val_res, "center", chosen.interpolation)
-        )
-        self.train_set: SegmentationDataset | TokenDataset | None = None
-        if train:
-            geometry = Geometry(chosen.res, chosen.loader_crop_type, chosen.interpolation)
-            items = cut_on_the_fly(chosen, kind, sources["train"])
-            self.train_set = SegmentationDataset(items, geometry, seed=options.train.seed)
+        self.options, self.kind, self.damaged = options, kind, tuple(damaged)
+        self.labels: LabelSpace = kind.labels(options.dataset)
+        self.train_set, self.validation_set = train_set, validation_set
+        if train_set is not None:
             self._check_batch()
 
-    def keep_tokens(self, encode: Callable[[Tensor], Tensor], *, backbone: Any, precision: str) -> None:
-        """Replaces the images of both splits by their tokens, as `dataset.cache_features` says.
+    @classmethod
+    def from_options(
+        cls, options: Options, kind: DataSetKind, *, train: bool = True
+    ) -> SegmentationDataModule:
+        """Opens the data at once, so that mistakes show before weights are loaded.
 
         Args:
-            encode: images (B, 3, H, W) uint8 to tokens (B, T, D).
-            backbone: has `token_shape(res)` and `digest()`.
-            precision: that `encode` computes in.
+            options: all options.
+            kind: registry entry of `dataset.data_type`.
+            train: whether to open the train split too; an evaluation needs none.
+
+        Raises:
+            UserError: the data is missing or, if checked, damaged, or has fewer train items than a batch.
         """
-        chosen = self.options.dataset
-        folder = Path(self.options.output_dir) / TOKENS_FOLDER if chosen.cache_features == "disk" else None
-        about = {"weights": backbone.digest(), "precision": precision}
+        chosen, damaged = options.dataset, []
+        whole, to_crop = open_train(chosen, kind) if train else (None, False)
+        sources = {} if whole is None else {"train": whole}
+        sources["val"] = kind.source(chosen, "val")
+        for split, source in sources.items():
+            if source.official_size not in (None, len(source)):
+                print(f"{split}: {len(source):,} images; the official split has {source.official_size:,}")
+        if chosen.check_files or chosen.skip_damaged:
+            workers = options.dataloader.num_workers
+            sources, damaged = check_splits(sources, skip=chosen.skip_damaged, workers=workers)
+        train_set = None
+        if train:
+            whole = sources["train"]
+            items = CropSource(whole, chosen.crop_ratio, chosen.crop_type) if to_crop else whole
+            geometry = Geometry(chosen.res, chosen.loader_crop_type, chosen.interpolation)
+            train_set = SegmentationDataset(items, geometry, seed=options.train.seed)
+        geometry = Geometry(chosen.val_res, "center", chosen.interpolation)
+        validation_set = SegmentationDataset(sources["val"], geometry)
+        return cls(options, kind, train_set=train_set, validation_set=validation_set, damaged=damaged)
 
-        def tokens_of(items: SegmentationDataset, split: str) -> TokenDataset:
-            return cached(
-                items,
-                encode,
-                shape=backbone.token_shape(items.geometry.res),
-                folder=folder,
-                about=about,
-                batch_size=self.options.dataloader.val_batch_size,
-                workers=self.options.dataloader.num_workers,
-                split=split,
-            )
+    def with_tokens(self, encode: Encoder, *, backbone: Any, precision: str) -> SegmentationDataModule:
+        """The same data with cached tokens in place of images, as `dataset.cache_features` asks.
 
-        shared = folder is not None and planned_world_size(self.options.trainer) > 1
-        with FileLock(make_folder(folder.parent) / f".{folder.name}.lock") if shared else nullcontext():
-            self.train_set = tokens_of(self.train_set, "train")  # the first process computes, others read
-            if len(self.validation_set):
-                self.validation_set = tokens_of(self.validation_set, "val")
+        Args:
+            encode: images (B, 3, H, W) uint8 -> tokens (B, T, D).
+            backbone: has `token_shape(res)` and `digest()`.
+            precision: of `encode`.
+        """
+        model = {"weights": backbone.digest(), "precision": precision}
+
+        def cached(items: SegmentationDataset, split: str) -> SegmentationDataset | TokenDataset:
+            if not len(items):
+                return items
+            shape = backbone.token_shape(items.geometry.res)
+            return cache_tokens(items, encode, self.options, split=split, shape=shape, model=model)
+
+        return SegmentationDataModule(
+            self.options,
+            self.kind,
+            train_set=cached(self.train_set, "train"),
+            validation_set=cached(self.validation_set, "val"),
+            damaged=self.damaged,
+        )
 
     def _check_batch(self) -> None:
         items, batch = len(self.train_set), self.options.dataloader.batch_size
@@ -132,12 +138,12 @@ class SegmentationData(LightningDataModule):
 
     @property
     def train_labelled(self) -> bool:
-        """Whether train items have labels, so that the linear probe can be trained."""
+        """Whether train items have labels for the linear probe."""
         return self.train_set is not None and self.train_set.source.labelled
 
     @property
     def validation_labelled(self) -> bool:
-        """Whether the validation split has images with labels, so that metrics exist."""
+        """Whether validation items have labels to compute metrics from."""
         return len(self.validation_set) > 0 and self.validation_set.source.labelled
 
     def example_split(self) -> SegmentationDataset:
@@ -165,7 +171,7 @@ class SegmentationData(LightningDataModule):
 
     def _loader(self, dataset: SegmentationDataset | TokenDataset, batches: Sampler) -> DataLoader:
         in_memory = isinstance(dataset, TokenDataset) and self.options.dataset.cache_features == "ram"
-        workers = 0 if in_memory else self.options.dataloader.num_workers  # nothing is left to decode
+        workers = 0 if in_memory else self.options.dataloader.num_workers
         return DataLoader(
             dataset,
             num_workers=workers,
@@ -175,45 +181,38 @@ class SegmentationData(LightningDataModule):
         )
 
 
-def train_source(options: DatasetOptions, kind: DataSetKind, n_classes: int) -> Source:
-    """The train split: prepared crops where they are wanted and their folder is there, else whole images."""
-    if options.crop_type is not None and not kind.cropped:
-        print(
-            f"dataset.crop_type is {options.crop_type}: ignored, {options.data_type} trains on whole images"
-        )
-    elif options.crop_type is not None and options.data_type not in WITHOUT_FOLDER:
-        folder = prepared_folder(
-            Path(options.data_path), options.data_type, options.crop_type, options.crop_ratio
-        )
-        if folder.is_dir():
-            crops = PreparedCrops(folder, "train", n_classes)
-            check_origin(folder, options, kind)
-            print(f"train crops: {len(crops)} in {folder}")
-            return crops
-    return kind.source(options, "train")
+def open_train(options: DatasetOptions, kind: DataSetKind) -> tuple[Source, bool]:
+    """The train split, and whether to cut crops from its images: prepared crops are used if they exist."""
+    if options.crop_type is None or not kind.cropped:
+        if options.crop_type is not None:
+            unused = f"dataset.crop_type is {options.crop_type}: ignored"
+            print(f"{unused}, {options.data_type} trains on whole images")
+        return kind.source(options, "train"), False
+    folder = prepared_folder(
+        Path(options.data_path), options.data_type, options.crop_type, options.crop_ratio
+    )
+    if folder.is_dir():
+        crops = PreparedCrops(folder, "train", kind.labels(options).n_classes)
+        check_all_prepared(crops, folder, options, kind)
+        print(f"train crops: {len(crops)} in {folder}")
+        return crops, False
+    print(f"train crops: {options.crop_type}, ratio {options.crop_ratio}, cut on the fly")
+    return kind.source(options, "train"), True
 
 
-def check_origin(folder: Path, options: DatasetOptions, kind: DataSetKind) -> None:
-    """Holds the record of prepared crops, if they have one, against the images that are there now.
+def check_all_prepared(crops: Source, folder: Path, options: DatasetOptions, kind: DataSetKind) -> None:
+    """Compares the number of prepared crops with that of the whole images, if these exist.
 
     Raises:
-        UserError: they were made from others.
+        UserError: some crops are missing, or they were cut from other images.
     """
-    if not (folder / RECORD).is_file():
-        return
     try:
-        source = kind.source(options, "train")
-    except UserError:  # the whole images were cleared away
+        expected = CROPS * len(kind.source(options, "train"))
+    except UserError:  # the whole images were removed
         return
-    read_record(CropPlan.of(source, options))
-
-
-def cut_on_the_fly(options: DatasetOptions, kind: DataSetKind, source: Source) -> Source:
-    """Five crops an image where `crop_type` asks for them and they are not prepared.
-
-    The boxes are those of prepared crops; the second JPEG pass is missing.
-    """
-    if options.crop_type is None or not kind.cropped or source.cropped:
-        return source
-    print(f"train crops: {options.crop_type}, ratio {options.crop_ratio}, cut on the fly")
-    return CropSource(source, options.crop_ratio, options.crop_type)
+    if len(crops) > expected or (len(crops) < expected and not options.skip_damaged):
+        raise UserError(
+            f"{folder}: contains {len(crops):,} crops, must contain {expected:,} (five per train image); "
+            "write the missing ones with: python dataset/crop_datasets.py --opt <option file> --data_path "
+            f"{shlex.quote(options.data_path)}; or remove the folder to cut them during training"
+        )

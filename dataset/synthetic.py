@@ -1,7 +1,7 @@
-"""Procedural scenes: regions told apart by texture, whose colours say nothing. No file, no network.
+"""Procedural scenes whose classes differ in texture, not in colour; needs no files.
 
-Each scene is a Voronoi-like partition with wavy borders; each region has one of seven textures in two random
-colours, with random phase, jittered period and shading, all a function of (split, index).
+Each scene is a Voronoi-like partition with wavy borders. Each region has one of seven textures in two random
+colours, with random phase, period and shading; a scene depends on (split, index) alone.
 """
 
 from __future__ import annotations
@@ -27,12 +27,7 @@ def labels(options: DatasetOptions) -> LabelSpace:
 
 
 class Synthetic(Source):
-    """One split of procedural scenes.
-
-    Args:
-        options: `dataset.*`; a scene is made at the side it is used at, so that no texture is resampled.
-        split: "train" or "val".
-    """
+    """One split, "train" or "val"; scenes have the size at which they are used, so nothing is resampled."""
 
     def __init__(self, options: DatasetOptions, split: str) -> None:
         self.split = split
@@ -45,7 +40,7 @@ class Synthetic(Source):
         return self.count
 
     def read(self, index: int) -> RawItem:
-        """Scene `index`."""
+        """Draws a scene."""
         rng = np.random.default_rng(derived_seed(0, "scene", self.split, index))
         regions = _regions(self.side, rng)  # (S, S), region ids
         image = np.zeros((self.side, self.side, 3))
@@ -64,7 +59,7 @@ class Synthetic(Source):
 
 
 def _regions(side: int, rng: np.random.Generator) -> np.ndarray:
-    """Nearest of five seeds after a wavy warp, (S, S)."""
+    """(S, S) index of the nearest of five seeds after a wavy warp."""
     y, x = np.mgrid[:side, :side] / side
     waves = rng.uniform(1, 3, 2), rng.uniform(0, 2 * np.pi, 2)
     warped_x = x + 0.05 * np.sin(2 * np.pi * waves[0][0] * y + waves[1][0])
@@ -74,7 +69,7 @@ def _regions(side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _paint(texture: str, y: np.ndarray, x: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """A texture at pixels (y, x), (P,) each, in two random colours of distinct lightness; (P, 3)."""
+    """(P, 3) colours of a texture at pixels (y, x), (P,) each: a random dark and a random light colour."""
     pattern = _pattern(texture, y, x, rng)[:, None]  # (P, 1) in [0, 1]
     values = rng.uniform(0.1, 0.3), rng.uniform(0.75, 0.95)  # dark, light
     colours = [np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, 0.6), value)) for value in values]

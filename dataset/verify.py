@@ -1,34 +1,20 @@
-"""Reading every file once before a run: what is damaged stops it there, or is left out and listed."""
+"""Reads every file before a run (--check), to report damaged items or skip them (dataset.skip_damaged)."""
 
 from __future__ import annotations
-
-import hashlib
-from dataclasses import dataclass
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset.base import Kept, Source, classes_of
+from dataset.base import Source, Subset, classes_of
 from utils.errors import UserError, listed
 
-CHUNK = 16  # items that a worker reads at a time
+CHUNK = 16  # items per worker and batch
+
+_results: dict[str, list[str]] = {}  # by digest: the runs of a sweep check the same files once
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A split after the check.
-
-    Attributes:
-        source: the split, without its damaged items.
-        damaged: what is wrong with each item that was left out, in the order of the split.
-    """
-
-    source: Source
-    damaged: tuple[str, ...] = ()
-
-
-class _Findings(Dataset):
-    """Item -> what is wrong with it, '' where nothing is."""
+class _Messages(Dataset):
+    """The error message of each item, "" if it is sound."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -46,53 +32,49 @@ class _Findings(Dataset):
         return ""
 
 
-def check_splits(sources: dict[str, Source], *, skip: bool, workers: int) -> dict[str, Checked]:
+def check_splits(
+    sources: dict[str, Source], *, skip: bool, workers: int
+) -> tuple[dict[str, Source], list[str]]:
     """Reads every image and label of some splits, with a progress bar.
 
     Args:
         sources: split -> its items.
-        skip: whether damaged items are left out (`dataset.skip_damaged`) or are an error.
-        workers: processes that read.
+        skip: leave damaged items out instead of raising an error.
+        workers: number of reading processes.
+
+    Returns:
+        The splits without damaged items, and one error message per damaged item.
 
     Raises:
-        UserError: some are damaged and `skip` is false, or all of a split are; names them.
+        UserError: items are damaged and `skip` is false, or a split has no sound item.
     """
-    found = {split: _findings(source, split=split, workers=workers) for split, source in sources.items()}
-    lines = [line for findings in found.values() for line in findings if line]
-    number = f"{len(lines)} of {sum(map(len, found.values()))} items are damaged"
-    if lines and not skip:
-        hint = "mend or remove them, or leave them out with dataset.skip_damaged=true"
-        raise UserError(listed(f"{number}; {hint}", lines))
-    for split, findings in found.items():
-        if findings and all(findings):
-            raise UserError(listed(f"all {len(findings)} {split} items are damaged", findings))
-    if lines:
-        print(listed(f"{number} and left out (dataset.skip_damaged)", lines))
-    return {split: _without(source, found[split]) for split, source in sources.items()}
+    messages = {split: _check(source, split, workers) for split, source in sources.items()}
+    damaged = [line for lines in messages.values() for line in lines if line]
+    if not damaged:
+        return sources, []
+    count = f"{len(damaged)} of {sum(map(len, messages.values()))} items are damaged"
+    if not skip:
+        hint = "fix or remove them, or skip them with dataset.skip_damaged=true"
+        raise UserError(listed(f"{count}; {hint}", damaged))
+    for split, lines in messages.items():
+        if lines and all(lines):
+            raise UserError(listed(f"all {len(lines)} {split} items are damaged", lines))
+    print(listed(f"{count} and skipped (dataset.skip_damaged)", damaged))
+    return {split: _sound(source, messages[split]) for split, source in sources.items()}, damaged
 
 
-def _without(source: Source, findings: tuple[str, ...]) -> Checked:
-    kept = [index for index, finding in enumerate(findings) if not finding]
-    if len(kept) == len(findings):
-        return Checked(source)
-    return Checked(Kept(source, kept), tuple(filter(None, findings)))
+def _sound(source: Source, messages: list[str]) -> Source:
+    return Subset(source, [i for i, line in enumerate(messages) if not line]) if any(messages) else source
 
 
-_remembered: dict[str, tuple[str, ...]] = {}  # the runs of a sweep read the same files
-
-
-def _findings(source: Source, *, split: str, workers: int) -> tuple[str, ...]:
-    """What is wrong with each item, '' where nothing is; the same files are read once a process."""
-    digest = hashlib.sha256(repr(source.rule.tolist()).encode())
-    for index in range(len(source)):
-        digest.update(source.stamp(index).encode())
-    key = digest.hexdigest()
-    if key not in _remembered:
-        loader = DataLoader(_Findings(source), CHUNK, num_workers=workers, collate_fn=list)
+def _check(source: Source, split: str, workers: int) -> list[str]:
+    key = source.digest()
+    if key not in _results:
+        loader = DataLoader(_Messages(source), CHUNK, num_workers=workers, collate_fn=list)
         with tqdm(total=len(source), desc=f"checking {split} files", unit="item") as bar:
-            found: list[str] = []
-            for findings in loader:
-                found += findings
-                bar.update(len(findings))
-        _remembered[key] = tuple(found)
-    return _remembered[key]
+            messages = []
+            for lines in loader:
+                messages += lines
+                bar.update(len(lines))
+        _results[key] = messages
+    return _results[key]

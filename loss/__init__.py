@@ -1,7 +1,7 @@
-"""The PPAP loss: `propagation` holds the paper's idea, `contrastive` the term it feeds, `ppap` joins both.
+"""The PPAP loss.
 
-What computes them: `streamed`, matrix products over chunks of anchors; or `fused`, by way of `launch`, the
-Triton kernels of `kernels`. `ranks` makes the batches of several processes one.
+`propagation` is the paper's idea, `contrastive` the loss term of an anchor, `chunked` computes both in chunks
+of anchors, and `ppap` is the module that training calls.
 """
 
 from loss.ppap import PPAPLoss, PPAPLossOutput, ieee_float32

@@ -1,127 +1,95 @@
-"""The loss by matrix products over chunks of anchors: nothing larger than a chunk x N is held."""
+"""Loss and gradient of a batch over chunks of anchors: no tensor is larger than (chunk, N)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from loss.contrastive import BatchSums, anchor_weights, masked_contrastive
-from loss.propagation import Boundaries, Propagation, Proxies, Sets, compare, propagate, select_sets
+from loss.contrastive import anchor_weights, masked_contrastive
+from loss.propagation import Boundaries, Propagation, Sets, compare, propagate, select_sets
 
 
-def chunked_sums(
-    z: Tensor,
-    bank: Tensor,
-    groups: Tensor,
-    *,
-    boundaries: Boundaries,
-    tau: float,
-    operand: torch.dtype,
-    with_grad: bool,
-    rows: int,
-) -> BatchSums:
-    """Propagates every anchor and sums the loss over them.
+class ChunkedLoss:
+    """Sums over the anchors of a batch, and the gradient of the weighted loss.
 
     Args:
         z: projections, (N, D') float32.
         bank: f_j, (N, D) float32, rounded to `operand`.
-        groups: anchors, (groups, A_max) int64, -1 = unused.
-        boundaries: the propagation's coefficients.
+        boundaries: coefficients of the propagation.
         tau: the temperature.
-        operand: of the similarities, float32 or float16.
-        with_grad: whether to fill `grad_z`.
-        rows: anchors held against the N patches at a time.
-    """
-    grad_z = torch.zeros_like(z) if with_grad else None  # (N, D')
-    sums = z.new_zeros(8)
-    how = {"boundaries": boundaries, "tau": tau, "operand": operand, "grad_z": grad_z, "rows": rows}
-    for part in groups.split(max(1, rows // groups.shape[1])):  # (g, A_max)
-        sums += _add_groups(part, z, bank, **how)
-    return BatchSums(sums[:4], grad_z, reached=sums[4:])
-
-
-def _add_groups(
-    groups: Tensor,
-    z: Tensor,
-    bank: Tensor,
-    *,
-    boundaries: Boundaries,
-    tau: float,
-    operand: torch.dtype,
-    grad_z: Tensor | None,
-    rows: int,
-) -> Tensor:
-    """Sums over the anchors of some groups, (8,); adds their gradient to `grad_z` (N, D).
-
-    Both are still to be divided by the weight of all groups. An anchor's weight hangs on how many anchors
-    of its group have a positive, so all are propagated first.
-    """
-    drawn = groups >= 0  # (g, A_max)
-    index = groups.flatten().clamp_min(0)  # (A,)
-    parts = index.chunk(-(-len(index) // rows))  # alike in size: a product with few rows is slow
-    how = {"boundaries": boundaries, "operand": operand, "keep_sets": len(parts) == 1}
-    found = [_find(part, bank, **how) for part in parts]
-    tally = torch.cat([here.tally for here in found])  # (A, 6)
-    weights = anchor_weights(tally[:, 0] > 0, drawn)
-    loss = z.new_zeros(())
-    for here, weight in zip(found, weights.each.split(len(parts[0])), strict=True):
-        sets = here.sets or _select(here.settled, here.index, bank, operand)
-        loss += _add_rows(here.index, z, sets, weight=weight, tau=tau, grad_z=grad_z)
-    sums = (tally * drawn.view(-1, 1)).sum(dim=0)  # (6,)
-    return torch.cat([torch.stack([loss, weights.total.to(z.dtype)]), sums.to(z.dtype)])
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What A anchors have come to. Without `sets` nothing as large as (A, N) is held.
-
-    Attributes:
-        index: the anchors' places in the bank, (A,) int64.
-        settled: where their proxies are.
-        tally: |P|, |{below Psi_T}|, Phi_T, Psi_T, m_1 + ... + m_T and whether P is empty, (A, 6) float64.
-        sets: P and Q; None where they are to be selected again.
+        operand: dtype of the similarities' operands, float32 or float16.
+        chunk_size: anchors that are compared with the N patches at a time.
+        with_grad: whether to accumulate the gradient in `grad_z`, (N, D') float32.
     """
 
-    index: Tensor
-    settled: Proxies
-    tally: Tensor
-    sets: Sets | None
+    def __init__(
+        self,
+        z: Tensor,
+        bank: Tensor,
+        *,
+        boundaries: Boundaries,
+        tau: float,
+        operand: torch.dtype,
+        chunk_size: int,
+        with_grad: bool,
+    ) -> None:
+        self.z, self.bank, self.boundaries = z, bank, boundaries
+        self.tau, self.operand, self.chunk_size = tau, operand, chunk_size
+        self.grad_z = torch.zeros_like(z) if with_grad else None  # (N, D')
 
+    def sums(self, groups: Tensor) -> Tensor:
+        """Adds anchors; (groups, A_max) int64, -1 = unused.
 
-def _find(
-    index: Tensor, bank: Tensor, *, boundaries: Boundaries, operand: torch.dtype, keep_sets: bool
-) -> _Found:
-    """Propagates the anchors at `index` (A,) in the bank (N, D)."""
-    reached = propagate(bank[index], bank, boundaries, operand=operand)
-    sets = select_sets(reached, index)
-    size = sets.positives.sum(dim=1, dtype=torch.int32)  # (A,)
-    phi, psi, moved = reached.phi[:, 0], reached.psi[:, 0], reached.moved[:, 0]
-    tally = torch.stack([t.double() for t in (size, sets.below, phi, psi, moved, size == 0)], dim=1)
-    settled = Proxies(reached.proxies, reached.phi, reached.psi, reached.moved)
-    return _Found(index, settled, tally, sets if keep_sets else None)
+        Returns:
+            (8,) float32: weighted sum of L_i, sum of the weights, |P|, |{below Psi_T}|, Phi_T, Psi_T,
+            m_1 + ... + m_T and the number of anchors without a positive.
+        """
+        sums = self.z.new_zeros(8)
+        for part in groups.split(max(1, self.chunk_size // groups.shape[1])):  # (g, A_max)
+            sums += self._add_groups(part)
+        return sums
 
+    def _add_groups(self, groups: Tensor) -> Tensor:
+        # All anchors are propagated first, as the weights depend on how many of a group have positives.
+        drawn = groups >= 0  # (g, A_max)
+        index = groups.flatten().clamp_min(0)  # (A,)
+        chunks = index.chunk(-(-len(index) // self.chunk_size))  # of equal size: a small product is slow
+        counts, reached = [], []
+        for chunk in chunks:
+            last, sets = self._propagate(chunk)
+            size = sets.positives.sum(dim=1, dtype=torch.int32)  # (a,)
+            counts.append(torch.stack([size, sets.below, size == 0], dim=1))  # (a, 3)
+            reached.append(last)
+        counts = torch.cat(counts)  # (A, 3) int32
+        weights, total = anchor_weights(counts[:, 0] > 0, drawn)
+        loss = self.z.new_zeros(())
+        for chunk, last, weight in zip(chunks, reached, weights.split(len(chunks[0])), strict=True):
+            if len(chunks) > 1:  # the sets of all chunks do not fit into memory
+                similarity = compare(last.proxies, self.bank, self.operand)  # (a, N)
+                sets = select_sets(replace(last, similarity=similarity), chunk)
+            loss += self._add_chunk(chunk, sets, weight)
+        used = drawn.view(-1, 1)  # (A, 1)
+        size, below, alone = (counts * used).sum(dim=0).to(loss.dtype)
+        boundaries = torch.cat([torch.cat([last.phi, last.psi, last.moved], dim=1) for last in reached])
+        phi, psi, moved = (boundaries * used).sum(dim=0)  # no float64: MPS has none
+        return torch.stack([loss, total.to(loss.dtype), size, below, phi, psi, moved, alone])
 
-def _select(settled: Proxies, index: Tensor, bank: Tensor, operand: torch.dtype) -> Sets:
-    """P and Q of the anchors at `index` (A,) by one product, as their proxies are known."""
-    similarity = compare(settled.vectors, bank, operand=operand)  # (A, N)
-    return select_sets(Propagation(settled.vectors, similarity, settled.phi, settled.psi), index)
+    def _propagate(self, index: Tensor) -> tuple[Propagation, Sets]:
+        """The proxies of the anchors at `index` (a,) and their sets; drops the similarities (a, N)."""
+        last = propagate(self.bank[index], self.bank, self.boundaries, operand=self.operand)
+        return replace(last, similarity=None), select_sets(last, index)
 
-
-def _add_rows(
-    index: Tensor, z: Tensor, sets: Sets, *, weight: Tensor, tau: float, grad_z: Tensor | None
-) -> Tensor:
-    """Weighted sum of L_i over the anchors at `index` (A,), (); adds its gradient to `grad_z` (N, D)."""
-    term = masked_contrastive(
-        (z[index] / tau) @ z.T,  # (A, N)
-        sets.positives,
-        kept=sets.positives | sets.negatives,
-        tau=tau,
-        with_slope=grad_z is not None,
-    )
-    if grad_z is not None:
-        slope = term.slope.mul_((weight / tau)[:, None])  # (A, N)
-        grad_z.addmm_(slope.T, z[index])
-        grad_z.index_add_(0, index, slope @ z)
-    return (term.loss * weight).sum()
+    def _add_chunk(self, index: Tensor, sets: Sets, weight: Tensor) -> Tensor:
+        """Weighted sum of L_i over the anchors at `index` (a,); adds its gradient to `grad_z`."""
+        z, tau = self.z, self.tau
+        logits = (z[index] / tau) @ z.T  # (a, N)
+        kept = sets.positives | sets.negatives
+        with_slope = self.grad_z is not None
+        loss, slope = masked_contrastive(logits, sets.positives, kept=kept, tau=tau, with_slope=with_slope)
+        if with_slope:
+            slope.mul_((weight / tau)[:, None])  # (a, N)
+            self.grad_z.addmm_(slope.T, z[index])
+            self.grad_z.index_add_(0, index, slope @ z)
+        return (loss * weight).sum()

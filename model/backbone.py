@@ -15,8 +15,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.official import OfficialBackbone
-
 INTERPOLATE_OFFSET = 0.1  # of the DINO rule: the scale is (h + 0.1) / h0
 
 
@@ -32,7 +30,7 @@ class BackboneSpec:
         native_res: pixels of the square that the stored position embedding belongs to.
         registers: number of register tokens (DINOv2's variants: 4).
         layer_scale: whether the blocks have LayerScale (DINOv2).
-        official: the published weights, or None.
+        published: name of its weights in `model.weights.BACKBONES`, or None.
     """
 
     dim: int
@@ -42,7 +40,7 @@ class BackboneSpec:
     native_res: int
     registers: int = 0
     layer_scale: bool = False
-    official: OfficialBackbone | None = None
+    published: str | None = None
 
 
 class FrozenViT(nn.Module):

@@ -1,4 +1,4 @@
-"""A run as it is watched: tables and pictures for wandb, and report.html beside the run."""
+"""Callbacks that show a run: tables and images in wandb, and report.html in the run's folder."""
 
 from __future__ import annotations
 
@@ -14,224 +14,201 @@ import wandb
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import Logger
 
+from model.evaluator import Prediction
 from model.explain import explain_images
 from model.module import PPAPModule
-from model.results import class_iou, class_maps
-from utils.config.options import Options
+from model.results import ShownImages, class_iou, class_maps
+from utils.config.options import WandbOptions
 from utils.errors import first_line
 from utils.plots.explain_figure import draw_explanation
 from utils.plots.report import NAME, write_report
 from utils.plots.tables import METRICS, STAGES
 from utils.plots.wandb_media import confusion_table, iou_chart, prediction_table
-from utils.training.launch import is_rank_zero
-from utils.training.loggers import attach, close_loggers, wandb_runs
-from utils.training.shown import ShownImages
+from utils.training.loggers import attach, wandb_runs
 from utils.vision.labels import LabelSpace
 
 EXPLANATION = "explanation.png"
 FINAL_FILES = ("metrics.json", NAME)
-FINAL_PICTURES = ("predictions.png", "confusion.png", "class_iou.png")
-TABLES_SHARE, EXPLAIN_SHARE = 0.05, 0.01  # of a run's time that each may take while it trains
-EXPLAIN_SECONDS = 4.0  # what the explanation is taken to cost before it was made
+FINAL_PICTURES = ("predictions.png", "confusion.png", "class_iou.png", EXPLANATION)
+TABLES_SHARE = 0.05  # of the training time that wandb's tables may take
 
 
-class Allowance:
-    """Whether something may be done: its cost is to stay below a share of the time since it was last done.
+class WandbImages(Callback):
+    """Sends tables and images of validations to wandb, and finally the results.
 
-    Args:
-        share: of the time.
-        seconds: what it is taken to cost at first.
-    """
-
-    def __init__(self, share: float, seconds: float) -> None:
-        self.share, self.seconds = share, seconds
-        self.since = time.perf_counter()
-        self.done = 0
-
-    def due(self) -> bool:
-        """Whether it may be done now."""
-        return self.seconds <= self.share * (time.perf_counter() - self.since)
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_exception: object) -> None:
-        self.since = time.perf_counter()
-        self.seconds = self.since - self._start
-        self.done += 1
-
-
-class Dashboard(Callback):
-    """Sends what a validation gave to wandb, and keeps report.html up to date.
-
-    After each validation the page has curves, metrics and IoU per class; its pictures follow at the end,
-    where `finish` is called. Tables for wandb and the explanation of an anchor are made after a validation
-    where that takes at most a share of the time gone by, and in any case when training ends. Of several
-    processes the first alone does so.
+    Tables follow the first validation, the last one, and others as long as they take at most `TABLES_SHARE`
+    of the time.
 
     Args:
-        options: all options.
+        options: wandb's options.
         folder: of the run.
-        shown: images to show; None shows none.
-        loggers: of the run; this ends them.
-        best: the largest sum of metrics of an earlier start.
+        loggers: of the run.
+        shown: validation images to show, those that the module keeps predictions of; None shows none.
+        best: largest sum of metrics before a resume.
     """
 
     def __init__(
         self,
-        options: Options,
+        options: WandbOptions,
         folder: Path,
         *,
-        shown: ShownImages | None,
         loggers: Sequence[Logger],
+        shown: ShownImages | None,
         best: float = float("-inf"),
     ) -> None:
-        self.options, self.folder, self.shown, self.loggers = options, folder, shown, loggers
-        self.labels: LabelSpace | None = None
-        self.best = best
-        self._tables = Allowance(TABLES_SHARE, 0.0)
-        self._explained = Allowance(EXPLAIN_SHARE, EXPLAIN_SECONDS)
-        self._step, self._sent = 0, 0  # of the last validation, and of the last tables
-
-    def on_fit_start(self, trainer: Trainer, pl_module: PPAPModule) -> None:
-        self.labels = pl_module.labels
+        self.options, self.folder, self.shown, self.best = options, folder, shown, best
+        self._runs = wandb_runs(loggers)  # none on other ranks than zero
+        self._predictions: list[Prediction] = []
+        self._step = self._sent_step = 0
+        self._next_tables = 0.0  # time from which tables may be sent again
 
     def on_validation_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
-        """Tables where they are due, the best metrics so far, and the page."""
-        if not is_rank_zero():
+        """Sends the best metrics so far, and tables if they are due."""
+        if self.options.mode == "disabled":
             return
         self._step = pl_module.global_step
-        self._note_best(pl_module)
-        if self._tables.due():
+        self._predictions = pl_module.evaluator.predictions()  # on all ranks
+        self._send_best(pl_module)
+        if time.perf_counter() >= self._next_tables:
             self._send_tables(pl_module)
-        if self._explained.due():
-            self._explain(trainer, pl_module)
-        for logger in self.loggers:
-            logger.save()  # metrics.csv as far as it goes, which the page shows
-        self._write_page(pl_module, steps=trainer.max_epochs * trainer.num_training_batches)
 
     def on_train_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
-        """What was not due before."""
-        if not is_rank_zero():
-            return
-        if self._sent != self._step:
+        """Sends the tables of the last validation."""
+        if self._sent_step != self._step:
             self._send_tables(pl_module)
-        self._explain(trainer, pl_module)
-
-    def finish(self, result: dict[str, Any], *, checkpoint: Path) -> None:
-        """The last page, and for wandb the summary, pictures, files and, where asked for, the checkpoint.
-
-        Args:
-            result: what metrics.json holds.
-            checkpoint: the best.
-        """
-        spent = f"{60 * result['train_hours']:.1f} minutes of training"
-        state = f"{result['images']:,} validation images, {spent}."
-        write_report(self.folder, labels=self.labels, state=f"Finished: {state}", result=result)
-        with going_on():
-            self._send_result(result, checkpoint=checkpoint)
-
-    def _send_result(self, result: dict[str, Any], *, checkpoint: Path) -> None:
-        for opened in wandb_runs(self.loggers):
-            opened.summary.update(summary_of(result))
-            there = [name for name in FINAL_PICTURES if (self.folder / name).exists()]
-            pictures = {Path(name).stem: wandb.Image(str(self.folder / name)) for name in there}
-            opened.log(pictures | {"iters": self._step})
-            attach(opened, self.folder, FINAL_FILES)
-            if self.options.wandb.artifact:
-                opened.log_artifact(checkpoint_artifact(checkpoint, opened.id, result=result))
 
     def close(self) -> None:
-        """Ends the loggers."""
-        close_loggers(self.loggers)
+        """Ends the wandb run, so that the next run of a sweep gets its own."""
+        for run in self._runs:
+            run.finish()
 
-    def _note_best(self, module: PPAPModule) -> None:
-        """Puts the first of the largest sums of metrics, which best.ckpt has too, into wandb's summary."""
+    def finish(self, result: dict[str, Any], *, checkpoint: Path) -> None:
+        """Sends summary, pictures, files and, if `wandb.artifact` is set, the checkpoint.
+
+        Args:
+            result: content of metrics.json.
+            checkpoint: the best.
+        """
+        with errors_as_warnings():
+            for run in self._runs:
+                run.summary.update(summary_of(result))
+                existing = [self.folder / name for name in FINAL_PICTURES if (self.folder / name).exists()]
+                pictures = {path.stem: wandb.Image(str(path)) for path in existing}
+                run.log(pictures | {"iters": result["step"]}, step=run.step + 1)
+                attach(run, self.folder, FINAL_FILES)
+                if self.options.artifact:
+                    run.log_artifact(checkpoint_artifact(checkpoint, run.id, result=result))
+
+    def _send_best(self, module: PPAPModule) -> None:
+        """Updates the summary after the first validation with the largest sum of metrics, as in best.ckpt."""
         metrics = module.last_evaluation.metrics()
         if metrics and sum(metrics.values()) > self.best:
             self.best = sum(metrics.values())
-            for opened in wandb_runs(self.loggers):
-                opened.summary.update(summary_of({"step": self._step, "before_crf": metrics}))
+            for run in self._runs:
+                run.summary.update(summary_of({"step": self._step, "before_crf": metrics}))
 
     def _send_tables(self, module: PPAPModule) -> None:
-        opened = wandb_runs(self.loggers)
-        if not opened:
-            return
-        with self._tables, going_on():
-            for run in opened:
-                run.log(self._tables_of(module) | {"iters": self._step})
-        self._sent = self._step
+        start = time.perf_counter()
+        with errors_as_warnings():
+            for run in self._runs:
+                # with the run's step: a call without one would count as a step, and wandb drop the next point
+                run.log(self._tables(module) | {"iters": self._step}, step=self._step)
+        now = time.perf_counter()
+        self._next_tables = now + (now - start) / TABLES_SHARE
+        self._sent_step = self._step
 
-    def _tables_of(self, module: PPAPModule) -> dict[str, Any]:
+    def _tables(self, module: PPAPModule) -> dict[str, Any]:
         evaluation, labels = module.last_evaluation, module.labels
-        found: dict[str, Any] = {}
+        tables: dict[str, Any] = {}
         for head, scores in evaluation.heads().items():
-            found[f"validation/confusion_{head}"] = confusion_table(scores.confusion, labels)
+            tables[f"validation/confusion_{head}"] = confusion_table(scores.confusion, labels)
             iou = dict(zip(labels.names, scores.iou, strict=True))
-            found[f"validation/iou_{head}"] = iou_chart(iou, title=f"IoU per class, {head} probe (%)")
-        if pictures := module.evaluator.predictions():
-            found["validation/predictions"] = prediction_table(
-                self.shown.names,
-                self.shown.images.permute(0, 2, 3, 1).numpy(),  # (P, H, W, 3)
-                maps=[class_maps(picture, module, evaluation) for picture in pictures],
-                labels=labels,
+            tables[f"validation/iou_{head}"] = iou_chart(iou, title=f"IoU per class, {head} probe (%)")
+        if self.shown is not None:
+            maps = [class_maps(prediction, labels, evaluation) for prediction in self._predictions]
+            tables["validation/predictions"] = prediction_table(
+                self.shown.names, self.shown.pictures(), maps=maps, labels=labels
             )
-        return found
+        return tables
+
+
+class HtmlReport(Callback):
+    """Keeps report.html up to date: metrics and curves after each validation, pictures at the end.
+
+    The first validation also draws what propagation does for one anchor: it depends only on the frozen
+    features, which never change.
+
+    Args:
+        folder: of the run.
+        labels: class names and colours.
+        shown: validation images that are searched for the anchor's patches; None draws nothing.
+    """
+
+    def __init__(self, folder: Path, labels: LabelSpace, *, shown: ShownImages | None) -> None:
+        self.folder, self.labels, self.shown = folder, labels, shown
+
+    def on_validation_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
+        """Writes the page with the results so far."""
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            logger.save()  # the page shows metrics.csv
+        evaluation, step = pl_module.last_evaluation, pl_module.global_step
+        total = trainer.max_epochs * trainer.num_training_batches
+        result = {
+            "step": step,
+            "before_crf": evaluation.metrics(),
+            "class_iou": {"before_crf": class_iou(evaluation, self.labels.names)},
+        }
+        state = f"Training: step {step:,} of {total:,}. Pictures and CRF follow at the end."
+        with errors_as_warnings():
+            self._explain(trainer, pl_module)
+            write_report(self.folder, labels=self.labels, state=state, result=result, pictures=False)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Writes the page of the finished run; `result` is the content of metrics.json."""
+        minutes = 60 * result["train_hours"]
+        state = f"Finished: {result['images']:,} validation images, {minutes:.1f} minutes of training."
+        with errors_as_warnings():
+            write_report(self.folder, labels=self.labels, state=state, result=result)
 
     @torch.no_grad()
     def _explain(self, trainer: Trainer, module: PPAPModule) -> None:
-        """Once a run: the frozen features that it looks at never change."""
-        propagates = self.options.training_coeff.loss == "ppap" and not module.frozen
-        if self.shown is None or not propagates or self._explained.done:
+        propagates = module.options.training_coeff.loss == "ppap" and not module.frozen
+        path = self.folder / EXPLANATION
+        if self.shown is None or not propagates or path.exists():
             return
-        with self._explained:
-            found = explain_images(module, self.shown.images, patch=None, trainer=trainer)
-            path = self.folder / EXPLANATION
-            draw_explanation(
-                path,
-                found,
-                pictures=self.shown.images.permute(0, 2, 3, 1).numpy(),  # (P, H, W, 3)
-                names=self.shown.names,
-                about=f"bank: {len(self.shown.images)} validation images",
-            )
-        with going_on():
-            for run in wandb_runs(self.loggers):
-                run.log({"explanation": wandb.Image(str(path)), "iters": self._step})
-
-    def _write_page(self, module: PPAPModule, *, steps: int) -> None:
-        evaluation = module.last_evaluation
-        result = {
-            "step": self._step,
-            "before_crf": evaluation.metrics(),
-            "class_iou": {"before_crf": class_iou(evaluation, module.labels.names)},
-        }
-        state = f"Training: step {self._step:,} of {steps:,}. Pictures and CRF follow at the end."
-        with going_on():
-            write_report(self.folder, labels=module.labels, state=state, result=result, pictures=False)
+        draw_explanation(
+            path,
+            explain_images(module, self.shown.images, patch=None, trainer=trainer),
+            pictures=self.shown.pictures(),
+            names=self.shown.names,
+            about=f"bank: {len(self.shown.images)} validation images",
+        )
 
 
 @contextmanager
-def going_on() -> Iterator[None]:
-    """Tells what wandb or the disk complains of, in a line: a run is worth more than its pictures."""
+def errors_as_warnings() -> Iterator[None]:
+    """Prints an error of wandb or the disk in one line: it must not end the run."""
     try:
         yield
     except wandb.errors.Error as error:
-        print(f"wandb: {first_line(error)}; the run goes on without")
+        print(f"wandb: {first_line(error)}; the run continues without it")
     except OSError as error:
-        print(f"{error.filename or NAME}: {error.strerror}; the run goes on without")
+        print(f"{error.filename or NAME}: {error.strerror}; the run continues without it")
 
 
 def summary_of(result: dict[str, Any]) -> dict[str, float]:
-    """`best_<metric>`, `best_<metric>_crf`, and what else of metrics.json is a single number."""
-    found = {"best_step": result["step"]}
-    for stage, ending in zip(STAGES, ("", "_crf"), strict=True):
+    """`best_step`, `best_<metric>`, `best_<metric>_crf`, and training time and memory, from metrics.json."""
+    summary = {"best_step": result["step"]}
+    for stage, suffix in zip(STAGES, ("", "_crf"), strict=True):
         metrics = result.get(stage) or {}
-        found |= {f"best_{name}{ending}": metrics[name] for name in METRICS if name in metrics}
-    return found | {name: result[name] for name in ("train_hours", "peak_memory_gib") if name in result}
+        summary |= {f"best_{name}{suffix}": metrics[name] for name in METRICS if name in metrics}
+    return summary | {name: result[name] for name in ("train_hours", "peak_memory_gib") if name in result}
 
 
 def checkpoint_artifact(path: Path, run: str, *, result: dict[str, Any]) -> wandb.Artifact:
-    """The best checkpoint as a model, with its metrics."""
+    """A checkpoint as wandb's model artifact, with its metrics."""
     name = re.sub(r"[^\w.-]+", "_", f"{run}-best")
     artifact = wandb.Artifact(name, type="model", metadata=summary_of(result))
     artifact.add_file(str(path))

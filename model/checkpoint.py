@@ -90,7 +90,9 @@ def export(checkpoint: Checkpoint, path: Path) -> None:
     about = checkpoint.about
     models = {"net_model_state_dict": part(PUBLISHED_NET)}
     models |= {name: part({"": ours}) for name, ours in PUBLISHED_PARTS.items()}
-    optimizers = {name.replace("model", "optimizer"): None for name in models}  # None in the released files too
+    optimizers = {
+        name.replace("model", "optimizer"): None for name in models
+    }  # None in the released files too
     counts = {
         "iter": about.get("step"),
         "best_iter": about.get("step"),

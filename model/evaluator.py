@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from tqdm import tqdm
 
 from model.probes import ClusterProbe, LinearProbe, read_both
+from utils.config.options import Options
 from utils.training.distributed import all_gather_object
-from utils.vision.crf import HeadLogits
+from utils.training.launch import cores, is_rank_zero
+from utils.vision.crf import CrfPool, HeadLogits, crf_missing, resolve_backend
+from utils.vision.mean_field import MeanField
 from utils.vision.metrics import ConfusionMatrix, Scores, score
 from utils.vision.transforms import normalise, to_eight_bit
-from utils.vision.upsampling import bilinear_taps
+from utils.vision.upsampling import upsampled_argmax, upsampled_norm
 
 HEADS = ("cluster", "linear")
-UPSAMPLED = {"cpu": 2**22, "cuda": 2**27}  # entries of upsampled logits held at a time
 CLUSTER_ALPHA = 2.0  # scale of the cosines whose softmax is the CRF's unary term
 
 
@@ -80,6 +82,23 @@ class Refiner(Protocol):
         """(tag, predictions (H, W) per head) of the images that are done."""
 
     def __len__(self) -> int: ...
+
+
+def open_refiner(options: Options) -> AbstractContextManager[Refiner]:
+    """The CRF that `eval.crf_backend` selects."""
+    if resolve_backend(options.eval.crf_backend) == "torch":
+        return nullcontext(MeanField())
+    share = max(1, cores() // options.trainer.devices)  # each rank of a machine has its own pool
+    return CrfPool(options.eval.crf_workers or share)
+
+
+def no_refiner_reason(options: Options, *, labelled: bool) -> str | None:
+    """Why an evaluation cannot score a CRF, or None."""
+    if not options.eval.is_crf:
+        return "eval.is_crf is false"
+    if not labelled:
+        return "the validation split has no labels"
+    return crf_missing() if options.eval.crf_backend == "pydensecrf" else None
 
 
 class Evaluator(nn.Module):
@@ -198,6 +217,15 @@ class Evaluator(nn.Module):
                 metric.update(*(t.to(metric.counts.device) for t in (torch.as_tensor(prediction), label)))
         return len(self.refiner)
 
+    def finish_refining(self) -> None:
+        """Waits for the CRF, with a progress bar."""
+        if self.refiner is None:
+            return
+        with tqdm(total=self.images, desc="CRF", unit="image", disable=not is_rank_zero()) as bar:
+            bar.update(self.images - len(self.refiner))
+            while waiting := len(self.refiner):
+                bar.update(waiting - self.collect_refined(wait_for_one=True))
+
     def predictions(self) -> list[Prediction]:
         """The kept predictions of all ranks, in the order of the set. Must be called by all ranks."""
         kept = [prediction for each in all_gather_object(self._predictions) for prediction in each]
@@ -216,80 +244,3 @@ class Evaluator(nn.Module):
             valid_loss=float(torch.cat([each for _, each, _ in added]).mean()),  # NaN without images
             images=sum(images for _, _, images in added),
         )
-
-
-def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Largest of the upsampled logits and its channel, a few images at a time.
-
-    Channels come last while they are upsampled and compared: the maximum over a strided axis takes several
-    times as long.
-
-    Args:
-        logits: (B, K, h, w).
-        size: (H, W).
-
-    Returns:
-        Values and indices, (B, H, W) each.
-    """
-    budget = UPSAMPLED.get(logits.device.type, UPSAMPLED["cpu"])
-    at_once = max(1, budget // (logits.shape[1] * size[0] * size[1]))
-    found = [
-        F.interpolate(part.contiguous(memory_format=torch.channels_last), size=size, mode="bilinear").max(
-            dim=1
-        )
-        for part in logits.split(at_once)
-    ]
-    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
-
-
-def upsampled_norm(code: Tensor, size: tuple[int, int]) -> Tensor:
-    """Norm of the bilinearly upsampled code, without ever making the (D, H, W) map.
-
-    A target pixel is a weighted sum of four neighbours, so its squared norm is a sum of their inner
-    products: those of a patch with itself and with its right, lower and diagonal neighbours, which are maps
-    on the patch grid, under squared and mixed weights, which are products of one axis each.
-
-    Args:
-        code: (B, D, h, w) float32.
-        size: (H, W).
-
-    Returns:
-        (B, H, W) float32, at least 1e-12.
-    """
-    rows, columns = _norm_weights(code, 2, size[0]), _norm_weights(code, 3, size[1])
-
-    def inner(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum(dim=1)
-
-    right = inner(code[..., :-1], code[..., 1:])  # (B, h, w - 1)
-    below = inner(code[:, :, :-1], code[:, :, 1:])  # (B, h - 1, w)
-    diagonal = inner(code[:, :, :-1, :-1], code[:, :, 1:, 1:])  # (B, h - 1, w - 1)
-    diagonal = diagonal + inner(code[:, :, :-1, 1:], code[:, :, 1:, :-1])
-    level = inner(code, code) @ columns.squared + 2 * right @ columns.mixed  # (B, h, W)
-    across = below @ columns.squared + diagonal @ columns.mixed  # (B, h - 1, W)
-    square = rows.squared.T @ level + 2 * rows.mixed.T @ across  # (B, H, W)
-    return square.clamp_min(1e-24).sqrt()
-
-
-@dataclass(frozen=True)
-class _NormWeights:
-    """Weights of inner products along one axis.
-
-    Attributes:
-        squared: (n_in, n_out), of a source position with itself.
-        mixed: (n_in - 1, n_out), of a source position with the one that follows.
-    """
-
-    squared: Tensor
-    mixed: Tensor
-
-
-def _norm_weights(code: Tensor, axis: int, n_out: int) -> _NormWeights:
-    n_in = code.shape[axis]
-    taps, places = bilinear_taps(n_in, n_out), np.arange(n_out)
-    weight = np.where(taps.low == taps.high, 0, taps.weight)  # beyond the last centre there is one tap alone
-    squared, mixed = np.zeros((2, n_in, n_out), dtype=np.float32)
-    squared[taps.low, places] = (1 - weight) ** 2
-    squared[taps.high, places] += weight**2
-    mixed[taps.low, places] = weight * (1 - weight)
-    return _NormWeights(torch.from_numpy(squared).to(code), torch.from_numpy(mixed[:-1]).to(code))

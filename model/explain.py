@@ -18,7 +18,8 @@ from model.module import PPAPModule
 from utils.errors import UserError
 from utils.files import make_folder, read_json_object, write_json
 from utils.plots.explain_figure import AMBIGUOUS, ANCHOR, NEGATIVE, POSITIVE, Explanation, draw_explanation
-from utils.training.trainer import build_trainer, hardware_settings
+from utils.training.device import hardware_settings
+from utils.training.trainer import build_trainer
 from utils.vision.images import open_image
 
 EXPLANATIONS = "explain.json"

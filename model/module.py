@@ -18,7 +18,7 @@ from utils.config.loading import as_tree
 from utils.config.options import Options
 from utils.training.distributed import world_size
 from utils.training.randomness import generator, seed_globally, seeded
-from utils.training.provenance import provenance
+from utils.training.run_dir import provenance
 from utils.vision.labels import LabelSpace
 
 CHECKPOINT_ENTRY = "ppap"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import NotFinite, listed
-from utils.training.trainer import peak_memory_gib
+from utils.training.device import peak_memory_gib
 
 PARTS = ("supcon_loss", "linear_loss", "cluster_loss")
 
@@ -91,7 +91,7 @@ class Throughput:
             self._since += time.perf_counter() - self._paused
 
     def scalars(self, device: torch.device) -> dict[str, float]:
-        """`images_per_s` since the last call, from the second call on; on CUDA also the peak memory in GiB."""
+        """`images_per_s` since the last call (from the second on), and on CUDA the peak memory in GiB."""
         now, found = time.perf_counter(), {}
         if self._since is not None:
             found["images_per_s"] = self.images / (now - self._since)

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from model.evaluator import CLUSTER_ALPHA, HEADS, upsampled_norm
+from model.evaluator import CLUSTER_ALPHA, HEADS
 from model.module import PPAPModule
-from model.strips import strongest_channel
 from utils.errors import LeftOut, UserError, first_line
 from utils.files import make_folder, write_json
 from utils.plots.figures import draw_legend
@@ -32,12 +31,14 @@ from utils.plots.mask_files import (
     write_mask,
     write_overlay,
 )
-from utils.training.hardware import accelerator, chosen_precision
+from utils.training.device import accelerator, chosen_precision
 from utils.vision import crf, mean_field
+from utils.vision.crf import resolve_backend
 from utils.vision.images import open_image, upright_rgb
 from utils.vision.transforms import RESAMPLING, normalise, resized, to_eight_bit
+from utils.vision.upsampling import upsampled_argmax, upsampled_norm
 
-CRF_BACKENDS = ("pydensecrf", "torch")
+CRF_BACKENDS = ("auto", "pydensecrf", "torch")
 MIN_TILE = 4  # patches per side, of which a quarter overlaps
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -78,7 +79,8 @@ class Predictor:
         options = module.options
         self.head, self.tile, self.patch = head, tile, module.segmenter.backbone.spec.patch
         self.res = options.dataset.val_res if res is None else res
-        self.crf = options.eval.crf_backend if crf is True else crf
+        backend = options.eval.crf_backend if crf is True else crf
+        self.crf = resolve_backend(backend) if backend else None
         self.device = torch.device(device or accelerator())
         if mistakes := self._mistakes(with_linear=module.evaluator.with_linear):
             raise UserError(mistakes)
@@ -132,8 +134,8 @@ class Predictor:
             if not isinstance(error, MemoryError) and "memory" not in str(error):
                 raise
             raise UserError(
-                f"{rgb.width} x {rgb.height} pixels at res {self.res} exceed the memory ({first_line(error)}); "
-                f"set tile, such as {28 * self.patch}, or a smaller res"
+                f"{rgb.width} x {rgb.height} pixels at res {self.res} exceed the memory "
+                f"({first_line(error)}); set tile, such as {28 * self.patch}, or a smaller res"
             ) from None
 
     def _channels(self, rgb: Image.Image) -> np.ndarray:
@@ -151,7 +153,8 @@ class Predictor:
         extent = height / self.patch, width / self.patch
         if self.crf:
             logits, extent = self._refined(pixels[..., :height, :width], code, logits), None  # (1, K, h', w')
-        return strongest_channel(logits[0], size, extent=extent).numpy()
+        _, channels = upsampled_argmax(logits, size, extent)  # (1, H, W)
+        return channels[0].to("cpu", torch.uint8).numpy()
 
     def _code(self, image: Tensor) -> Tensor:
         """(1, 3, H, W) uint8 to (1, D, h, w) float32."""

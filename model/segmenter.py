@@ -59,7 +59,7 @@ class Segmenter(nn.Module):
         return image.shape[-2] // self.backbone.spec.patch, image.shape[-1] // self.backbone.spec.patch
 
     def tokens(self, inputs: Tensor) -> Tensor:
-        """Tokens of the second-last block, (B, T, D): of uint8 images (B, 3, H, W), or cached ones as they are."""
+        """Tokens of the second-last block, (B, T, D), of uint8 images (B, 3, H, W) or cached tokens."""
         return self._encode(normalise(inputs)) if inputs.dtype == torch.uint8 else inputs.float()
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> SegmenterOutput:

@@ -17,8 +17,9 @@ from model.module import PPAPModule
 from utils.errors import UserError
 from utils.files import make_folder, write_json
 from utils.plots.figures import draw_sets
+from utils.training.device import hardware_settings
 from utils.training.randomness import generator
-from utils.training.trainer import build_trainer, hardware_settings
+from utils.training.trainer import build_trainer
 from utils.vision.labels import IGNORE
 
 CHUNK = 256  # anchors that are compared with all patches of a batch at a time

@@ -1,68 +1,127 @@
-"""Which backbone the options mean, and where its weights come from."""
+"""Builds the backbone that the options describe and loads its weights, from a file or a published address."""
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from model.backbone import BackboneSpec, FrozenViT
-from model.official import NATIVE_RES, official_backbone, official_file
 from utils.config.options import ARCHS, FULL_DEPTH, WIDTH_AND_HEADS, Options
+from utils.download import DownloadError, download
 from utils.errors import UserError, first_line
-from utils.files import weights_file
+from utils.files import exclusive, sha256_of, weights_file
+from utils.training.torch_files import read_torch_file, unreadable
 
-_numpy_scalar = np.float64(0).__reduce__()[0]
-NUMPY_SCALARS = [  # under the names that NumPy 1 and NumPy 2 write
-    (_numpy_scalar, "numpy.core.multiarray.scalar"),
-    (_numpy_scalar, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.float32)),
-    type(np.dtype(np.int64)),
-]
+DINO = "https://dl.fbaipublicfiles.com/dino"
+DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
+NATIVE_RES = {"dino": 224, "dinov2": 518}  # pixels
+DROPPED = ("head.", "mask_token", "dino_head.", "ibot_head.")  # parameters without a place in a FrozenViT
 _registered: dict[str, Callable[[Options], FrozenViT]] = {}
-DROPPED = ("head.", "mask_token", "dino_head.", "ibot_head.")
+
+
+@dataclass(frozen=True)
+class PublishedBackbone:
+    """A published weights file.
+
+    Attributes:
+        arch: `model.arch`.
+        model_type: `model.pretrained.model_type`.
+        patch: `model.pretrained.dino_patch_size`, in pixels.
+        registers: `model.pretrained.registers`.
+        address: of the file.
+        sha256: of the file, if published; otherwise only names and shapes are checked.
+    """
+
+    arch: str
+    model_type: str
+    patch: int
+    registers: bool
+    address: str
+    sha256: str | None = None
+
+    @property
+    def file(self) -> Path:
+        """Where torch.hub caches it."""
+        return Path(torch.hub.get_dir()) / "checkpoints" / self.address.rsplit("/", 1)[-1]
+
+
+def _dino(model_type: str, patch: int, name: str) -> PublishedBackbone:
+    return PublishedBackbone("dino", model_type, patch, False, f"{DINO}/{name}/{name}.pth")
+
+
+def _dinov2(model_type: str, name: str, sha256: str, *, registers: bool = False) -> PublishedBackbone:
+    file = f"{name}_reg4_pretrain.pth" if registers else f"{name}_pretrain.pth"
+    return PublishedBackbone("dinov2", model_type, 14, registers, f"{DINOV2}/{name}/{file}", sha256)
+
+
+# The digests of the DINOv2 files are those that public projects check, such as finegrain's refiners; none is
+# published for the DINO files. The paper uses the 300-epoch S/8 file, which is not torch.hub's dino_vits8.
+BACKBONES = {
+    "DINO ViT-S/8, 300 epochs": _dino("vit_small", 8, "dino_deitsmall8_300ep_pretrain"),
+    "DINO ViT-S/16": _dino("vit_small", 16, "dino_deitsmall16_pretrain"),
+    "DINO ViT-B/8": _dino("vit_base", 8, "dino_vitbase8_pretrain"),
+    "DINO ViT-B/16": _dino("vit_base", 16, "dino_vitbase16_pretrain"),
+    "DINOv2 ViT-S/14": _dinov2(
+        "vit_small", "dinov2_vits14", "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"
+    ),
+    "DINOv2 ViT-S/14, registers": _dinov2(
+        "vit_small",
+        "dinov2_vits14",
+        "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb",
+        registers=True,
+    ),
+    "DINOv2 ViT-B/14": _dinov2(
+        "vit_base", "dinov2_vitb14", "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"
+    ),
+    "DINOv2 ViT-B/14, registers": _dinov2(
+        "vit_base",
+        "dinov2_vitb14",
+        "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
+        registers=True,
+    ),
+}
 
 
 def register_backbone(name: str, build: Callable[[Options], FrozenViT]) -> None:
-    """Makes a backbone of your own known as `model.arch=<name>`.
+    """Makes your own backbone available as `model.arch=<name>`.
 
     Args:
-        name: not yet taken.
-        build: from all options to a `FrozenViT`, or what has its methods; `pretrained_weights` are loaded
-            into it afterwards, where they are named.
+        name: an unused name.
+        build: from all options to a `FrozenViT`, or a module with its methods; if
+            `model.pretrained.pretrained_weights` is set, they are loaded into it afterwards.
 
     Raises:
         ValueError: the name is taken.
     """
     if name in ARCHS:
-        raise ValueError(f"backbone {name} is there already; take another name")
+        raise ValueError(f"backbone {name} exists already; choose another name")
     _registered[name] = build
     ARCHS.append(name)
 
 
 def build_backbone(options: Options) -> FrozenViT:
-    """The backbone that `model.*` of the options describes, not yet filled."""
+    """The backbone that `model.*` describes, without its weights."""
     if options.model.arch in _registered:
         return _registered[options.model.arch](options)
     return FrozenViT(backbone_spec(options))
 
 
 def backbone_spec(options: Options) -> BackboneSpec:
-    """The dimensions that `model.*` of the options describes."""
+    """The dimensions of the backbone that `model.*` describes."""
     arch, chosen = options.model.arch, options.model.pretrained
     depth = chosen.depth or FULL_DEPTH[arch]
     if arch == "vit":
         native = chosen.native_res or options.dataset.res
         return BackboneSpec(options.model.dim, depth, chosen.heads, chosen.dino_patch_size, native)
     dim, heads = WIDTH_AND_HEADS[chosen.model_type]
+    wanted = (arch, chosen.model_type, chosen.dino_patch_size, chosen.registers)
     return BackboneSpec(
         dim=dim,
         depth=depth,
@@ -71,18 +130,20 @@ def backbone_spec(options: Options) -> BackboneSpec:
         native_res=NATIVE_RES[arch],
         registers=4 if chosen.registers else 0,
         layer_scale=arch == "dinov2",
-        official=official_backbone(
-            arch, chosen.model_type, chosen.dino_patch_size, registers=chosen.registers
+        published=next(
+            name
+            for name, file in BACKBONES.items()
+            if (file.arch, file.model_type, file.patch, file.registers) == wanted
         ),
     )
 
 
 def load_backbone(backbone: FrozenViT, weights: str | None) -> str:
-    """Fills a backbone from a local file or from the official address.
+    """Loads a backbone's weights from a local file or from the published address.
 
     Args:
         backbone: as built from `backbone_spec`.
-        weights: `model.weights.pretrained_weights`.
+        weights: `model.pretrained.pretrained_weights`.
 
     Returns:
         What was loaded, for the log.
@@ -90,54 +151,62 @@ def load_backbone(backbone: FrozenViT, weights: str | None) -> str:
     Raises:
         UserError: no file and no network, a damaged file, or keys and shapes that do not fit.
     """
-    if weights is None and backbone.spec.official is None:
+    if weights is None and backbone.spec.published is None:
         return "no weights (the backbone is untrained)"
-    path = weights_file(weights) if weights is not None else official_file(backbone.spec.official)
+    path = (
+        weights_file(weights) if weights is not None else published_file(BACKBONES[backbone.spec.published])
+    )
     load_strictly(backbone, clean_state(read_state(path), backbone.spec.depth), str(path))
     return str(path)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .pth or .safetensors file: bare, or under `teacher`."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+def published_file(backbone: PublishedBackbone, *, tries: int = 4, backoff: float = 1.0) -> Path:
+    """The cached file of a published backbone, downloaded if necessary and checked if its digest is known.
 
+    Args:
+        backbone: an entry of `BACKBONES`.
+        tries, backoff: of `utils.download.download`.
+
+    Raises:
+        UserError: it cannot be downloaded, or is damaged.
+    """
+    path = backbone.file
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(path):
+            if not path.is_file():
+                print(f"downloading {backbone.address}", flush=True)
+                download([backbone.address], path, sha256=backbone.sha256, tries=tries, backoff=backoff)
+            elif backbone.sha256 is not None and sha256_of(path) != backbone.sha256:
+                raise UserError(
+                    f"{path}: its SHA-256 is not {backbone.sha256}; delete it to download it again"
+                )
+    except (DownloadError, OSError) as error:
+        reason = error.mistakes[0] if isinstance(error, DownloadError) else first_line(error)
+        raise UserError(
+            f"{reason}; download it elsewhere and save it as {path}, or set "
+            "model.pretrained.pretrained_weights to a file"
+        ) from None
+    return path
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .pth or .safetensors file: bare, or under `teacher`.
+
+    Raises:
+        UserError: damaged, or something else.
+    """
+    if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except Exception as error:  # the format's own errors have no common base
             raise unreadable(path, "weights file", error) from None
-    state = read_tensors(path, "weights file")
+    state = read_torch_file(path, "weights file")
     state = state.get("teacher", state) if isinstance(state, dict) else state
     if not is_state(state):
-        raise UserError(
-            f"{path}: must hold a state dict, bare or under 'teacher', holds {type(state).__name__}"
-        )
+        held = type(state).__name__
+        raise UserError(f"{path}: must contain a state dict, bare or under 'teacher', contains {held}")
     return state
-
-
-def read_tensors(path: Path, kind: str) -> Any:
-    """torch.load of tensors, plain containers and NumPy scalars alone; no code in a file is run.
-
-    Args:
-        path: the file.
-        kind: what to call it in an error.
-
-    Raises:
-        UserError: damaged, or more than that is in it.
-    """
-    try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS):  # published files may hold a metric as one
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises almost anything
-        raise unreadable(path, kind, error) from None
-
-
-def unreadable(path: Path, kind: str, error: Exception) -> UserError:
-    """The error for a file that cannot be read, in our words where torch advises unsafe loading."""
-    reason = f"{type(error).__name__}: {first_line(error)}"
-    if isinstance(error, pickle.UnpicklingError):
-        reason = "damaged, or it holds more than tensors and plain containers"
-    return UserError(f"{path}: not a readable {kind} ({reason}); fetch or write it again")
 
 
 def is_state(state: Any) -> bool:
@@ -148,7 +217,7 @@ def is_state(state: Any) -> bool:
 
 
 def clean_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Official names as ours: prefixes, block chunks and heads dropped, and blocks beyond `depth`."""
+    """Published names as ours: no prefixes, block chunks and heads, and no blocks beyond `depth`."""
     clean = {}
     for name, value in state.items():
         name = re.sub(r"^(module\.|backbone\.)+", "", name)
@@ -161,25 +230,18 @@ def clean_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 
 def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """load_state_dict(strict=True) whose error names file, keys and both shapes.
+    """load_state_dict(strict=True) with an error that names file, keys and both shapes.
 
     Raises:
         UserError: missing or unknown keys, or shapes that differ.
     """
     own = module.state_dict()
     mistakes = [f"{name}: missing in the file" for name in own if name not in state]
-    mistakes += [
-        f"{name}: not part of the model that the options describe" for name in state if name not in own
-    ]
+    mistakes += [f"{name}: not part of the model" for name in state if name not in own]
     mistakes += [
         f"{name}: {tuple(state[name].shape)} in the file, {tuple(value.shape)} in the model"
         for name, value in own.items()
         if name in state and state[name].shape != value.shape
-    ]
-    mistakes += [
-        f"{name}: {state[name].dtype} in the file, {value.dtype} in the model"
-        for name, value in own.items()
-        if name in state and state[name].is_complex() != value.is_complex()
     ]
     if mistakes:
         more = [f"... and {len(mistakes) - 8} more"] if len(mistakes) > 8 else []
@@ -188,4 +250,4 @@ def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str
     try:
         module.load_state_dict(state)
     except (RuntimeError, NotImplementedError) as error:  # sparse or quantized tensors
-        raise UserError(f"{source}: holds tensors that cannot be copied ({first_line(error)})") from None
+        raise UserError(f"{source}: contains tensors that cannot be copied ({first_line(error)})") from None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.config.loading import build_options
+from utils.config.loading import build_options, nest
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -87,13 +87,7 @@ def tiny_file(tmp_path):
 def write_tiny(folder: Path, **overrides) -> str:
     """An option file of a run of seconds, whose output lies beside it."""
     changed = {key.replace("__", "."): value for key, value in overrides.items()}
-    tree: dict = {}
-    for key, value in (TINY | {"output_dir": str(folder / "output")} | changed).items():
-        *sections, last = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[last] = value
+    tree = nest(TINY | {"output_dir": str(folder / "output")} | changed)
     path = folder / "tiny.json"
     path.write_text(json.dumps(tree))
     return str(path)

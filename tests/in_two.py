@@ -58,7 +58,7 @@ def probes(case):
     drawn = torch.Generator().manual_seed(3)
     code = torch.randn(IMAGES, DIM, *GRID, generator=drawn)
     label = torch.randint(CLASSES, (IMAGES, 20, 16), generator=drawn)
-    label.flatten(0, 1)[: IGNORED[case]] = -1  # the first images, so the first process
+    label.flatten(0, 1)[: IGNORED[case]] = 255  # the first images, so the first process
     torch.manual_seed(4)
     linear, cluster = LinearProbe(DIM, CLASSES), ClusterProbe(DIM, CLASSES)
     both = torch.stack([linear.loss(own_slice(code), own_slice(label)), cluster.loss(own_slice(code))])

@@ -14,19 +14,15 @@ import pytest
 import torch
 
 import run
-from dataset import build_data
-from dataset.samplers import SharedBatches
-from model import build_module
+from dataset.samplers import EvaluationBatchSampler
 from tests import in_two
 from tests.dataset.files import save
 from utils.config.cli import guarded
 from utils.config.loading import REPOSITORY
 from utils.config.options import Options, TrainerOptions
 from utils.errors import NotFinite, UserError
-from utils.training.checkpointing import Progress
+from utils.training import distributed, launch
 from utils.training.faults import faults_told
-from utils.training.schedule import Schedule
-from utils.training.trainer import launch as ranks
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 TIMES = ("images_per_s", "train_hours", "peak_memory_gib", "checkpoint")
@@ -166,9 +162,9 @@ def test_run__of_two_processes_is_that_of_one(finished):
 
 
 def as_process(monkeypatch, rank, count):
-    for module in ("utils.training.launch", "dataset.samplers"):
+    for module in ("utils.training.distributed", "dataset.samplers"):
         monkeypatch.setattr(f"{module}.rank", lambda: rank)
-        monkeypatch.setattr(f"{module}.ranks", lambda: count)
+        monkeypatch.setattr(f"{module}.world_size", lambda: count)
 
 
 @pytest.mark.parametrize("images", [1, 7, 8, 17])
@@ -177,7 +173,7 @@ def test_shared_batches__each_image_once_and_equally_many_turns(monkeypatch, ima
     counted, turns = [], set()
     for rank in range(count):
         as_process(monkeypatch, rank, count)
-        batches = SharedBatches(images, 3)
+        batches = EvaluationBatchSampler(images, 3)
         turns.add(len(batches))
         for turn, batch in enumerate(batches):
             assert batch  # a loader cannot make a batch of nothing
@@ -192,7 +188,7 @@ def test_own_slice__are_the_batch_in_order(monkeypatch):
     parts = []
     for rank in range(4):
         as_process(monkeypatch, rank, 4)
-        parts += ranks.own_slice(list(range(8)))
+        parts += distributed.own_slice(list(range(8)))
     assert parts == list(range(8))
 
 
@@ -210,7 +206,7 @@ def test_own_slice__are_the_batch_in_order(monkeypatch):
 )
 def test_is_first__as_torchrun_slurm_and_lightning_tell(monkeypatch, environment, first):
     launched(monkeypatch, environment)
-    assert ranks.is_rank_zero() is first
+    assert launch.is_rank_zero() is first
 
 
 def launched(monkeypatch, environment):
@@ -232,13 +228,13 @@ SRUN = {"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES"
         (
             TORCHRUN,
             TrainerOptions(),
-            "torchrun has started 8 x 2 .* set trainer.devices=8 trainer.num_nodes=2",
+            "torchrun started 8 x 2 .* set trainer.devices=8 trainer.num_nodes=2",
         ),
         (SRUN, TrainerOptions(devices=2, num_nodes=2), None),
         (
             SRUN,
             TrainerOptions(devices=4),
-            "srun has started 2 x 2 .* set trainer.devices=2 trainer.num_nodes=2",
+            "srun started 2 x 2 .* set trainer.devices=2 trainer.num_nodes=2",
         ),
         ({"SLURM_JOB_ID": "1"}, TrainerOptions(), None),
         ({"SLURM_JOB_ID": "1"}, TrainerOptions(devices=2), "srun --nodes=1 --ntasks-per-node=2"),
@@ -246,7 +242,7 @@ SRUN = {"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES"
 )
 def test_launch__that_does_not_fit_the_options_is_told(monkeypatch, environment, wanted, told):
     launched(monkeypatch, environment)
-    mistake = ranks.launch_mistake(wanted)
+    mistake = launch.launch_mistake(wanted)
     assert mistake is None if told is None else re.search(told, mistake)
 
 
@@ -273,25 +269,9 @@ def test_guarded__one_process_tells_what_all_have_met(monkeypatch, capsys):
     assert fails(NotFinite("the loss")) == 2
 
 
-def test_step__of_an_earlier_start_changes_nothing(tiny_options, monkeypatch):
-    """Several processes need a loss even so; each parameter has a part in it, or DDP would wait for one."""
-    options = tiny_options(train__skip_nonfinite=True)
-    module = build_module(options, build_data(options).labels)
-    monkeypatch.setattr("model.module.ranks", lambda: 2)
-    module.follow(Schedule(4, 1, 3), Progress(step=3, validated=False))
-    optimizer = module.configure_optimizers()
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    module.training_step(None, 0).backward()
-    assert all(parameter.grad is not None for parameter in module.parameters() if parameter.requires_grad)
-    module.configure_gradient_clipping(optimizer)
-    optimizer.step()
-    assert not optimizer.state
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-
-
 @pytest.mark.parametrize("message", ["/gloo/transport/tcp/pair.cc: Connection reset by peer", "other"])
 def test_faults_told__names_the_other_process(monkeypatch, message):
-    monkeypatch.setattr("utils.training.faults.ranks", lambda: 2)
+    monkeypatch.setattr("utils.training.faults.world_size", lambda: 2)
     expected = RuntimeError if message == "other" else UserError
     with pytest.raises(expected, match=message), faults_told(Options()):
         raise RuntimeError(message)
@@ -306,7 +286,7 @@ from utils.config.cli import guarded
 step = PPAPModule.training_step
 
 def signalled(module, batch, batch_idx):
-    if module.iters == 3 and os.environ["LOCAL_RANK"] == "0":  # in step 4, the last of an epoch
+    if module.global_step == 3 and os.environ["LOCAL_RANK"] == "0":  # in step 4, the last of an epoch
         os.kill(os.getpid(), signal.SIGTERM)
     return step(module, batch, batch_idx)
 

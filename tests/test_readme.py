@@ -1,4 +1,7 @@
-"""The README says what the code does: its options table, its option files and its commands."""
+"""The READMEs describe the program: options, option files, commands, links and examples.
+
+`python -m tests.test_readme` rewrites the option table in json/README.md.
+"""
 
 import csv
 import json
@@ -7,100 +10,143 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from dataset import crop_datasets, dataset_download
 from utils.config.cli import parse_arguments, plan_jobs
-from utils.config.loading import REPOSITORY, SCHEMA, find_option_file, load_options
-from utils.download.sources import TARGETS
+from utils.config.loading import REPOSITORY, find_option_file, load_options, option_table
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-
-
-def option_rows() -> list[str]:
-    """The rows of the options table as the schema has them."""
-    rows = []
-    for key, entry in SCHEMA.items():
-        default = json.dumps(entry.default)
-        allowed = entry.allowed.replace("|", "\\|")
-        rows.append(f"| `{key}` | `{default}` | {entry.field.metadata['help']} | {allowed} |")
-    return rows
-
-
-def test_options_table__is_the_schema():
-    section = README.split("\n## Options\n")[1].split("\n## ")[0]
-    assert [line for line in section.splitlines() if line.startswith("| `")] == option_rows()
+README, *OTHERS = (
+    REPOSITORY / name
+    for name in (
+        "README.md", "json/README.md", "dataset/README.md", "model/README.md", "loss/README.md",
+        "tests/README.md", "tests/golden/README.md",
+    )
+)  # fmt: skip
+TEXTS = {path: path.read_text(encoding="utf-8") for path in (README, *OTHERS)}
+JOINED = re.sub(r"\\\n\s*", "", "\n".join(TEXTS.values()))  # continuation lines joined
+OPTIONS = REPOSITORY / "json/README.md"
+VARIANTS = {"ablation.json"}
+WRITTEN = {  # JSON files that the program writes or reads beside option files
+    "metrics.json", "options.json", "provenance.json", "classes.json", "other.json", "left_out.json",
+    "explain.json", "legend.json", *VARIANTS,
+}  # fmt: skip
 
 
-def commands():
-    """Every `python run.py` or `python eval.py` in a code block or in the text."""
-    found = re.findall(r"python (run|eval)\.py ([^\n`&]+)", README)
-    return [(program, line.split("#")[0].strip()) for program, line in found]
+def section(path: Path, heading: str) -> str:
+    """The text below a heading, up to the next one of the second level."""
+    return TEXTS[path].split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
-@pytest.mark.parametrize(("program", "line"), sorted(set(commands())))
-def test_commands__parse(program, line, tmp_path, monkeypatch):
-    """Flags and keys exist and option files are there; placeholders stand for files that are."""
+def test_readme__is_short():
+    assert TEXTS[README].count("\n") <= 250
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_lines__are_at_most_120_characters(path):
+    prose = [line for line in TEXTS[path].splitlines() if not line.startswith("|")]
+    assert [line for line in prose if len(line) > 120] == []
+
+
+def with_option_table(text: str) -> str:
+    """json/README.md with the option table of the schema."""
+    lines = ["| key | default | meaning | allowed |", "| --- | --- | --- | --- |"]
+    for key, default, meaning, allowed in option_table():
+        lines.append(f"| `{key}` | `{json.dumps(default)}` | {meaning} | {allowed} |")
+    before, _, rest = text.partition("<!-- options -->\n")
+    return before + "\n".join(["<!-- options -->", *lines, ""]) + rest[rest.index("<!-- /options -->") :]
+
+
+def test_option_table__is_the_schema():
+    text = TEXTS[OPTIONS]
+    assert text == with_option_table(text), "run python -m tests.test_readme"
+
+
+def commands(pattern: str) -> list[str]:
+    """Every command that matches, in code blocks and in the text, without its comment."""
+    return sorted({line.split("#")[0].strip() for line in re.findall(pattern, JOINED)})
+
+
+@pytest.mark.parametrize("line", commands(r"python ((?:run|eval)\.py [^\n`&]+)"))
+def test_commands__parse(line, tmp_path, monkeypatch):
+    """Flags, keys and option files exist; placeholders stand for existing files and folders."""
     (tmp_path / "w.pth").touch()
-    line = line.replace("<weights>", str(tmp_path / "w.pth"))
-    line = re.sub(r"<[a-z]+>", str(tmp_path), line)
+    line = re.sub(r"<[a-z]+>", str(tmp_path), line.replace("<weights>", str(tmp_path / "w.pth")))
+    program, *words = shlex.split(line)
     monkeypatch.setattr("utils.config.loading.missing_files", lambda options: [])
-    jobs = plan_jobs(parse_arguments(shlex.split(line), description="", training=program == "run"))
-    assert jobs
+    assert plan_jobs(parse_arguments(words, description="", training=program == "run.py"))
 
 
-@pytest.mark.parametrize("line", sorted(set(re.findall(r"python dataset/([^\n`#&]+)", README))))
+@pytest.mark.parametrize("line", commands(r"python dataset/([^\n`#&]+)"))
 def test_preparation_commands__parse(line, tmp_path):
-    """Programs, flags, data sets and option files exist; nothing is fetched or written."""
     program, *words = shlex.split(re.sub(r"<[a-z]+>", str(tmp_path), line))
     if program == "dataset_download.py":
-        assert dataset_download.parse_arguments(words).target in TARGETS
+        assert dataset_download.parse_arguments(words).root == str(tmp_path)
     else:
         assert program == "crop_datasets.py"
         assert crop_datasets.chosen_options(crop_datasets.parse_arguments(words)).dataset.crop_type
 
 
-def test_option_files__named_in_the_readme_exist_and_the_other_way_round():
-    named = {name for name in re.findall(r"[a-z0-9_]+\.json", README) if name not in NOT_OURS}
+@pytest.mark.parametrize("line", commands(r"python (model/[^\n`#&]+)"))
+def test_scripts__exist(line):
+    assert (REPOSITORY / shlex.split(line)[0]).is_file()
+
+
+def test_option_files__are_those_in_the_readmes():
+    named = set(re.findall(r"[a-z0-9_]+\.json", JOINED)) - WRITTEN
     for name in named:
         load_options(find_option_file(name))
     ours = {path.name for path in (REPOSITORY / "json").rglob("*.json") if not path.stem.endswith("_eval")}
     assert ours - VARIANTS <= named
-    assert all(name in README for name in VARIANTS)
+    assert all(name in JOINED for name in VARIANTS)
 
 
-VARIANTS = {"ablation.json"}
-NOT_OURS = {
-    "metrics.json",
-    "options.json",
-    "provenance.json",
-    "classes.json",
-    "other.json",
-    "sweep.json",
-    "sets.json",
-    "left_out.json",
-    "download.json",
-    "crops.json",
-    "explain.json",
-    "legend.json",
-    "names.json",
-    *VARIANTS,
-}
+def test_ci__runs_the_documented_commands():
+    script = (REPOSITORY / ".ci/run").read_text(encoding="utf-8")
+    for name, words in (("README.md", "python run.py --opt demo.json"), ("tests/README.md", "&& pytest")):
+        assert f'documented_command {name} "{words}"' in script
+        lines = TEXTS[REPOSITORY / name].splitlines()
+        assert sum(line.startswith("pip install") and words in line for line in lines) == 1
 
 
-def test_quick_start__is_what_ci_runs():
-    script = (REPOSITORY / ".ci/run").read_text()
-    for words in ("python run.py --opt demo.json", "&& pytest"):
-        assert f'command_from_readme "{words}"' in script
-        assert sum(line.startswith("pip install") and words in line for line in README.splitlines()) == 1
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub makes of a file's headings."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_links__lead_somewhere(path):
+    """Relative links and pictures exist, and so do the headings that they name."""
+    text = re.sub(r"```.*?```", "", TEXTS[path], flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_loss_example__runs():
+    (example,) = python_blocks(section(REPOSITORY / "loss/README.md", "Use"))
+    found = {}
+    exec(example, found)
+    assert found["out"].loss > 0
 
 
 def test_own_parts__train_as_the_readme_says(tmp_path):
-    """The example is run as it stands: a data set, a backbone and a loss of one's own."""
-    section = README.split("\n## Your own data set, backbone or loss\n")[1].split("\n## ")[0]
-    (tmp_path / "mine.py").write_text(section.split("```python\n")[1].split("```")[0])
-    (command,) = re.findall(r"python mine\.py ([^\n]+)", section)
+    """The example is run as it stands: a data set, a backbone and a loss of your own."""
+    text = section(REPOSITORY / "model/README.md", "Your own data set, backbone or loss")
+    (example,) = python_blocks(text)
+    (tmp_path / "mine.py").write_text(example)
+    (command,) = re.findall(r"python mine\.py ([^\n]+)", re.sub(r"\\\n\s*", "", text))
     quick = [
         "train.epoch=2",
         "eval.is_crf=false",
@@ -121,10 +167,5 @@ def test_own_parts__train_as_the_readme_says(tmp_path):
     assert all(0 < loss < 20 for loss in losses)
 
 
-def test_results__are_filled_in():
-    assert not re.search(r"@[A-Z]+@", README)
-
-
-def test_pictures__are_there():
-    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
-        assert (REPOSITORY / path).is_file()
+if __name__ == "__main__":
+    OPTIONS.write_text(with_option_table(TEXTS[OPTIONS]), encoding="utf-8")

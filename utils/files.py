@@ -6,10 +6,13 @@ import hashlib
 import json
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from utils.errors import UserError
 
@@ -155,3 +158,22 @@ def find_checkpoint(name: str, output_dir: str) -> Path:
     )
     there = f"runs in {output_dir}: {', '.join(runs)}" if runs else f"{output_dir} holds no run"
     raise UserError(f"checkpoint {name}: none of {', '.join(map(str, places))} is there; {there}")
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Holds the lock .<name>.lock beside `path`; if another process holds it, says which one and waits."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    holder = path.with_name(f".{path.name}.holder")  # not in the lock itself: some versions empty it
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text() if holder.exists() else "another process"
+        print(f"{path}: {who} is writing there; waiting until it ends", flush=True)
+        held = lock.acquire()
+    with held:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        try:
+            yield
+        finally:
+            holder.unlink(missing_ok=True)

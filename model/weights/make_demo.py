@@ -1,9 +1,9 @@
 """Makes the demo's backbone weights: python model/weights/make_demo.py
 
 DINO self-distillation (Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021)
-of a small ViT on synthetic scenes without labels. As a crop shows several textures, predictions are made
-per patch: a patch of a crop that the student sees learns what the teacher, a momentum average of the student,
-predicts at the same place of the scene in another crop.
+of a small ViT on synthetic scenes without labels. As a crop of a scene shows several textures, the teacher, a
+momentum average of the student, predicts per patch: each patch of a crop that the student sees learns what
+the teacher predicts at the same place of the scene in another crop.
 To judge the result: python run.py --opt demo.json --frozen
 """
 
@@ -30,8 +30,9 @@ from model.backbone import FrozenViT
 from model.weights import backbone_spec
 from utils.config.loading import find_option_file, load_options
 from utils.files import REPOSITORY
+from utils.training.device import hardware_settings
 from utils.training.randomness import generator, seeded
-from utils.training.trainer import build_trainer, hardware_settings
+from utils.training.trainer import build_trainer
 from utils.vision.transforms import normalise
 
 SEED = 0

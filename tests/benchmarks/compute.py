@@ -73,9 +73,6 @@ def bench_loss(bench: Bench, shape: str) -> list[Row]:
         inputs = loss_inputs(options, criterion, batch, bench.device)
         forms = {"literal": literal_loss_form(criterion, inputs), "ours": loss_form(criterion, inputs)}
         costs = {"ours": [loss_cost(options, inputs)]}
-        if bench.device.type == "cuda":
-            forms["ours, triton"] = loss_form(loss_of(options, backend="triton"), inputs)
-            costs["ours, triton"] = costs["ours"]
         rows += bench.compare(f"loss, batch {batch}", forms, costs=costs)
     return rows
 
@@ -138,7 +135,7 @@ def step_form(module: PPAPModule, optimizer: torch.optim.Optimizer, losses: Call
 
 def literal_losses(module: PPAPModule, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """The total loss of a step with the literal form of PPAP; (B, 3, H, W) normalised, (B, H, W)."""
-    output = module.segmenter(image)
+    output = module.segmenter(module.segmenter.backbone.tokens(image), module.segmenter.grid(image))
     options = module.options
     crit = criterion_dropout(
         output.crit,

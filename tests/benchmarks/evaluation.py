@@ -16,9 +16,8 @@ from tests.benchmarks import literal
 from tests.benchmarks.inputs import scene, shape_options
 from tests.benchmarks.measure import Bench, Cost, Row
 from utils.training.launch import cores
-from utils.vision.crf import CrfPool, HeadLogits, crf_missing
+from utils.vision.crf import CrfPool, HeadLogits, crf_missing, upsample
 from utils.vision.mean_field import MeanField
-from utils.vision.upsampling import upsample
 
 EVALUATED = {"cpu": 4, "cuda": 16}  # images in a batch; the literal form upsamples all channels
 REFINED = 12  # images, and at least two for each process: an end at which some are idle weighs little

@@ -21,7 +21,7 @@ from model.criterion import build_criterion
 from model.module import PPAPModule
 from model.segmenter import Segmenter
 from model.weights import backbone_spec
-from utils.config.loading import find_option_file, load_options
+from utils.config.loading import find_option_file, load_options, with_changes
 from utils.config.options import Options
 from utils.training.randomness import seeded
 
@@ -72,9 +72,8 @@ def loss_inputs(options: Options, criterion: PPAPLoss, batch: int, device: torch
 
 def loss_of(options: Options, **changed: int | str) -> PPAPLoss:
     """The criterion of an experiment, some coefficients changed."""
-    for key, value in changed.items():
-        setattr(options.training_coeff, key, value)
-    return build_criterion(options)
+    changes = {f"training_coeff.{key}": value for key, value in changed.items()}
+    return build_criterion(with_changes(options, changes))
 
 
 def random_module(options: Options, device: torch.device) -> PPAPModule:
@@ -90,7 +89,7 @@ def random_batch(options: Options, device: torch.device, n_classes: int) -> Batc
     size, side = options.dataloader.batch_size, options.dataset.res
     drawn = torch.Generator().manual_seed(0)
     image = torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=drawn)
-    label = torch.randint(-1, n_classes, (size, side, side), generator=drawn)
+    label = torch.randint(-1, n_classes, (size, side, side), generator=drawn) % 256  # -1 -> 255
     return Batch(image.to(device), label.to(device), torch.arange(size))
 
 

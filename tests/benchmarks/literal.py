@@ -80,7 +80,7 @@ def predictions(
 def confusion(prediction: Tensor, label: Tensor, counts: np.ndarray) -> None:
     """Adds a batch to (C, K) counts, on the CPU."""
     prediction, label = prediction.cpu().numpy().ravel(), label.cpu().numpy().ravel()
-    valid = (label >= 0) & (label < len(counts))
+    valid = label < len(counts)
     flat = label[valid] * counts.shape[1] + prediction[valid]
     counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import tempfile
 from collections.abc import Callable
@@ -12,20 +11,22 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dataset import DATA_SETS
+from dataset import build_data
 from dataset.base import SegmentationDataset, Source
 from dataset.crops import CropSource, PreparedCrops, prepared_folder
-from dataset.datamodule import SegmentationData
-from dataset.image_folder import Directory
+from dataset.datamodule import SegmentationDataModule
+from dataset.image_folder import ImageFolder
 from model.module import PPAPModule
 from tests.benchmarks import literal
 from tests.benchmarks.compute import LITERAL_BATCH, literal_losses, network_cost, step_form, step_loss_cost
 from tests.benchmarks.inputs import random_module, shape_options, write_photographs
 from tests.benchmarks.measure import Bench, Row
+from utils.config.loading import with_changes
 from utils.config.options import Options
 from utils.training.checkpointing import Progress
+from utils.training.device import precision_settings
 from utils.training.launch import cores
-from utils.training.trainer import build_trainer, precision_settings
+from utils.training.trainer import build_trainer
 from utils.vision.transforms import Geometry
 
 PHOTOGRAPHS = {"cpu": 8, "cuda": 128}  # of five crops each
@@ -69,7 +70,7 @@ def bench_data(bench: Bench, shape: str) -> list[Row]:
         chosen = options.dataset
         geometry = Geometry(chosen.res, "center", chosen.interpolation)
         prepared = PreparedCrops(prepared_folder(Path(root), "directory", "five", 0.5), "train", CLASSES)
-        whole = CropSource(Directory(chosen, "train"), 0.5, "five")
+        whole = CropSource(ImageFolder(chosen, "train"), 0.5, "five")
         size = options.dataloader.batch_size
         forms = {
             "literal": one_pass(TwoViews(prepared, chosen.res), size),
@@ -111,38 +112,34 @@ def hardware_of(bench: Bench, options: Options) -> dict[str, Any]:
     return {"accelerator": accelerator, "devices": 1} | precision_settings(options, accelerator)
 
 
-def fitted(bench: Bench, module: PPAPModule, data: SegmentationData) -> Callable[[], None]:
+def fitted(bench: Bench, module: PPAPModule, data: SegmentationDataModule) -> Callable[[], None]:
     """An epoch by Lightning's loop, as run.py runs it, without validation."""
     loader = data.train_dataloader()
 
     def run() -> None:
         module.follow(data.schedule, Progress())
         hardware = hardware_of(bench, data.options)
-        trainer = build_trainer(data.options, hardware, validate=False, schedule=data.schedule)
+        trainer = build_trainer(data.options, hardware)
         trainer.fit(module, loader)
 
     return run
 
 
-def cached_data(bench: Bench, module: PPAPModule, options: Options) -> SegmentationData:
+def cached_data(bench: Bench, module: PPAPModule, options: Options) -> SegmentationDataModule:
     """The same items as tokens in memory."""
-    options = copy.deepcopy(options)
-    options.dataset.cache_features = "ram"
-    data = SegmentationData(options, DATA_SETS["directory"])
+    data = build_data(with_changes(options, {"dataset.cache_features": "ram"}))
     trainer = build_trainer(options, hardware_of(bench, options))
-    encode = functools.partial(module.encode, trainer=trainer)
+    encode = functools.partial(module.frozen_tokens, trainer=trainer)
     precision = trainer.precision_plugin.precision
-    data.keep_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
-    return data
+    return data.with_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
 
 
 def bench_epoch(bench: Bench, shape: str) -> list[Row]:
     """An epoch on prepared crops: two views and the literal loss, ours, ours from cached tokens."""
     with tempfile.TemporaryDirectory() as root:
-        options = photographs(Path(root), shape, bench)
-        options.train.epoch = 1
+        options = with_changes(photographs(Path(root), shape, bench), {"train.epoch": 1})
         size = options.dataloader.batch_size
-        data = SegmentationData(options, DATA_SETS["directory"])
+        data = build_data(options)
         steps = len(data.train_set) // size
         module = random_module(options, bench.device)
         forms = {"ours": fitted(bench, module, data)}

@@ -14,9 +14,8 @@ from tests.benchmarks import literal
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.inputs import loss_inputs, loss_of, shape_options, write_photographs
 from tests.benchmarks.measure import Bench, Cost
-from utils.vision.crf import crf_missing
+from utils.vision.crf import crf_missing, upsample
 from utils.vision.transforms import Geometry, normalise, to_eight_bit
-from utils.vision.upsampling import upsample
 
 
 @pytest.mark.parametrize("name", ["loss_cocostuff8", "loss_cocostuff16", "loss_potsdam"])
@@ -123,7 +122,9 @@ def test_program__runs_every_case(monkeypatch, case, forms):
 
 
 @pytest.mark.skipif(crf_missing() is not None, reason="no pydensecrf")
-def test_program__runs_crf_in_processes_and_in_torch():
+def test_program__runs_crf_in_processes_and_in_torch(monkeypatch):
+    monkeypatch.setattr("tests.benchmarks.evaluation.REFINED", 1)
+    monkeypatch.setattr("tests.benchmarks.evaluation.cores", lambda: 1)
     rows = main(["crf", "--device", "cpu", "--shape", "small", "--repeats", "1"])
     assert [row.form for row in rows][::3] == ["literal", "ours, torch on cpu"]
     assert all(row.seconds > 0 for row in rows)

@@ -20,15 +20,15 @@ def expected_classes(source, rule):
 
 
 def coarse27(fine):
-    return COARSE_OF_FINE[fine] if fine < 182 else -1
+    return COARSE_OF_FINE[fine] if fine < 182 else 255
 
 
 def coarse15(fine):
-    return coarse27(fine) - 12 if coarse27(fine) >= 12 else -1
+    return coarse27(fine) - 12 if 12 <= coarse27(fine) < 255 else 255
 
 
 def coarse3(fine):
-    return {"sky": 0, "plant": 1, "ground": 2}.get(NAMES[coarse27(fine)], -1) if fine < 182 else -1
+    return {"sky": 0, "plant": 1, "ground": 2}.get(NAMES[coarse27(fine)], 255) if fine < 182 else 255
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_cocostuff__tables_are_the_reference_ones(shared):
 def test_cityscapes__official_ids(data_of, cityscapes):
     data = data_of("cityscapes", cityscapes)
     expected, got = expected_classes(
-        data.validation_set.source, lambda raw: raw - 7 if 7 <= raw <= 33 else -1
+        data.validation_set.source, lambda raw: raw - 7 if 7 <= raw <= 33 else 255
     )
     assert np.array_equal(expected, got)
     assert data.labels.names[0] == "road"
@@ -65,7 +65,7 @@ def test_cityscapes__official_ids(data_of, cityscapes):
 def test_potsdam__six_classes_to_three(data_of, potsdam, data_type, capsys):
     data = data_of(data_type, potsdam, dataset__crop_type="five")
     rule = {0: 0, 4: 0, 1: 1, 5: 1, 2: 2, 3: 2}
-    expected, got = expected_classes(data.validation_set.source, lambda raw: rule.get(raw, -1))
+    expected, got = expected_classes(data.validation_set.source, lambda raw: rule.get(raw, 255))
     assert np.array_equal(expected, got)
     assert len(data.train_set) == 2  # whole images
     assert "ignored" in capsys.readouterr().out
@@ -91,23 +91,14 @@ PREPARATION = {
 
 
 @pytest.mark.parametrize("data_type", PREPARATION)
-def test_missing__names_the_folder_what_it_should_hold_and_the_command(data_of, tmp_path, data_type):
+def test_missing__names_the_file_and_the_command(data_of, tmp_path, data_type):
     first, command = PREPARATION[data_type]
+    root = tmp_path / "my data"
     with pytest.raises(UserError, match=first) as error:
-        data_of(data_type, tmp_path, dataset__n_classes=2)
-    assert f"dataset.data_path is {tmp_path}: " in str(error.value)
+        data_of(data_type, root, dataset__n_classes=2)
+    assert f"dataset.data_path is {root}: " in str(error.value)
     assert command in str(error.value)
-
-
-@pytest.mark.parametrize("data_type", sorted(set(PREPARATION) - {"directory"}))
-def test_missing__command_is_what_a_shell_takes(data_of, tmp_path, data_type):
-    with pytest.raises(UserError) as error:
-        data_of(data_type, tmp_path / "my data")
-    assert f"--root '{tmp_path / 'my data'}'" in str(error.value)
-
-
-def test_missing__covers_every_data_set_of_files():
-    assert set(PREPARATION) == set(DATA_SETS) - {"synthetic"}
+    assert data_type == "directory" or f"--root '{root}'" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +130,7 @@ def test_missing__first_file_of_a_list(data_of, request, data_type, folder, file
 def test_empty_split__is_named(data_of, request, data_type, folder, listing):
     root = request.getfixturevalue(folder)
     (root / listing).write_text("\n")
-    with pytest.raises(UserError, match=rf"{listing}: names no"):
+    with pytest.raises(UserError, match=rf"{listing}: is empty"):
         data_of(data_type, root)
 
 
@@ -189,13 +180,11 @@ def test_label_values__outside_the_rule_are_named(data_of, request, data_type, f
 @pytest.mark.parametrize(
     ("entry", "value", "word"),
     [
-        ("imgs", {"img": np.zeros((200, 200, 2), np.uint8)}, r"entry 'img' is \(200, 200, 2\)"),
-        ("imgs", {"img": np.full((200, 200, 4), 300)}, "with values 300 to 300"),
         ("imgs", {"other": np.zeros(3)}, "entry 'img' is missing"),
+        ("imgs", {"img": np.zeros((200, 200), np.uint8)}, r"entry 'img' is uint8 of shape \(200, 200\)"),
         ("gt", {"gt": np.full((200, 200), 7)}, "the label holds 7, must hold 0 to 5, 255"),
-        ("gt", {"gt": np.full((200, 200), 700)}, "the label holds 700"),
         ("gt", {"gt": np.zeros((100, 200))}, r"label is \(100, 200\) \(rows, columns\), its image"),
-        ("gt", {"gt": "text"}, "must be an array of numbers"),
+        ("gt", {"gt": "text"}, "must be numeric"),
     ],
 )
 def test_potsdam__entries_are_checked(data_of, potsdam, entry, value, word):
@@ -206,4 +195,4 @@ def test_potsdam__entries_are_checked(data_of, potsdam, entry, value, word):
 
 def test_potsdam__negative_ids_are_ignored(data_of, potsdam):
     savemat(potsdam / "gt/2_10_0_0.mat", {"gt": np.full((200, 200), -1, np.int16)})
-    assert (data_of("potsdam", potsdam).validation_set[0].label == -1).all()
+    assert (data_of("potsdam", potsdam).validation_set[0].label == 255).all()

@@ -1,7 +1,4 @@
-"""The PPAP loss as its definition reads, anchor by anchor and patch by patch, in float64.
-
-Written from the definition and sharing nothing with the fast form; only torch's autograd on scalars.
-"""
+"""The PPAP loss by its definition, anchor by anchor and patch by patch in float64; shares no code."""
 
 import math
 from dataclasses import dataclass
@@ -37,13 +34,8 @@ def oracle_loss(z, features, anchors, *, phi0, psi0, steps, sigma_pos, sigma_amb
     n = len(f)
     z = z.double()
     margin = math.inf
-    weighted, weight, positives_seen, negatives_seen, drawn_total = (
-        torch.zeros((), dtype=torch.float64),
-        0,
-        0,
-        0,
-        0,
-    )
+    weighted = torch.zeros((), dtype=torch.float64)
+    weight = positives_seen = negatives_seen = drawn_total = 0
     reached = [0.0] * 4
     for group in anchors.tolist():
         drawn = [i for i in group if i >= 0]

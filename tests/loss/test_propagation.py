@@ -18,28 +18,12 @@ def test_propagate__one_step_by_hand():
     assert math.isclose(reached.psi.item(), 0.2 + moved / 4, rel_tol=1e-6)
 
 
-def test_propagate__empty_set_stays_where_it_is():
+def test_propagate__empty_set_keeps_the_proxy():
     bank = F.normalize(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), dim=1)
     reached = propagate(bank[:2], bank, Boundaries(1.5, 0.2, 3, sigma_pos=0.01, sigma_amb=0.01))
     torch.testing.assert_close(reached.proxies, bank[:2])
     assert (reached.phi == 1.5).all()
     torch.testing.assert_close(reached.psi, torch.full((2, 1), 0.2))
-
-
-def test_propagate__no_step_leaves_the_anchor():
-    bank = F.normalize(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), dim=1)
-    reached = propagate(bank[:2], bank, Boundaries(0.5, 0.2, 0, sigma_pos=3, sigma_amb=3))
-    torch.testing.assert_close(reached.similarity, bank[:2] @ bank.T)
-
-
-def test_propagate__batched_equals_single():
-    bank = F.normalize(torch.randn(40, 6, generator=torch.Generator().manual_seed(3)), dim=1)
-    boundaries = Boundaries(0.3, 0.0, 3, sigma_pos=3, sigma_amb=3)
-    together = propagate(bank[:7], bank, boundaries)
-    for index in range(7):
-        alone = propagate(bank[index : index + 1], bank, boundaries)
-        torch.testing.assert_close(alone.phi, together.phi[index : index + 1])
-        torch.testing.assert_close(alone.proxies, together.proxies[index : index + 1])
 
 
 def test_propagations__each_step_is_a_shorter_run():
@@ -54,9 +38,9 @@ def test_propagations__each_step_is_a_shorter_run():
     assert count == 4
 
 
-def test_select_sets__leaves_out_the_anchor_and_the_ambiguous():
+def test_select_sets__without_the_anchor_and_the_ambiguous():
     similarity = torch.tensor([[0.9, 0.7, 0.4, 0.1], [0.1, 0.1, 0.9, 0.1]])
     edge = torch.tensor([[0.5], [0.5]])
-    sets = select_sets(Propagation(similarity, similarity, edge, edge - 0.3), torch.tensor([0, 3]))
+    sets = select_sets(Propagation(None, similarity, edge, edge - 0.3, None), torch.tensor([0, 3]))
     assert sets.positives.tolist() == [[False, True, False, False], [False, False, True, False]]
     assert sets.negatives.tolist() == [[False, False, False, True], [True, True, False, False]]

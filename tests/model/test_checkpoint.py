@@ -10,7 +10,7 @@ import run
 from dataset import DATA_SETS
 from model import PPAPModule, build_module
 from model.backbone import FrozenViT
-from model.checkpoint import CheckpointFile, export, read_checkpoint, restore
+from model.checkpoint import Checkpoint, export, read_checkpoint, restore
 from model.segmenter import Segmenter
 from model.weights import backbone_spec
 from utils.config.loading import load_options
@@ -48,7 +48,9 @@ def published(module):
 def test_published_format__round_trip(tiny_options, tmp_path):
     module = build_module(tiny_options(), LABELS)
     torch.save(published(module), tmp_path / "ckpt.pth")
-    loaded = build_module(tiny_options(train__seed=5), LABELS, checkpoint=str(tmp_path))
+    loaded = build_module(
+        tiny_options(train__seed=5), LABELS, checkpoint=read_checkpoint(tmp_path / "ckpt.pth")
+    )
     for name, value in module.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
 
@@ -57,7 +59,7 @@ def test_published_format__other_number_of_classes_names_both_shapes(tiny_option
     torch.save(published(build_module(tiny_options(), LABELS)), tmp_path / "ckpt.pth")
     two = LabelSpace.with_spread_colours(("a", "b"))
     with pytest.raises(UserError) as error:
-        build_module(tiny_options(), two, checkpoint=str(tmp_path / "ckpt.pth"))
+        build_module(tiny_options(), two, checkpoint=read_checkpoint(tmp_path / "ckpt.pth"))
     assert "3 classes and 3 clusters; the options describe" in str(error.value)
     assert "2 classes and 2 clusters" in str(error.value)
 
@@ -114,7 +116,7 @@ def test_restore__other_classes_are_named(tiny_options):
     module = build_module(tiny_options(), LABELS)
     about = {"class_names": ["x", "y"]}
     with pytest.raises(UserError, match=r"2 classes x, y.*\(synthetic\) has the 3 classes a, b, c"):
-        restore(module, CheckpointFile(Path("best.ckpt"), module.state_dict(), about))
+        restore(module, Checkpoint(Path("best.ckpt"), module.state_dict(), about))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_restore__other_network_is_told_in_words(tiny_options, tmp_path, change,
     other = build_module(tiny_options(**change), LABELS)
     torch.save(published(other), tmp_path / "ckpt.pth")
     with pytest.raises(UserError) as error:
-        build_module(tiny_options(), LABELS, checkpoint=str(tmp_path))
+        build_module(tiny_options(), LABELS, checkpoint=read_checkpoint(tmp_path / "ckpt.pth"))
     found, wanted = str(error.value).split("; the options describe ")
     assert theirs in found
     assert ours in wanted
@@ -161,7 +163,7 @@ def test_export__has_the_entries_of_the_released_files(shared, tmp_path):
     labels = DATA_SETS["cocostuff27"].labels(options.dataset)
     module = PPAPModule(options, labels, Segmenter(FrozenViT(backbone_spec(options))))
     about = {"step": 300, "epoch": 2, "metrics": {"Cluster_mIoU": 12.5, "Linear_mIoU": 30.0}}
-    export(CheckpointFile(tmp_path / "best.ckpt", module.state_dict(), about), tmp_path / "ckpt.pth")
+    export(Checkpoint(tmp_path / "best.ckpt", module.state_dict(), about), tmp_path / "ckpt.pth")
     content = torch.load(tmp_path / "ckpt.pth", weights_only=True)
     assert set(content) == set(listed["top_level"])
     assert [content[key] for key in ("iter", "epoch", "best", "net_optimizer_state_dict")] == [
@@ -178,4 +180,4 @@ def test_export__place_that_cannot_be_written(tmp_path, tiny_options):
     module = build_module(tiny_options(), LABELS)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"ckpt\.pth: cannot be written"):
-        export(CheckpointFile(Path("x"), module.state_dict(), {}), tmp_path / "file" / "ckpt.pth")
+        export(Checkpoint(Path("x"), module.state_dict(), {}), tmp_path / "file" / "ckpt.pth")

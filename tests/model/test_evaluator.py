@@ -3,18 +3,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model.evaluator import CLUSTER_ALPHA, Evaluator, upsampled_norm
+from model.evaluator import CLUSTER_ALPHA, Evaluator
 from model.probes import ClusterProbe, LinearProbe
 from utils.vision.crf import CrfPool, HeadLogits, refine
 from utils.vision.mean_field import MeanField
-
-
-@pytest.mark.parametrize("shape", [(13, 7, 97, 64), (16, 16, 224, 224), (1, 3, 8, 9), (8, 8, 8, 8)])
-def test_upsampled_norm__equals_the_norm_of_the_upsampled_map(shape):
-    h, w, height, width = shape
-    code = torch.randn(2, 24, h, w, generator=torch.Generator().manual_seed(0))
-    literal = F.interpolate(code, size=(height, width), mode="bilinear").norm(dim=1)
-    torch.testing.assert_close(upsampled_norm(code, (height, width)), literal, atol=2e-5, rtol=1e-5)
 
 
 @pytest.fixture
@@ -24,16 +16,15 @@ def batch():
     return {
         "code": torch.randn(2, 12, 5, 6, generator=drawn),
         "image": torch.randint(256, (2, 3, 40, 48), generator=drawn, dtype=torch.uint8),
-        "label": torch.randint(-1, 3, (2, 40, 48), generator=drawn),
+        "label": torch.randint(-1, 3, (2, 40, 48), generator=drawn) % 256,
         "linear": LinearProbe(12, 3),
         "cluster": ClusterProbe(12, 4),
     }
 
 
-def add(evaluator, batch):
-    evaluator.update(
-        batch["code"], batch["image"], batch["label"], linear=batch["linear"], cluster=batch["cluster"]
-    )
+def add(evaluator, batch, first=0):
+    probes = {"linear": batch["linear"], "cluster": batch["cluster"]}
+    evaluator.update(batch["code"], batch["image"], batch["label"], first=first, **probes)
 
 
 def test_update__equals_probes_on_the_upsampled_code(batch):
@@ -47,7 +38,7 @@ def test_update__equals_probes_on_the_upsampled_code(batch):
     label = batch["label"]
     for name, prediction in (("cluster", cosine.argmax(1)), ("linear", batch["linear"](full).argmax(1))):
         expected = torch.zeros(3, evaluator.plain[name].n_predictions, dtype=torch.int64)
-        for true, predicted in zip(label[label >= 0].tolist(), prediction[label >= 0].tolist(), strict=True):
+        for true, predicted in zip(label[label < 3].tolist(), prediction[label < 3].tolist(), strict=True):
             expected[true, predicted] += 1
         assert (evaluator.plain[name].compute() - expected).abs().sum() <= 2  # ties
     literal = -cosine.max(1).values.mean().item()
@@ -66,14 +57,14 @@ def test_update__batched_equals_single(batch):
     assert together.compute().images == apart.compute().images == 2
 
 
-def test_pictures__are_kept_of_the_places_asked_for(batch):
-    evaluator = Evaluator(3, 4, is_direct=False, with_linear=True)
-    evaluator.pictured = frozenset({1, 4})
-    for _ in range(3):
-        add(evaluator, batch)
-    assert len(evaluator.pictures) == 2
-    assert torch.equal(evaluator.pictures[0].image, batch["image"][1])
-    assert torch.equal(evaluator.pictures[1].image, batch["image"][0])
+def test_predictions__are_kept_of_the_images_asked_for(batch):
+    evaluator = Evaluator(3, 4, is_direct=False, with_linear=True, pictured=(1, 4))
+    for first in (0, 2, 4):
+        add(evaluator, batch, first)
+    kept = evaluator.predictions()
+    assert [prediction.index for prediction in kept] == [1, 4]
+    assert torch.equal(kept[0].image, batch["image"][1])
+    assert torch.equal(kept[1].image, batch["image"][0])
 
 
 def test_reset__forgets(batch):
@@ -95,10 +86,11 @@ def test_direct__code_is_the_cluster_logits(batch):
 
 def test_crf__literal_logits_reach_the_workers(batch):
     """log-softmax of the linear logits, and of twice the cosines of the upsampled code."""
-    evaluator = Evaluator(3, 4, is_direct=False, with_linear=True)
     seen = []
 
     class Recorder:
+        on_device = False
+
         def submit(self, image, heads, tag):
             seen.append((image, heads))
 
@@ -108,7 +100,7 @@ def test_crf__literal_logits_reach_the_workers(batch):
         def __len__(self):
             return 0
 
-    evaluator.pool = Recorder()
+    evaluator = Evaluator(3, 4, is_direct=False, with_linear=True, refiner=Recorder())
     with torch.no_grad():
         add(evaluator, batch)
         full = F.interpolate(batch["code"], size=(40, 48), mode="bilinear")
@@ -124,20 +116,21 @@ def test_crf__literal_logits_reach_the_workers(batch):
 
 
 def test_crf__pool_counts_every_image_once(batch):
-    evaluator = Evaluator(3, 4, is_direct=False, with_linear=True)
     with CrfPool(2) as pool:
-        evaluator.pool = pool
+        evaluator = Evaluator(3, 4, is_direct=False, with_linear=True, refiner=pool)
         for _ in range(3):
             add(evaluator, batch)
         while len(pool):
             evaluator.collect_refined(wait_for_one=True)
-    valid = int((batch["label"] >= 0).sum()) * 3
+    valid = int((batch["label"] < 3).sum()) * 3
     assert int(evaluator.refined["cluster"].compute().sum()) == valid
     assert int(evaluator.refined["linear"].compute().sum()) == valid
 
 
 class InProcess(list):
     """What CrfPool does, without processes."""
+
+    on_device = False
 
     def submit(self, image, heads, tag):
         self.append((tag, [marginals.argmax(0) for marginals in refine(image, heads)]))
@@ -149,17 +142,17 @@ class InProcess(list):
 
 @pytest.mark.parametrize(("is_direct", "with_linear"), [(False, True), (True, True), (False, False)])
 def test_crf__on_the_device_equals_the_pool(batch, is_direct, with_linear):
+    n_clusters, flags = 12 if is_direct else 4, {"is_direct": is_direct, "with_linear": with_linear}
     in_pool, on_device = (
-        Evaluator(3, 12 if is_direct else 4, is_direct=is_direct, with_linear=with_linear) for _ in range(2)
+        Evaluator(3, n_clusters, refiner=refiner, **flags) for refiner in (InProcess(), MeanField())
     )
-    in_pool.pool, on_device.pool = InProcess(), MeanField()
     for evaluator in (in_pool, on_device):
         add(evaluator, batch)
     assert on_device.collect_refined() == 0
     for name in ("cluster", "linear") if with_linear else ("cluster",):
         difference = on_device.refined[name].compute() - in_pool.refined[name].compute()
         assert difference.abs().sum() <= 4  # ties
-        assert on_device.refined[name].compute().sum() == (batch["label"] >= 0).sum()
+        assert on_device.refined[name].compute().sum() == (batch["label"] < 3).sum()
 
 
 def test_pool__results_keep_their_order_and_tag():

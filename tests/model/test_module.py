@@ -30,11 +30,12 @@ def first_batch(data):
     return next(iter(data.train_dataloader()))
 
 
-def test_losses__total_is_the_sum_and_probes_read_the_code_detached(made):
+def test_losses__probes_read_the_code_detached(made):
     _, data, module = made()
-    losses = module.losses(first_batch(data), step=1)
-    torch.testing.assert_close(losses.total, losses.ppap.loss + losses.linear + losses.cluster)
-    (losses.linear + losses.cluster).backward()
+    losses, statistics = module.losses(first_batch(data), step=1)
+    assert list(losses) == ["supcon_loss", "linear_loss", "cluster_loss"]
+    assert {"num_positives", "num_negatives", "mean_phi"} <= set(statistics)
+    (losses["linear_loss"] + losses["cluster_loss"]).backward()
     assert all(parameter.grad is None for parameter in module.segmenter.parameters())
     assert module.cluster_probe.clusters.grad is not None
 
@@ -43,18 +44,19 @@ def test_losses__are_a_function_of_seed_and_step(made):
     _, data, module = made()
     batch = first_batch(data)
     torch.manual_seed(1)
-    first = module.losses(batch, step=7)
+    first, _ = module.losses(batch, step=7)
     torch.manual_seed(2)  # the global state plays no part
-    again, other = module.losses(batch, step=7), module.losses(batch, step=8)
-    assert torch.equal(first.total, again.total)
-    assert not torch.equal(first.ppap.loss, other.ppap.loss)
+    (again, _), (other, _) = module.losses(batch, step=7), module.losses(batch, step=8)
+    assert first == again
+    assert first["supcon_loss"] != other["supcon_loss"]
 
 
 def test_losses__frozen_leaves_out_ppap_and_the_head(made):
     _, data, module = made(train__frozen=True)
-    losses = module.losses(first_batch(data), step=1)
-    losses.total.backward()
-    assert losses.ppap is None
+    losses, statistics = module.losses(first_batch(data), step=1)
+    sum(losses.values()).backward()
+    assert "supcon_loss" not in losses
+    assert not statistics
     assert not any(parameter.requires_grad for parameter in module.segmenter.parameters())
 
 
@@ -96,7 +98,8 @@ def test_optimizer__adamw_without_decay_is_adam():
 
 def test_clipping__acts_on_the_net_alone(made):
     _, data, module = made(train__grad_norm=1e-3)
-    (1e4 * module.losses(first_batch(data), step=1).total).backward()
+    losses, _ = module.losses(first_batch(data), step=1)
+    (1e4 * sum(losses.values())).backward()
     probe = module.cluster_probe.clusters.grad.clone()
     module.configure_gradient_clipping(module.configure_optimizers())
     norm = torch.nn.utils.get_total_norm([p.grad for p in module.segmenter.trainable() if p.grad is not None])
@@ -234,17 +237,18 @@ def full_shape_step(options, device, dtype):
     optimizer, side = module.configure_optimizers(), options.dataset.res
     batch = Batch(
         torch.randint(256, (options.dataloader.batch_size, 3, side, side), dtype=torch.uint8, device=device),
-        torch.randint(-1, labels.n_classes, (options.dataloader.batch_size, side, side), device=device),
+        torch.randint(0, labels.n_classes, (options.dataloader.batch_size, side, side), device=device),
         torch.arange(options.dataloader.batch_size),
     )
     for step in (1, 2):  # the first warms up
         start = time.perf_counter()
         with torch.autocast(device, dtype=dtype):
-            losses = module.losses(batch, step=step)
-        losses.total.backward()
+            losses, _ = module.losses(batch, step=step)
+        total = sum(losses.values())
+        total.backward()
         module.configure_gradient_clipping(optimizer)
         optimizer.step()
-        finite = bool(torch.isfinite(losses.total))  # waits for the device
+        finite = bool(torch.isfinite(total))  # waits for the device
         seconds = time.perf_counter() - start
     assert finite
     return seconds

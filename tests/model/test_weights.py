@@ -1,9 +1,23 @@
+"""The published backbones and weights files: the table, the download, and what is read from a file."""
+
+import hashlib
+import io
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from model.backbone import FrozenViT
-from model.weights import backbone_spec, clean_state, load_backbone
+from model.weights import BACKBONES, backbone_spec, clean_state, load_backbone, published_file
+from tests.utils.server import Fault, Page, serving
+from utils.config.options import PATCHES, WIDTH_AND_HEADS
 from utils.errors import UserError
+from utils.vision.transforms import normalise
+
+FIRST = next(iter(BACKBONES.values()))
 
 
 @pytest.fixture
@@ -19,8 +33,10 @@ def random_state(spec, seed=0):
     }
 
 
-def same(module, state):
-    return all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+def load(spec, path):
+    backbone = FrozenViT(spec)
+    load_backbone(backbone, str(path))
+    return backbone.state_dict()
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone."])
@@ -29,19 +45,14 @@ def test_load__bare_or_under_teacher_with_prefixes_and_heads(spec, tmp_path, pre
     state = random_state(spec)
     stored = {prefix + name: value for name, value in state.items()} | {prefix + "head.weight": torch.ones(2)}
     torch.save({"teacher": stored} if wrapped else stored, tmp_path / "w.pth")
-    backbone = FrozenViT(spec)
-    load_backbone(backbone, str(tmp_path / "w.pth"))
-    assert same(backbone, state)
+    assert all(torch.equal(value, state[name]) for name, value in load(spec, tmp_path / "w.pth").items())
 
 
 def test_load__safetensors(spec, tmp_path):
-    from safetensors.torch import save_file
-
     state = random_state(spec)
     save_file(state, tmp_path / "w.safetensors")
-    backbone = FrozenViT(spec)
-    load_backbone(backbone, str(tmp_path / "w.safetensors"))
-    assert same(backbone, state)
+    found = load(spec, tmp_path / "w.safetensors")
+    assert all(torch.equal(value, state[name]) for name, value in found.items())
 
 
 def test_clean_state__chunks_mask_token_and_depth():
@@ -59,52 +70,96 @@ def test_load__file_that_does_not_fit_names_keys_and_shapes(spec, tmp_path):
     del state["norm.weight"]
     torch.save(state | {"surplus": torch.ones(1)}, tmp_path / "w.pth")
     with pytest.raises(UserError) as error:
-        load_backbone(FrozenViT(spec), str(tmp_path / "w.pth"))
-    for part in (
-        "w.pth",
-        "pos_embed: (1, 5, 24) in the file, (1, 17, 24)",
-        "norm.weight: missing",
-        "surplus: not",
-    ):
+        load(spec, tmp_path / "w.pth")
+    shapes = "pos_embed: (1, 5, 24) in the file, (1, 17, 24) in the model"
+    for part in ("w.pth", shapes, "norm.weight: missing", "surplus: not"):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello world", b"a sentence", b"\x80\x02K", b"PK\x03\x04damaged"])
-def test_load__damaged_file_is_named(spec, tmp_path, content):
-    (tmp_path / "w.pth").write_bytes(content)
-    with pytest.raises(UserError, match=r"w\.pth: not a readable weights file"):
-        load_backbone(FrozenViT(spec), str(tmp_path / "w.pth"))
-
-
-def test_load__damaged_safetensors(spec, tmp_path):
-    (tmp_path / "w.safetensors").write_bytes(b"\xff" * 30)
-    with pytest.raises(UserError, match=r"w\.safetensors: not a readable weights file"):
-        load_backbone(FrozenViT(spec), str(tmp_path / "w.safetensors"))
-
-
-@pytest.mark.parametrize("content", [{1: torch.ones(1)}, [torch.ones(1)], {"a": 3}])
-def test_load__no_state_dict(spec, tmp_path, content):
-    torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="must hold a state dict"):
-        load_backbone(FrozenViT(spec), str(tmp_path / "w.pth"))
-
-
-def test_load__code_in_a_file_is_not_run(spec, tmp_path):
+def evil(path):
     class Evil:
         def __reduce__(self):
-            return (open, (str(tmp_path / "executed"), "w"))
+            return (open, (str(path.with_name("executed")), "w"))
 
-    torch.save({"teacher": Evil()}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="not a readable weights file"):
-        load_backbone(FrozenViT(spec), str(tmp_path / "w.pth"))
+    torch.save({"teacher": Evil()}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "why"),
+    [
+        ("w.pth", lambda path: path.write_bytes(b"a sentence"), "not a readable weights file"),
+        ("w.pth", lambda path: path.write_bytes(b"PK\x03\x04damaged"), "not a readable weights file"),
+        ("w.pth", evil, "not a readable weights file"),
+        ("w.safetensors", lambda path: path.write_bytes(b"\xff" * 30), "not a readable weights file"),
+        ("w.pth", lambda path: torch.save([torch.ones(1)], path), "must contain a state dict"),
+        ("w.pth", lambda path: torch.save({"a": 3}, path), "must contain a state dict"),
+    ],
+)
+def test_load__damaged_file_or_no_weights(spec, tmp_path, name, write, why):
+    write(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: {why}"):
+        load(spec, tmp_path / name)
     assert not (tmp_path / "executed").exists()
+
+
+def test_table__has_every_backbone_that_options_can_choose(tiny_options):
+    found = set()
+    for arch, patches in PATCHES.items():
+        for patch in patches:
+            for model_type, (width, _) in WIDTH_AND_HEADS.items():
+                for registers in {False, arch == "dinov2"}:
+                    options = tiny_options(
+                        model__arch=arch, model__dim=width,
+                        dataset__res=4 * patch, dataset__val_res=4 * patch,
+                        model__pretrained__model_type=model_type, model__pretrained__dino_patch_size=patch,
+                        model__pretrained__registers=registers,
+                    )  # fmt: skip
+                    found.add(backbone_spec(options).published)
+    assert found == set(BACKBONES)
+    assert len({backbone.address for backbone in BACKBONES.values()}) == len(BACKBONES)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def served():
+    """A server with dino.pth, and a backbone of that address."""
+    buffer = io.BytesIO()
+    torch.save({"a": torch.ones(30_000)}, buffer)
+    with serving() as server:
+        server.pages["dino.pth"] = Page(buffer.getvalue())
+        yield server, replace(FIRST, address=f"{server.address}/dino.pth")
+
+
+def test_published__downloads_once_and_checks_the_digest(served, hub):
+    server, backbone = served
+    body = server.pages["dino.pth"].body
+    backbone = replace(backbone, sha256=hashlib.sha256(body).hexdigest())
+    assert published_file(backbone) == published_file(backbone) == hub / "dino.pth"
+    assert server.bodies() == ["dino.pth"]
+    (hub / "dino.pth").write_bytes(body[:-1] + b"x")
+    with pytest.raises(UserError, match=r"dino\.pth: its SHA-256 is not .*; delete it"):
+        published_file(backbone)
+
+
+def test_published__cut_download_never_has_the_final_name(served, hub):
+    """The DINO files have no known digest, so a cut must not go unnoticed."""
+    server, backbone = served
+    server.faults["dino.pth"] = [Fault(cut=50_000), Fault(cut=1), Fault(cut=1)]
+    with pytest.raises(UserError, match=rf"Connection broken.* save it as {hub}.*pretrained_weights"):
+        published_file(backbone, tries=2, backoff=0.001)
+    assert not (hub / "dino.pth").exists()
+    server.faults.clear()
+    assert published_file(backbone).read_bytes() == server.pages["dino.pth"].body  # resumed
+    assert server.seen[-1][2] > 50_000
 
 
 def test_real_weights__load_and_their_features_tell_classes_apart(shared, tiny_options):
     """Ten blocks of a DINOv2-derived ViT-S/14: cosines within a class exceed those between classes."""
-    import numpy as np
-    from PIL import Image
-
     options = tiny_options(
         model__arch="dinov2", model__dim=384, model__pretrained__dino_patch_size=14,
         model__pretrained__depth=10, dataset__res=224, dataset__val_res=224,
@@ -116,12 +171,10 @@ def test_real_weights__load_and_their_features_tell_classes_apart(shared, tiny_o
         images.append(np.asarray(Image.open(path).convert("RGB").resize((224, 224))))
         label = Image.open(shared / f"data/camvid/labels/val/{path.stem}.png")
         labels.append(np.asarray(label.resize((16, 16), Image.Resampling.NEAREST)))
-    from utils.vision.transforms import normalise
-
-    batch = normalise(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+    batch = normalise(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))  # (B, 3, H, W)
     features = backbone.last_features(backbone.tokens(batch), (16, 16)).permute(0, 2, 3, 1).flatten(0, 2)
-    features = torch.nn.functional.normalize(features, dim=1)
+    features = torch.nn.functional.normalize(features, dim=1)  # (N, D)
     classes = torch.from_numpy(np.stack(labels)).flatten().long()
-    cosine, same_class = features @ features.T, classes[:, None] == classes
+    cosine, same_class = features @ features.T, classes[:, None] == classes  # (N, N)
     assert cosine[same_class].median() > 0.55
     assert cosine[~same_class].median() < 0.25

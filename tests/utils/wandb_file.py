@@ -1,7 +1,4 @@
-"""What a .wandb file holds: wandb's own messages, in the LevelDB log that it writes them to.
-
-wandb's Python reader of that log went with its move to Go, so the framing is read here.
-"""
+"""Reads a .wandb file: wandb's protobuf records in LevelDB's log format."""
 
 import json
 import time
@@ -10,13 +7,12 @@ from pathlib import Path
 from wandb.proto.wandb_internal_pb2 import Record
 
 HEADER, BLOCK, CHUNK = 7, 2**15, 7  # bytes of the file's header, of a block, of a chunk's header
+FULL, LAST = 1, 4  # kinds of chunks that end a record
 
 
-def messages(path: Path) -> list[Record]:
-    """All records, in order."""
+def read_records(path: Path) -> list[Record]:
     data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    found, place, whole = [], HEADER, b""
+    records, place, content = [], HEADER, b""
     while place + CHUNK <= len(data):
         if BLOCK - place % BLOCK < CHUNK:  # padding
             place += BLOCK - place % BLOCK
@@ -24,14 +20,12 @@ def messages(path: Path) -> list[Record]:
         length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
         if kind == 0:
             break
-        whole += data[place + CHUNK : place + CHUNK + length]
+        content += data[place + CHUNK : place + CHUNK + length]
         place += CHUNK + length
-        if kind in (1, 4):  # the last chunk of a record, or its only one
-            record = Record()
-            record.ParseFromString(whole)
-            found.append(record)
-            whole = b""
-    return found
+        if kind in (FULL, LAST):
+            records.append(Record.FromString(content))
+            content = b""
+    return records
 
 
 def _items(items) -> dict:
@@ -39,21 +33,20 @@ def _items(items) -> dict:
 
 
 class WandbFile:
-    """History rows, the last summary, config, tags, files and artifacts of a run."""
+    """History rows, summary, config, files and artifacts of the one run in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        (path,) = folder.rglob("run-*.wandb")
-        self.path, self.records = path, messages(path)
-        for _ in range(100):  # wandb's own process may still be writing what was sent to it
-            if self.records and self.records[-1].WhichOneof("record_type") == "exit":
+        (self.path,) = folder.rglob("run-*.wandb")
+        for _ in range(100):  # wandb's own process may still be writing
+            records = read_records(self.path)
+            if records and records[-1].WhichOneof("record_type") == "exit":
                 break
             time.sleep(0.1)
-            self.records = messages(path)
-        self.history = [_items(r.history.item) for r in self.records if r.HasField("history")]
+        self.history = [_items(r.history.item) for r in records if r.HasField("history")]
         self.summary: dict = {}
         self.config: dict = {}
         self.files, self.artifacts = set(), []
-        for record in self.records:
+        for record in records:
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 self.run = record.run

@@ -31,10 +31,9 @@ LAYOUT = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # inches
 
 
 def colour(classes: np.ndarray, labels: LabelSpace, *, missing: tuple[int, int, int] = IGNORED) -> np.ndarray:
-    """Maps class ids (H, W) to colours (H, W, 3) uint8; ids outside 0..n_classes - 1 get `missing`."""
+    """Maps class ids (H, W) to colours (H, W, 3) uint8; ids above the classes, such as 255, get `missing`."""
     table = np.array([*labels.palette, missing], dtype=np.uint8)
-    known = (classes >= 0) & (classes < labels.n_classes)
-    return table[np.where(known, classes, labels.n_classes)]  # (H, W, 3)
+    return table[np.where(classes < labels.n_classes, classes, labels.n_classes)]  # (H, W, 3)
 
 
 def draw_predictions(path: Path, rows: Sequence[dict[str, np.ndarray]], *, labels: LabelSpace) -> None:

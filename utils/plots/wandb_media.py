@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import wandb
 
-from utils.vision.labels import LabelSpace
-
-NO_CLASS = 255  # in a mask: an ignored pixel or a cluster without a class
+from utils.vision.labels import IGNORE, LabelSpace
 
 
 def prediction_table(
@@ -25,17 +23,16 @@ def prediction_table(
     Args:
         names: P image names.
         photographs: (P, H, W, 3) uint8.
-        maps: P mappings from title to class ids (H, W), 255 or negative = none; all with the same titles.
+        maps: P mappings from title to class ids (H, W), 255 = none; all with the same titles.
         labels: class names.
     """
-    class_labels = dict(enumerate(labels.names)) | {NO_CLASS: "none"}
+    class_labels = dict(enumerate(labels.names)) | {IGNORE: "none"}
     titles = list(maps[0]) if maps else []
     table = wandb.Table(columns=["image", "photograph", *titles])
     for name, photograph, class_maps in zip(names, photographs, maps, strict=True):
         overlays = []
         for title in titles:
-            classes = class_maps[title]
-            mask = np.where(classes < 0, NO_CLASS, classes).astype(np.uint8)
+            mask = class_maps[title].astype(np.uint8)
             masks = {title: {"mask_data": mask, "class_labels": class_labels}}
             overlays.append(wandb.Image(photograph, file_type="jpg", masks=masks))
         table.add_data(name, wandb.Image(photograph, file_type="jpg"), *overlays)

@@ -162,7 +162,7 @@ class CheckpointManager(Callback):
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves if an error outside the program ends the run; several ranks cannot save without each other."""
+        """Saves if an external error ends the run; several ranks cannot save without each other."""
         outside = isinstance(exception, UserError) and not isinstance(exception, (Stopped, NotFinite))
         outside = outside or "DataLoader worker (pid" in str(exception)
         if trainer.world_size == 1 and outside and self._saved_step < self._now.step:
@@ -253,4 +253,6 @@ def copy_file(source: Path, path: Path) -> None:
         with replacing(path, sync=True) as temporary:
             shutil.copyfile(source, temporary)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); the previous file is intact") from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); the previous file is intact"
+        ) from None

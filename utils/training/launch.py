@@ -34,11 +34,6 @@ def in_slurm_job() -> bool:
     return "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
-def planned_world_size(wanted: TrainerOptions) -> int:
-    """Number of processes that the options ask for."""
-    return wanted.devices * wanted.num_nodes
-
-
 def launch_mistake(wanted: TrainerOptions) -> str | None:
     """What to change if torchrun or srun started other processes than the options ask for, or None."""
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -1,25 +1,29 @@
-"""The folder of a run: its lock, its first files, and what an earlier start has left in it."""
+"""The folder of a run: lock, options, provenance, checkpoints and metrics."""
 
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
-from utils.config.loading import SCHEMA, as_tree, flatten
+from utils.config.loading import as_tree, flatten
 from utils.config.options import Options
 from utils.errors import UserError
 from utils.files import make_folder, move_aside, read_json_object, write_json
-from utils.training.checkpointing import BEST, LAST, Progress, read_progress
-from utils.training.launch import is_rank_zero
-from utils.training.provenance import hardware, provenance
+from utils.training.launch import cores, is_rank_zero
+from utils.training.torch_files import read_torch_file
 
-MAY_DIFFER = (  # what decides where and how fast a run computes, not what
+MAY_DIFFER = (  # on resume: keys and sections that change where and how fast a run computes, not its result
     "checkpoint",
     "dataloader.num_workers",
     "dataset.check_files",
@@ -29,121 +33,166 @@ MAY_DIFFER = (  # what decides where and how fast a run computes, not what
     "output_dir",
     "resume",
     "train.checkpoint_every",
+    "trainer.",
+    "wandb.",
 )
+PACKAGES = (
+    "torch", "torchvision", "pytorch-lightning", "torchmetrics", "timm", "numpy", "scipy", "pydensecrf2",
+    "wandb",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Saved:
-    path: Path
-    progress: Progress
-
-
-def newest_complete(folder):
-    for name in (LAST, BEST):
-        if (folder / name).is_file():
-            try:
-                return Saved(folder / name, read_progress(folder / name))
-            except UserError as error:
-                print(f"{error}; the one before it is used")
-    return None
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """What an earlier start has left: the whole result, a checkpoint to go on from, or neither."""
-
-    result: dict[str, Any] | None = None
-    saved: Saved | None = None
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps a run's folder for this process; the lock falls with the process, however it ends.
-
-    Of several processes the first holds it for all.
-
-    Raises:
-        UserError: another run has it.
-    """
-    if not is_rank_zero():
-        yield
-        return
-    path = folder.with_name(f".{folder.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0).acquire()
-    except Timeout:
-        raise UserError(
-            f"{folder}: another run is writing there (it holds {path}); wait for it, or give this one "
-            "another wandb.name or output_dir"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another output_dir") from None
-    with lock:
-        yield
-
-
-def earlier_run(options: Options, folder: Path) -> Earlier:
-    """What `resume` finds.
+class RunDir:
+    """<output_dir>/<wandb.name>. With several processes only rank zero locks and writes it.
 
     Args:
-        options: of this start.
-        folder: of the run.
-
-    Raises:
-        UserError: the folder is of a run with other options.
-    """
-    if options.resume is None:
-        return Earlier()
-    if not (folder / "options.json").exists():
-        print(f"{folder} holds nothing to go on from: the run starts")
-        return Earlier()
-    _require_same(options, folder / "options.json")
-    metrics = folder / "metrics.json"
-    if metrics.exists() and "train_hours" in (result := read_json_object(metrics)):  # the last to be added
-        print(f"{folder}: this run is finished")
-        return Earlier(result=result)
-    saved = newest_complete(folder)
-    if saved is None:
-        print(f"{folder} holds no whole checkpoint yet: the run starts again")
-        return Earlier()
-    print(f"going on after step {saved.progress.step:,}, from {saved.path}")
-    return Earlier(saved=saved)
-
-
-def begin(folder: Path, options: Options, *, left_out: Sequence[str]) -> None:
-    """Makes the folder of a run that starts, with what it was started with; moves an earlier run aside.
-
-    Of several processes the first does so.
-
-    Args:
-        folder: of the run.
         options: all options.
-        left_out: damaged files, and what is wrong with each.
 
-    Raises:
-        UserError: it cannot be written.
+    Attributes:
+        path: the folder.
+        best: the checkpoint with the largest sum of metrics.
+        last: the newest checkpoint.
     """
-    if not is_rank_zero():
-        return
-    if (earlier := move_aside(folder)) is not None:
-        print(f"{folder} held an earlier run, now in {earlier}")
-    make_folder(folder)
-    write_json(folder / "options.json", as_tree(options))
-    write_json(folder / "provenance.json", provenance() | {"hardware": hardware()})
-    if left_out:
-        write_json(folder / "left_out.json", list(left_out))
+
+    def __init__(self, options: Options) -> None:
+        self.path = Path(options.output_dir) / options.wandb.name
+        self.best, self.last = self.path / "best.ckpt", self.path / "last.ckpt"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Locks the folder until the block or the process ends.
+
+        Raises:
+            UserError: another run holds the lock.
+        """
+        if not is_rank_zero():
+            yield
+            return
+        path = self.path.with_name(f".{self.path.name}.lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path, timeout=0).acquire()
+        except Timeout:
+            raise UserError(
+                f"{self.path}: another run is writing to this folder (it holds {path}); wait until it ends, "
+                "or choose another wandb.name or output_dir"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); choose another output_dir"
+            ) from None
+        with lock:
+            yield
+
+    @property
+    def finished(self) -> bool:
+        """Whether metrics.json holds the final result of a training run."""
+        path = self.path / "metrics.json"
+        return path.exists() and "train_hours" in read_json_object(path)
+
+    def read_metrics(self) -> dict[str, Any]:
+        """The content of metrics.json."""
+        return read_json_object(self.path / "metrics.json")
+
+    def write_metrics(self, result: dict[str, Any]) -> None:
+        """Writes metrics.json; a run counts as finished once it holds `train_hours`."""
+        if is_rank_zero():
+            write_json(self.path / "metrics.json", result)
+
+    def prepare(self, options: Options, damaged: Sequence[str]) -> None:
+        """Creates the folder of a new run with its options and provenance; moves an earlier run aside.
+
+        Args:
+            options: written to options.json.
+            damaged: descriptions of skipped files, written to left_out.json.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        if not is_rank_zero():
+            return
+        if (earlier := move_aside(self.path)) is not None:
+            print(f"moved the earlier run in {self.path} to {earlier}")
+        make_folder(self.path)
+        write_json(self.path / "options.json", as_tree(options))
+        write_json(self.path / "provenance.json", provenance() | {"hardware": hardware()})
+        if damaged:
+            write_json(self.path / "left_out.json", list(damaged))
+
+    def check_options(self, options: Options) -> None:
+        """Compares the options with those of the run in this folder, if there is one.
+
+        Raises:
+            UserError: an option that affects the result differs.
+        """
+        path = self.path / "options.json"
+        if not path.exists():
+            return
+        before = flatten(as_tree(Options())) | flatten(read_json_object(path))
+        differing = [
+            f"{key} was {json.dumps(before.get(key))}, is {json.dumps(value)}"
+            for key, value in flatten(as_tree(options)).items()
+            if before.get(key) != value and not key.startswith(MAY_DIFFER)
+        ]
+        if differing:
+            fix = "use the options of that run, or start a new run under another wandb.name"
+            raise UserError([*differing, fix], f"{path}, the run to resume")
+
+    def resume_checkpoint(self, options: Options) -> Path | None:
+        """The checkpoint to resume from: last.ckpt, best.ckpt if that is damaged, None to start anew."""
+        if options.resume is None:
+            return None
+        for path in (self.last, self.best):
+            if not path.exists():
+                continue
+            try:
+                step = read_torch_file(path, "checkpoint")["progress"]["step"]
+            except UserError as error:
+                print(f"{error}; skipping this checkpoint")
+                continue
+            print(f"resuming after step {step:,} from {path}")
+            return path
+        print(f"{self.path}: no checkpoint to resume from, starting a new run")
+        return None
 
 
-def _require_same(options: Options, path: Path) -> None:
-    before, now = flatten(read_json_object(path)), flatten(as_tree(options))
-    differing = [
-        f"{key} was {json.dumps(before.get(key, SCHEMA[key].default))}, is {json.dumps(value)}"
-        for key, value in now.items()
-        if before.get(key, SCHEMA[key].default) != value
-        and not key.startswith(("wandb.", "trainer."))
-        and key not in MAY_DIFFER
-    ]
-    if differing:
-        mend = "give the options of that run, or start another one under another wandb.name"
-        raise UserError([*differing, mend], f"{path}, which the run would go on from")
+@cache
+def provenance() -> dict[str, Any]:
+    """{'git_sha', 'versions', 'date'} as plain strings; '-dirty' marks uncommitted changes."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "missing"
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"git_sha": git_sha(), "versions": versions, "date": date}
+
+
+def git_sha() -> str:
+    """The commit of this checkout, or 'unknown' outside of one."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def hardware() -> dict[str, Any]:
+    """{'system', 'cpu', 'cores', 'gpu'}; None if unknown."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def cpu_model() -> str | None:
+    """The CPU's model name; on Linux `platform.processor()` is often empty."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or None

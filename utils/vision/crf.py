@@ -1,7 +1,7 @@
-"""Dense CRF refinement (Krähenbühl and Koltun, NIPS 2011) in a pool of processes that import no torch.
+"""Dense CRF refinement (Krähenbühl and Koltun, NIPS 2011) with pydensecrf, in processes without torch.
 
-Both heads of an image share one lattice; the workers get logits on the patch grid and upsample them, so
-that little crosses the pipe.
+All heads of an image share one lattice. The processes receive logits on the patch grid and upsample them, so
+that little data is transferred.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from utils.training.launch import cores
-from utils.vision.upsampling import upsample
+from utils.training.launch import cores, is_rank_zero
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,21 +26,16 @@ ITERATIONS = 10
 GAUSSIAN = {"sxy": 1, "compat": 3}
 BILATERAL = {"sxy": 67, "srgb": 3, "compat": 4}
 LEAST_PROBABILITY = 1e-5
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h has them
 NEVER = 1e6  # energy of a label that a head does not have
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
 @dataclass(frozen=True)
 class HeadLogits:
-    """Logits of one head for one image; tensors on one device where `utils.vision.mean_field` refines.
+    """Logits of one head for one image: arrays for `CrfPool`, tensors for `MeanField`."""
 
-    Attributes:
-        logits: (K, h, w) float32 on the patch grid.
-        divisor: (H, W) float32 that the upsampled logits are divided by, or None.
-    """
-
-    logits: np.ndarray | Tensor
-    divisor: np.ndarray | Tensor | None = None
+    logits: np.ndarray | Tensor  # (K, h, w) float32 on the patch grid
+    divisor: np.ndarray | Tensor | None = None  # (H, W) float32, divides the upsampled logits
 
     def at(self, size: tuple[int, int]) -> np.ndarray:
         """(K, H, W) float32."""
@@ -50,12 +44,23 @@ class HeadLogits:
 
 
 def crf_missing() -> str | None:
-    """Why CRF refinement is not to be had, or None."""
+    """Why pydensecrf is unavailable, or None."""
     try:
         import pydensecrf.densecrf  # noqa: F401
     except ImportError as error:
         return f"pydensecrf does not import ({error}); pip install pydensecrf2 needs a C++ compiler"
     return None
+
+
+def resolve_backend(name: str) -> str:
+    """The backend that `eval.crf_backend` selects: "auto" is pydensecrf if it imports, otherwise torch."""
+    if name != "auto":
+        return name
+    if (missing := crf_missing()) is None:
+        return "pydensecrf"
+    if is_rank_zero():
+        print(f"eval.crf_backend is auto: the CRF runs in torch, because {missing}")
+    return "torch"
 
 
 def refine(image: np.ndarray, heads: Sequence[HeadLogits]) -> list[np.ndarray]:
@@ -66,7 +71,7 @@ def refine(image: np.ndarray, heads: Sequence[HeadLogits]) -> list[np.ndarray]:
         heads: logits whose softmax is the unary term.
 
     Returns:
-        For each head the marginals, (K, H, W) float32.
+        The marginals of each head, (K, H, W) float32.
     """
     from pydensecrf.densecrf import DenseCRF2D
 
@@ -74,10 +79,7 @@ def refine(image: np.ndarray, heads: Sequence[HeadLogits]) -> list[np.ndarray]:
     labels = max(len(head.logits) for head in heads)
     crf = DenseCRF2D(width, height, labels)
     crf.addPairwiseGaussian(**GAUSSIAN)
-    bgr = np.ascontiguousarray(image[:, :, ::-1])
-    crf.addPairwiseBilateral(
-        sxy=BILATERAL["sxy"], srgb=BILATERAL["srgb"], rgbim=bgr, compat=BILATERAL["compat"]
-    )
+    crf.addPairwiseBilateral(**BILATERAL, rgbim=np.ascontiguousarray(image[:, :, ::-1]))  # BGR
     marginals = []
     for head in heads:
         unary = np.full((labels, height * width), NEVER, dtype=np.float32)
@@ -94,52 +96,60 @@ def unary_energy(logits: np.ndarray) -> np.ndarray:
     return -np.log(np.clip(exponent / exponent.sum(axis=0), LEAST_PROBABILITY, 1)).astype(np.float32)
 
 
+def upsample(channels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear upsampling (align_corners False) in NumPy, (C, h, w) float32 -> (C, H, W) float32."""
+    top, bottom, weight = _neighbours(channels.shape[1], size[0])
+    weight = weight[:, None]
+    tall = channels[:, top] * (1 - weight) + channels[:, bottom] * weight  # (C, H, w)
+    left, right, weight = _neighbours(channels.shape[2], size[1])
+    return tall[:, :, left] * (1 - weight) + tall[:, :, right] * weight
+
+
+def _neighbours(n_in: int, n_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two source positions of each target position and the weight of the second, (n_out,) each."""
+    step = np.float32(n_in / n_out)
+    source = (np.arange(n_out, dtype=np.float32) + np.float32(0.5)) * step - np.float32(0.5)
+    source = source.clip(min=0)
+    low = np.minimum(source.astype(np.int64), n_in - 1)
+    return low, np.minimum(low + 1, n_in - 1), source - low.astype(np.float32)
+
+
 def _predict(image: np.ndarray, heads: Sequence[HeadLogits]) -> list[np.ndarray]:
     return [marginal.argmax(axis=0).astype(np.int16) for marginal in refine(image, heads)]
 
 
-def keep_freed_memory() -> None:
-    """Has this process use again what it frees, where glibc would hand it back to the kernel.
-
-    pydensecrf makes its tables anew in every iteration: mapping and clearing them was measured to take a
-    fifth of its time.
-    """
+def _keep_freed_memory() -> None:
+    """Makes glibc reuse memory: returning and mapping pydensecrf's tables takes a fifth of its time."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         glibc = ctypes.CDLL("libc.so.6")
-        if any(
-            glibc.mallopt(M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)
-        ):  # the most before glibc 2.35
+        if any(glibc.mallopt(M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)):  # 2**25: before glibc 2.35
             glibc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 class CrfPool:
-    """Processes that refine images while the network goes on; alive for a whole evaluation.
-
-    Results come back in the order of submission, each with the tag it was given.
+    """Processes that refine images while the network continues; results keep the order of submission.
 
     Args:
-        workers: number of processes; None is one per core this process may use.
+        workers: number of processes; None uses one per available core.
     """
 
     on_device = False
 
     def __init__(self, workers: int | None = None) -> None:
         self.workers = workers or cores()
-        # spawn: a fork would copy torch's threads and, on a GPU, its context
-        self._pool = ProcessPoolExecutor(
-            self.workers, multiprocessing.get_context("spawn"), initializer=keep_freed_memory
-        )
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's threads and CUDA context
+        self._pool = ProcessPoolExecutor(self.workers, spawn, initializer=_keep_freed_memory)
         self._pending: deque[tuple[Any, Future]] = deque()
 
     def submit(self, image: np.ndarray, heads: Sequence[HeadLogits], tag: Any) -> None:
-        """Queues one image; see `refine` for the arguments."""
+        """Queues one image; arguments as for `refine`. The result is returned with the tag."""
         self._pending.append((tag, self._pool.submit(_predict, image, heads)))
 
     def finished(self, *, wait_for_one: bool = False) -> Iterator[tuple[Any, list[np.ndarray]]]:
-        """(tag, predictions (H, W) int16 per head) of what is done; blocks when too much is queued.
+        """Yields (tag, predictions (H, W) int16 per head) of finished images; waits if the queue is long.
 
         Args:
-            wait_for_one: whether to wait for the oldest image that is queued.
+            wait_for_one: whether to wait for the oldest image in the queue.
         """
         while self._pending:
             tag, future = self._pending[0]

@@ -1,9 +1,11 @@
-"""Reading image and label files: any common kind of photograph, as 8-bit RGB and upright."""
+"""Finding and reading image and label files: any common photograph becomes upright 8-bit RGB."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,107 +19,88 @@ VIDEO_ENDINGS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg
 SIXTEEN_BIT = 2**16
 
 
-def open_image(path: Path) -> Image.Image:
-    """An image file as 8-bit RGB, turned upright as its EXIF orientation says.
-
-    Greyscale, palette, CMYK and transparent images are converted (transparency is dropped); of 16-bit ones
-    the upper byte is taken, as Pillow does with 16-bit colour.
-
-    Raises:
-        UserError: the file is missing, damaged, a video, or has other than 8 or 16 bits; names it.
-    """
-    if path.suffix.lower() in VIDEO_ENDINGS:
-        raise UserError(f"{path}: is a video; {frames_hint(path)}")
+@contextmanager
+def _reading(kind: str, name: str) -> Iterator[None]:
+    """Converts any error of Pillow's decoders to a UserError that names the file."""
     try:
-        with Image.open(path) as image:
-            return upright_rgb(image, str(path))
+        yield
     except UserError:
         raise
-    except Exception as error:  # Pillow's decoders raise what they like
-        raise UserError(f"{path}: not a readable image ({first_line(error)}); mend or remove it") from None
+    except Exception as error:
+        raise UserError(f"{name}: not a readable {kind} ({first_line(error)}); repair or remove it") from None
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file as 8-bit RGB, turned upright by its EXIF orientation; see `upright_rgb`.
+
+    Raises:
+        UserError: the file is missing, damaged, a video, or has neither 8 nor 16 bits.
+    """
+    if path.suffix.lower() in VIDEO_ENDINGS:
+        raise UserError(f"{path}: is a video; {_frames_hint(path)}")
+    with _reading("image", str(path)), Image.open(path) as image:
+        return upright_rgb(image, str(path))
 
 
 def upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    """An opened image as `open_image` gives it.
+    """An image of any mode as upright 8-bit RGB; `name` is for errors.
 
-    Args:
-        image: of any mode and size.
-        name: what to call it in an error.
+    Transparency is dropped. Of 16-bit images the upper byte is used, as Pillow does with 16-bit colour.
 
     Raises:
-        UserError: damaged, or it has other than 8 or 16 bits.
+        UserError: the image is damaged or has neither 8 nor 16 bits.
     """
-    try:
+    with _reading("image", name):
         upright = ImageOps.exif_transpose(image)
-        if not image.mode.startswith(("I", "F")):
+        if not upright.mode.startswith(("I", "F")):
             return upright.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise what they like
-        raise UserError(f"{name}: not a readable image ({first_line(error)}); mend or remove it") from None
-    values = np.asarray(upright)  # (H, W), of 16, 32 or floating bits
-    if upright.mode == "F" or values.min() < 0 or values.max() >= SIXTEEN_BIT:
-        raise UserError(f"{name}: image mode is {upright.mode}, must have 8 or 16 bits a channel; convert it")
-    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        values = np.asarray(upright)  # (H, W)
+        if upright.mode == "F" or values.min() < 0 or values.max() >= SIXTEEN_BIT:
+            raise UserError(
+                f"{name}: image mode is {upright.mode}, must have 8 or 16 bits a channel; convert it"
+            )
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
 
 
 def open_label(path: Path, size: tuple[int, int]) -> Image.Image:
-    """A label file as 8-bit class values.
-
-    Args:
-        path: an 8-bit greyscale or palette image.
-        size: (W, H) of its image.
+    """An 8-bit greyscale or palette image as class values in mode L; `size` is (W, H) of its image.
 
     Raises:
-        UserError: missing, damaged, of another size or mode.
+        UserError: the file is missing or damaged, or has another size or mode.
     """
-    try:
-        with Image.open(path) as label:
-            label.load()
-    except Exception as error:  # Pillow's decoders raise what they like
-        raise UserError(f"{path}: not a readable label ({first_line(error)}); mend or remove it") from None
+    with _reading("label", str(path)), Image.open(path) as label:
+        label.load()
     if label.mode not in ("L", "P"):
-        raise UserError(
-            f"{path}: label mode is {label.mode}, must be 8-bit greyscale or palette, one id a pixel"
-        )
+        raise UserError(f"{path}: label mode is {label.mode}, must be 8-bit greyscale or palette; convert it")
     if label.size != size:
         turned = label.size == size[::-1]
-        why = "; the image was turned upright as its EXIF orientation says: turn the label" if turned else ""
+        hint = "; the image was rotated by its EXIF orientation: rotate the label too" if turned else ""
         raise UserError(
-            f"{path}: label is {label.size} (width, height), its image is {size}; make them equal{why}"
+            f"{path}: label is {label.size} (width, height), its image is {size}; make them equal{hint}"
         )
     return label if label.mode == "L" else Image.frombytes("L", label.size, label.tobytes())
 
 
 @dataclass(frozen=True)
 class FoundImages:
-    """What a folder holds.
+    """Files in a folder and below, without hidden ones."""
 
-    Attributes:
-        images: image files in it and below it, sorted by their path.
-        videos: likewise.
-        others: ending -> number of further files, hidden ones aside.
-    """
-
-    images: list[Path]
-    videos: list[Path]
-    others: dict[str, int]
+    images: list[Path]  # sorted by path
+    videos: list[Path]  # likewise
+    others: dict[str, int]  # number of other files by ending
 
     def passed_over(self) -> str:
-        """What was found besides images, in words; '' where there is nothing."""
+        """Describes the files that are no images; '' if there are none."""
         words = [f"{count} {ending or 'without ending'}" for ending, count in sorted(self.others.items())]
         parts = [f"other files: {', '.join(words)}"] if words else []
         if self.videos:
             number = f"{len(self.videos)} video{'s' if len(self.videos) > 1 else ''}"
-            parts.append(f"{number}, such as {self.videos[0]}: {frames_hint(self.videos[0])}")
+            parts.append(f"{number}, such as {self.videos[0]}: {_frames_hint(self.videos[0])}")
         return "; ".join(parts)
 
 
 def find_images(folder: Path, *, without: Path | None = None) -> FoundImages:
-    """All images in a folder and the folders below it; links to folders are followed, hidden names not.
-
-    Args:
-        folder: where to look.
-        without: a folder below it that is left out.
-    """
+    """Finds images in a folder and below it, except in the folder `without`; follows links to folders."""
     images, videos, others, seen = [], [], Counter(), set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -125,13 +108,10 @@ def find_images(folder: Path, *, without: Path | None = None) -> FoundImages:
             folders.clear()
             continue
         seen.add(real)
-        # in order, so that of two links to one folder every machine follows the same
+        # sorted, so that of two links to one folder every machine follows the same
         folders[:] = sorted(n for n in folders if not n.startswith(".") and Path(place, n) != without)
-        for name in files:
-            path = Path(place, name)
+        for path in (Path(place, name) for name in files if not name.startswith(".")):
             ending = path.suffix.lower()
-            if name.startswith("."):
-                continue
             if ending in IMAGE_ENDINGS:
                 images.append(path)
             elif ending in VIDEO_ENDINGS:
@@ -141,6 +121,5 @@ def find_images(folder: Path, *, without: Path | None = None) -> FoundImages:
     return FoundImages(sorted(images), sorted(videos), dict(others))
 
 
-def frames_hint(video: Path) -> str:
-    """How to make images of a video."""
-    return f"take frames out of it, as in: ffmpeg -i {video.name} -vf fps=1 frame%06d.jpg"
+def _frames_hint(video: Path) -> str:
+    return f"extract frames, for example: ffmpeg -i {video.name} -vf fps=1 frame%06d.jpg"

@@ -1,33 +1,32 @@
-"""Class names and colours of a data set: what travels from the data set to tables, pictures, checkpoints."""
+"""Class names and colours of a data set, as used by tables, figures and checkpoints."""
 
 from __future__ import annotations
 
 import colorsys
 from dataclasses import dataclass
 
-IGNORE = -1
+from utils.errors import UserError
+
+IGNORE = 255  # class of ignored pixels, and of clusters without a class; so there are at most 255 classes
 
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """The classes of a data set, in the order of their ids.
-
-    Attributes:
-        names: one unique name per class.
-        palette: one (red, green, blue) per class, 0 to 255.
+    """The classes of a data set in the order of their ids.
 
     Raises:
-        ValueError: the two differ in length or a name occurs twice.
+        UserError: there are more than 255 classes.
     """
 
-    names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
+    names: tuple[str, ...]  # unique
+    palette: tuple[tuple[int, int, int], ...]  # (red, green, blue) of each class, 0 to 255
 
     def __post_init__(self) -> None:
+        if len(self.names) > IGNORE:
+            raise UserError(f"{len(self.names)} classes, must be at most {IGNORE}: labels have 8 bits")
         if len(self.names) != len(self.palette) or len(set(self.names)) != len(self.names):
-            raise ValueError(
-                f"{len(self.names)} names (unique?) for {len(self.palette)} colours: {self.names}"
-            )
+            counts = f"{len(self.names)} names and {len(self.palette)} colours"
+            raise ValueError(f"{counts}: must be as many, and names unique: {self.names}")
 
     @property
     def n_classes(self) -> int:
@@ -36,7 +35,7 @@ class LabelSpace:
 
     @classmethod
     def with_spread_colours(cls, names: tuple[str, ...]) -> LabelSpace:
-        """A label space whose hues step by the golden ratio, so that neighbours differ."""
+        """A label space whose hues differ by the golden ratio, so that neighbours are easy to tell apart."""
         colours = []
         for index in range(len(names)):
             hue = (index * 0.618033988749895) % 1

@@ -1,7 +1,7 @@
 """Dense CRF refinement (Krähenbühl and Koltun, NIPS 2011) in torch, on any device.
 
-What `utils.vision.crf` has pydensecrf do, for all heads of an image at once: their labels are channels of one
-filter. Nothing in the iterations waits for the host.
+Computes what `utils.vision.crf` computes with pydensecrf, for all heads of an image at once: their labels are
+channels of one filter. The iterations do not synchronise with the host.
 """
 
 from __future__ import annotations
@@ -23,23 +23,22 @@ from utils.vision.lattice import PermutohedralLattice, build_lattice
 def refine(image: Tensor, heads: Sequence[Tensor]) -> list[Tensor]:
     """Mean-field inference on one image for all heads at once.
 
-    With L labels in all heads together (a head with fewer than the widest counts as wide), four (H*W, L)
-    maps and two (M, min(L, 64)) tables are alive at the peak, and the lattices; M <= 6 H*W vertices, about
-    1.2 H*W on most images: 54 labels at 320 x 320 were measured to take 0.3 GB, 0.7 GB on pure noise.
+    Memory: four (H*W, L) maps for L labels in all heads (heads are padded to the widest), two (M, min(L, 64))
+    tables and the lattices; M is about 1.2 H*W. 54 labels at 320 x 320 take 0.3 GB, 0.7 GB on pure noise.
 
     Args:
         image: (H, W, 3) uint8, RGB.
         heads: (K, H, W) float32 logits whose softmax is the unary term, on the image's device.
 
     Returns:
-        For each head the marginals, (K, H, W) float32.
+        The marginals of each head, (K, H, W) float32.
     """
     height, width = image.shape[:2]
     widest = max(len(head) for head in heads)
     prior = torch.stack(
         [F.pad(log_prior(head), (0, 0, 0, 0, 0, widest - len(head)), value=-NEVER) for head in heads]
     )  # (heads, K, H, W)
-    prior = prior.flatten(2).permute(2, 0, 1).contiguous()  # (H*W, heads, K): a pixel's labels side by side
+    prior = prior.flatten(2).permute(2, 0, 1).contiguous()  # (H*W, heads, K): a pixel's labels are adjacent
     smooth, bilateral = smoothness_kernel(height, width, image.device), appearance_kernel(image)
     q = prior.softmax(dim=2)
     for _ in range(ITERATIONS):
@@ -58,16 +57,14 @@ def log_prior(logits: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 def smoothness_kernel(height: int, width: int, device: torch.device) -> PermutohedralLattice:
     """Gaussian in the position; the same for all images of a size."""
-    return build_lattice(_positions(height, width, GAUSSIAN["sxy"], device)).normalised(
-        weight=GAUSSIAN["compat"]
-    )
+    return build_lattice(_positions(height, width, GAUSSIAN["sxy"], device)).normalised(GAUSSIAN["compat"])
 
 
 def appearance_kernel(image: Tensor) -> PermutohedralLattice:
     """Gaussian in position and colour of an image (H, W, 3)."""
     position = _positions(*image.shape[:2], BILATERAL["sxy"], image.device)
     colour = _divided(image.flip(2).flatten(0, 1).float(), BILATERAL["srgb"])  # (H*W, 3), BGR
-    return build_lattice(torch.cat((position, colour), dim=1)).normalised(weight=BILATERAL["compat"])
+    return build_lattice(torch.cat((position, colour), dim=1)).normalised(BILATERAL["compat"])
 
 
 def _positions(height: int, width: int, deviation: float, device: torch.device) -> Tensor:
@@ -78,12 +75,12 @@ def _positions(height: int, width: int, deviation: float, device: torch.device) 
 
 
 def _divided(features: Tensor, deviation: float) -> Tensor:
-    # a Python number would be multiplied by its reciprocal on CUDA, which rounds otherwise
+    # CUDA multiplies by the reciprocal of a Python number, which rounds differently
     return features / features.new_full((1,), deviation)
 
 
 class MeanField:
-    """Refines each image as it is submitted, on the device where it lies; to be used like `CrfPool`."""
+    """Refines images on their device when they are submitted; has the interface of `CrfPool`."""
 
     on_device = True
 
@@ -91,7 +88,7 @@ class MeanField:
         self._done: deque[tuple[Any, list[Tensor]]] = deque()
 
     def submit(self, image: Tensor, heads: Sequence[HeadLogits], tag: Any) -> None:
-        """Refines one image; see `refine` for the arguments, but logits are on the patch grid."""
+        """Refines one image (H, W, 3) uint8; the result is returned with the tag."""
         full = []
         for head in heads:
             logits = F.interpolate(head.logits[None], size=image.shape[:2], mode="bilinear")[0]  # (K, H, W)
@@ -99,11 +96,7 @@ class MeanField:
         self._done.append((tag, [marginals.argmax(dim=0) for marginals in refine(image, full)]))
 
     def finished(self, *, wait_for_one: bool = False) -> Iterator[tuple[Any, list[Tensor]]]:
-        """(tag, predictions (H, W) int64 per head) of all that was submitted.
-
-        Args:
-            wait_for_one: nothing is ever waited for; as in `CrfPool`.
-        """
+        """Yields (tag, predictions (H, W) int64 per head) of all submitted images."""
         while self._done:
             yield self._done.popleft()
 

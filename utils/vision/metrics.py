@@ -1,4 +1,4 @@
-"""Pixel confusion over a whole set, and the four metrics that are read off it."""
+"""Pixel confusion over a whole set, and the metrics computed from it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torchmetrics import Metric
 
 
 class ConfusionMatrix(Metric):
-    """Counts of (true class, prediction) over all pixels with a label in [0, n_classes).
+    """Counts of (true class, prediction) over all pixels with a label in [0, n_classes); others are ignored.
 
-    Of several processes each counts for itself; the evaluator adds them up.
+    Each process counts its own pixels; the evaluator sums over processes.
 
     Args:
         n_classes: C, rows.
@@ -27,9 +27,8 @@ class ConfusionMatrix(Metric):
     def __init__(self, n_classes: int, n_predictions: int) -> None:
         super().__init__(sync_on_compute=False)
         self.n_classes, self.n_predictions = n_classes, n_predictions
-        self.add_state(
-            "counts", torch.zeros(n_classes, n_predictions, dtype=torch.int64), dist_reduce_fx="sum"
-        )
+        zeros = torch.zeros(n_classes, n_predictions, dtype=torch.int64)
+        self.add_state("counts", zeros, dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Adds a batch: both (..., H, W) integer, predictions in [0, n_predictions)."""
@@ -46,31 +45,22 @@ class ConfusionMatrix(Metric):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a confusion matrix says.
+    """Metrics of a confusion matrix, in percent."""
 
-    Attributes:
-        accuracy: share of valid pixels that are right, in percent.
-        miou: mean IoU over the classes with a pixel in their union, in percent.
-        iou: IoU per class in percent, NaN for a class with an empty union.
-        assignment: class of each prediction; -1 for a cluster without one.
-        confusion: (C, C + 1) counts, truth by matched class; the last column holds unmatched clusters.
-    """
-
-    accuracy: float
-    miou: float
-    iou: tuple[float, ...]
-    assignment: tuple[int, ...]
-    confusion: np.ndarray
+    accuracy: float  # share of valid pixels that are correct
+    miou: float  # mean IoU over the classes with a pixel in their union
+    iou: tuple[float, ...]  # IoU of each class, NaN if its union is empty
+    assignment: tuple[int, ...]  # class of each prediction; -1 for an unmatched cluster
+    confusion: np.ndarray  # (C, C + 1) counts, truth by matched class; the last column is unmatched clusters
 
 
 def score(counts: Tensor | np.ndarray, *, matched: bool) -> Scores | None:
-    """Accuracy and mIoU of a (C, P) confusion; None where it is empty.
+    """Accuracy and mIoU of a confusion matrix; None if it is empty.
 
     Args:
-        counts: true class by prediction, P >= C.
-        matched: whether predictions are clusters, to be matched to classes by the Hungarian method on
-            counts. The pixels of clusters that stay unmatched are misses of their true class (the
-            published metric drops them, so that wrong pixels go uncounted).
+        counts: true class by prediction, (C, P) with P >= C.
+        matched: whether predictions are clusters, which the Hungarian method matches to classes by counts.
+            Pixels of unmatched clusters are misses of their true class; the published metric drops them.
     """
     counts = np.asarray(counts, dtype=np.int64)
     n_classes, n_predictions = counts.shape

@@ -1,6 +1,6 @@
-"""Joint image and label transforms, and the ImageNet normalisation.
+"""Joint transforms of image and label, and the ImageNet normalisation.
 
-Resizing and cropping are Pillow's: its NEAREST picks other pixels than a tensor's nearest.
+Images are resized with Pillow, because its NEAREST selects other pixels than a tensor's nearest.
 """
 
 from __future__ import annotations
@@ -22,27 +22,21 @@ RESAMPLING = {
 
 @dataclass(frozen=True)
 class Geometry:
-    """Brings an image and its label to res x res pixels.
-
-    Attributes:
-        res: side of the result in pixels.
-        crop: "center" or "random" resizes the shorter side to `res` and crops; None squashes to a square.
-        interpolation: how the image is resized; the label is always nearest.
-    """
+    """Resizes and crops an image and its label to res x res pixels."""
 
     res: int
-    crop: str | None = "center"
-    interpolation: str = "nearest"
+    crop: str | None = "center"  # "center" or "random": resize the shorter side to `res`; None: squash
+    interpolation: str = "nearest"  # of the image; the label is always nearest
 
     def __call__(
         self, image: Image.Image, label: Image.Image | None, generator: torch.Generator | None = None
     ) -> tuple[Image.Image, Image.Image | None]:
-        """The same resize and crop of both.
+        """Applies the same resize and crop to both.
 
         Args:
             image: any size, mode RGB.
             label: the same size, mode L, or None.
-            generator: where a random crop comes from.
+            generator: for random crops.
         """
         size = resized(image.size, self.res) if self.crop else (self.res, self.res)  # (W, H)
         box = (0, 0, *size)
@@ -58,7 +52,7 @@ class Geometry:
 
 
 def resized(size: tuple[int, int], res: int) -> tuple[int, int]:
-    """The shorter side becomes `res`, the longer int(res * long / short)."""
+    """The size (W, H) whose shorter side is `res`; the longer is int(res * long / short)."""
     width, height = size
     if width <= height:
         return res, int(res * height / width)
@@ -66,21 +60,21 @@ def resized(size: tuple[int, int], res: int) -> tuple[int, int]:
 
 
 def center_box(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a centred crop; its offsets are rounded half to even."""
+    """(left, top, right, bottom) of a centre crop; offsets are rounded half to even."""
     left, top = (round((side - part) / 2) for side, part in zip(size, crop, strict=True))
     return left, top, left + crop[0], top + crop[1]
 
 
 def normalise(image: Tensor) -> Tensor:
-    """8-bit images (B, 3, H, W) to float32 with the ImageNet mean and standard deviation taken out."""
+    """8-bit images (B, 3, H, W) to float32, normalised with the ImageNet mean and standard deviation."""
     mean, std = image.new_tensor((MEAN, STD), dtype=torch.float32)[:, :, None, None]  # (3, 1, 1) each
     return image.float().div_(255).sub_(mean).div_(std)
 
 
 def to_eight_bit(image: Tensor) -> Tensor:
-    """Normalised images back to uint8, floor(255 * (x * std + mean)), as the published CRF sees them.
+    """Normalised images to uint8, floor(255 * (x * std + mean)), which the published CRF uses.
 
-    The floor is the published code's: on about 1 pixel in 100 it is one below the pixel that was read.
+    The floor makes about 1% of the values one less than those of the file.
     """
     mean, std = image.new_tensor((MEAN, STD))[:, :, None, None]  # (3, 1, 1) each
     return (255 * (image * std + mean)).floor().clamp_(0, 255).to(torch.uint8)

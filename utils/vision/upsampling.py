@@ -1,50 +1,100 @@
-"""Bilinear upsampling (align_corners False) as taps, in NumPy: shared by the evaluator and the CRF workers.
+"""Bilinear upsampling (align_corners False) of logits and code in bounded memory.
 
-A 1x1 convolution commutes with it, so probes are applied on the patch grid and only their few channels
-are upsampled; the norm that cosines of the *upsampled* code need comes from inner products of neighbours.
+Upsampling commutes with a 1x1 convolution, so the probes run on the patch grid and only their few channels
+are upsampled. The norm of the upsampled code, which cosines are divided by, is a sum of products of
+neighbouring patches.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-import numpy as np
-
-
-@dataclass(frozen=True)
-class Taps:
-    """The two source positions of each target position.
-
-    Attributes:
-        low: (n_out,) int64.
-        high: (n_out,) int64; low + 1, or low at the border.
-        weight: (n_out,) float32, the share of `high`.
-    """
-
-    low: np.ndarray
-    high: np.ndarray
-    weight: np.ndarray
+HELD = {"cpu": 2**22, "cuda": 2**27}  # entries of upsampled logits in memory at a time
+LARGEST = 2**26  # an image with more entries is upsampled in strips of rows
 
 
-def bilinear_taps(n_in: int, n_out: int, *, extent: float | None = None) -> Taps:
-    """Taps along one axis, with the coordinate rule of torch's interpolate.
+def upsampled_argmax(
+    logits: Tensor, size: tuple[int, int], extent: tuple[float, float] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Maximum over the channels of the upsampled logits, and the channel that has it.
 
     Args:
-        n_in: number of source positions.
-        n_out: number of target positions.
-        extent: how many source positions, from the first, the targets lie over; what is beyond was padding.
-            None is all of them.
+        logits: (B, K, h, w).
+        size: (H, W).
+        extent: (rows, columns) of the source that the result covers, from its top left corner; what is beyond
+            is padding. None covers all.
+
+    Returns:
+        Values and indices, (B, H, W) each.
     """
-    step = np.float32((n_in if extent is None else extent) / n_out)
-    source = (np.arange(n_out, dtype=np.float32) + np.float32(0.5)) * step - np.float32(0.5)
-    source = source.clip(min=0)
-    low = np.minimum(source.astype(np.int64), n_in - 1)
-    return Taps(low, np.minimum(low + 1, n_in - 1), source - low.astype(np.float32))
+    held = HELD.get(logits.device.type, HELD["cpu"])
+    per_image = logits.shape[1] * size[0] * size[1]
+    if per_image > max(held, LARGEST):
+        return _argmax_in_strips(logits, size, extent, held)
+    found = [_upsampled(part, size, extent).max(dim=1) for part in logits.split(max(1, held // per_image))]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
 
-def upsample(channels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(C, h, w) float32 -> (C, H, W) float32."""
-    rows, columns = bilinear_taps(channels.shape[1], size[0]), bilinear_taps(channels.shape[2], size[1])
-    weight = rows.weight[:, None]
-    tall = channels[:, rows.low] * (1 - weight) + channels[:, rows.high] * weight  # (C, H, w)
-    return tall[:, :, columns.low] * (1 - columns.weight) + tall[:, :, columns.high] * columns.weight
+def _argmax_in_strips(
+    logits: Tensor, size: tuple[int, int], extent: tuple[float, float] | None, held: int
+) -> tuple[Tensor, Tensor]:
+    """As `upsampled_argmax`; equal up to rounding. A strip has its rows upsampled first, then its columns."""
+    height, width = size
+    row_extent, column_extent = extent or logits.shape[2:]
+    weights = axis_weights(logits.shape[2], height, row_extent).to(logits)  # (h, H)
+    values = logits.new_empty(len(logits), height, width)
+    indices = torch.empty_like(values, dtype=torch.int64)
+    step = max(1, held // (len(logits) * logits.shape[1] * width))
+    for start in range(0, height, step):
+        rows = slice(start, start + step)
+        strip = torch.einsum("bkhw,hr->bkrw", logits, weights[:, rows])  # (B, K, r, w)
+        count = strip.shape[2]
+        full = _upsampled(strip, (count, width), (count, column_extent))  # (B, K, r, W)
+        values[:, rows], indices[:, rows] = full.max(dim=1)
+    return values, indices
+
+
+def _upsampled(logits: Tensor, size: tuple[int, int], extent: tuple[float, float] | None) -> Tensor:
+    """(B, K, h, w) -> (B, K, H, W), channels last: the maximum over a strided axis is slow."""
+    if extent is None:
+        return F.interpolate(logits.contiguous(memory_format=torch.channels_last), size=size, mode="bilinear")
+    padded = F.pad(
+        logits, (0, 1, 0, 1), mode="replicate"
+    )  # or rounding may make the result a pixel too small
+    padded = padded.contiguous(memory_format=torch.channels_last)
+    scale = (size[0] / extent[0], size[1] / extent[1])
+    return F.interpolate(padded, scale_factor=scale, mode="bilinear")[..., : size[0], : size[1]]
+
+
+def axis_weights(n_in: int, n_out: int, extent: float | None = None) -> Tensor:
+    """Weights of the source positions in each target position along one axis, (n_in, n_out) float32."""
+    identity = torch.eye(n_in)[None]
+    if extent is None:
+        return F.interpolate(identity, size=n_out, mode="linear")[0]
+    padded = F.pad(identity, (0, 1), mode="replicate")
+    return F.interpolate(padded, scale_factor=n_out / extent, mode="linear")[0, :, :n_out]
+
+
+def upsampled_norm(code: Tensor, size: tuple[int, int]) -> Tensor:
+    """Norm of the upsampled code, (B, D, h, w) -> (B, H, W) float32, at least 1e-12.
+
+    A target pixel is a weighted sum of four neighbours, so its squared norm is a sum of their inner products.
+    These are maps on the patch grid, and their weights are products of one factor per axis.
+    """
+    rows, columns = (axis_weights(code.shape[axis], n).to(code) for axis, n in ((2, size[0]), (3, size[1])))
+    row_pairs, column_pairs = (weight[:-1] * weight[1:] for weight in (rows, columns))  # (n_in - 1, n_out)
+    rows, columns = rows.square(), columns.square()  # (n_in, n_out)
+
+    def inner(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(dim=1)
+
+    right = inner(code[..., :-1], code[..., 1:])  # (B, h, w - 1)
+    below = inner(code[:, :, :-1], code[:, :, 1:])  # (B, h - 1, w)
+    diagonal = inner(code[:, :, :-1, :-1], code[:, :, 1:, 1:])  # (B, h - 1, w - 1)
+    diagonal = diagonal + inner(code[:, :, :-1, 1:], code[:, :, 1:, :-1])
+    level = inner(code, code) @ columns + 2 * right @ column_pairs  # (B, h, W)
+    across = below @ columns + diagonal @ column_pairs  # (B, h - 1, W)
+    square = rows.T @ level + 2 * row_pairs.T @ across  # (B, H, W)
+    return square.clamp_min(1e-24).sqrt()

@@ -1,25 +1,81 @@
+import re
+
 import pytest
+from pydantic import ValidationError
 
-import run
-from utils.config.cli import parse_arguments, plan_jobs
+from utils.config.loading import FIELDS, with_changes
+from utils.config.options import Options, TrainerOptions, TrainOptions
 from utils.errors import UserError
+from utils.files import REPOSITORY
 
 
-def test_wandb_options__mistakes_are_told_together(tiny_options):
-    with pytest.raises(UserError) as caught:
-        tiny_options(wandb__tags=["good", "x" * 65], wandb__id="a/b", wandb__name="..")
-    told = str(caught.value)
-    assert 'wandb.tags holds "xxx' in told
-    assert "wandb.id is a/b, must be without" in told
-    assert "wandb.name is" in told
+def test_options__are_immutable_and_validated_when_constructed():
+    with pytest.raises(ValidationError):
+        Options().train.epoch = 3
+    with pytest.raises(ValidationError):
+        TrainOptions(epoch=0)
+    with pytest.raises(ValidationError, match="must be equal to model"):
+        Options(eval={"extra_clusters": 2})
+
+
+def test_with_changes__is_validated_and_keeps_the_rest(tiny_options):
+    options = tiny_options(training_coeff__sigma_pos="inf")
+    changed = with_changes(options, {"train.epoch": 7, "wandb.id": "x"})
+    assert (changed.train.epoch, changed.wandb.id, options.train.epoch) == (7, "x", 1)
+    assert with_changes(changed, {"train.epoch": 1, "wandb.id": None}) == options
+    with pytest.raises(UserError, match=r"train\.epoch is 0"):
+        with_changes(options, {"train.epoch": 0})
+
+
+@pytest.mark.parametrize(
+    ("every", "interval"),
+    [(None, (None, None)), (500, (500, None)), ("500", (500, None)), ("15 min", (None, 900)),
+     ("0.5m", (None, 30)), ("1 minute", (None, 60))],
+)  # fmt: skip
+def test_checkpoint_interval__steps_or_seconds(tiny_options, every, interval):
+    assert tiny_options(train__checkpoint_every=every).train.checkpoint_interval == interval
+
+
+@pytest.mark.parametrize("every", ["", "0", "0 min", "1.5", "15 s", "-1", "min"])
+def test_checkpoint_every__neither_steps_nor_minutes(tiny_options, every):
+    with pytest.raises(UserError, match=r"train\.checkpoint_every is .*must be a number of steps"):
+        tiny_options(train__checkpoint_every=every)
+
+
+def test_world_size__is_devices_times_machines():
+    assert TrainerOptions(devices=4, num_nodes=2).world_size == 8
+
+
+@pytest.mark.parametrize("name", ["", "..", "../up", "a\0b", "tokens", "x" * 201, "é" * 101])
+def test_run_name__must_be_a_folder_name_of_200_bytes(tiny_options, name):
+    with pytest.raises(UserError, match=r"wandb\.name is .*must be a folder name of at most 200 bytes"):
+        tiny_options(wandb__name=name)
+
+
+@pytest.mark.parametrize("name", ["é" * 100, "x" * 200 + "-frozen", 5, 0.5])
+def test_run_name__may_be_a_number_and_leaves_room_for_the_baseline(tiny_options, name):
+    assert tiny_options(wandb__name=name).wandb.name == str(name)
+
+
+def test_wandb__tags_and_id(tiny_options):
+    with pytest.raises(UserError, match=r"(?s)tags of 1 to 64 characters.*wandb\.id is \"a/b\""):
+        tiny_options(wandb__tags=["good", "x" * 65], wandb__id="a/b")
     for tags, id in ((None, None), ([], "abc-1"), (["a tag"], "x=1")):
         tiny_options(wandb__tags=tags, wandb__id=id)
-    with pytest.raises(UserError, match=r"wandb\.id is \"\", must be 1 to 200 letters"):
-        tiny_options(wandb__id="")
 
 
-def test_wandb_id__every_run_of_a_sweep_has_its_own(tiny_file):
-    words = ["--opt", tiny_file(wandb__id="abc"), "train.seed=0,1"]
-    jobs = plan_jobs(parse_arguments(words, description="", training=True))
-    assert [job.options.wandb.id for job in jobs] == ["abc-seed=0", "abc-seed=1"]
-    assert run.as_baseline(jobs[0].options).wandb.id == "abc-seed=0-frozen"
+def test_every_option_is_read_by_something():
+    """`section.key`, or `chosen.key` and the like for a section under a shorter name."""
+    code = "\n".join(
+        path.read_text()
+        for part in ("run.py", "eval.py", "dataset", "model", "utils")
+        for path in ([REPOSITORY / part] if part.endswith(".py") else (REPOSITORY / part).rglob("*.py"))
+        if path.name != "options.py"
+    )
+    holders = r"(?:options|chosen|backbone|group|model)"
+    unread = []
+    for key in {*FIELDS} - {"train.checkpoint_every"}:  # read through its property
+        *sections, last = key.split(".")
+        if not re.search(rf"\b(?:{holders}|{'|'.join(sections) or holders})\.{last}\b", code):
+            unread.append(key)
+    assert unread == []

@@ -11,7 +11,7 @@ def test_colour__palette_and_missing(dtype):
     labels = LabelSpace(("a", "b"), ((255, 0, 0), (0, 0, 255)))
     painted = colour(np.array([[0, 1], [255, 1]], dtype=dtype), labels)
     assert painted.tolist() == [[[255, 0, 0], [0, 0, 255]], [[0, 0, 0], [0, 0, 255]]]
-    assert colour(np.array([[-1, 2]]), labels, missing=(1, 2, 3)).tolist() == [[[1, 2, 3], [1, 2, 3]]]
+    assert colour(np.array([[255, 2]]), labels, missing=(1, 2, 3)).tolist() == [[[1, 2, 3], [1, 2, 3]]]
 
 
 @pytest.mark.parametrize("n_classes", [2, 27])

@@ -1,45 +1,73 @@
+import csv
 from unittest.mock import MagicMock
 
+import pytest
+
+from tests.utils.wandb_file import WandbFile
 from utils.files import make_folder
-from utils.training.trainer import loggers as loggers_
+from utils.training import loggers as loggers_
+from utils.training.loggers import build_loggers, csv_logger, wandb_runs
 
 
-def test_wandb__never_waits_for_login_or_network(monkeypatch, tmp_path):
+@pytest.fixture
+def logged_out(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert "not logged in" in loggers_.wandb_obstacle()
+
+
+def test_csv__has_each_step_once_after_a_resume(tmp_path, recwarn):
+    first = csv_logger(tmp_path, step=0)
+    for step in range(1, 6):
+        first.log_metrics({"loss": step / 3} | ({"miou": 50.0} if step == 3 else {}), step=step)
+    first.save()
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("0.1,")  # killed while writing
+    resumed = csv_logger(tmp_path, step=3)
+    resumed.log_metrics({"loss": 9.0, "grad_norm": 1.0}, step=4)
+    resumed.save()
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert [row["loss"] for row in rows] == [str(1 / 3), str(2 / 3), "1.0", "9.0"]
+    assert [row["miou"] for row in rows] == ["", "", "50.0", ""]
+    assert not recwarn
+
+
+def test_wandb__without_login_is_recorded_offline(logged_out, tmp_path, tiny_options, capsys):
+    folder = make_folder(tmp_path / "out" / "run")
+    loggers = build_loggers(tiny_options(wandb__mode="online"), folder)
+    assert "wandb: not logged in (wandb login); recording offline" in capsys.readouterr().out
+    loggers[1].log_metrics({"train_loss": 1.0}, step=1)
+    for run in wandb_runs(loggers):
+        run.finish()
+    assert [row["train_loss"] for row in WandbFile(folder).history] == [1.0]
+
+
+def test_wandb__without_network_is_recorded_offline(monkeypatch, tmp_path, tiny_options, capsys):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "https://nowhere.invalid")
-    assert loggers_.wandb_obstacle() == "nowhere.invalid cannot be reached"
-
-
-def test_wandb__offline_run_is_recorded_beside_the_run(monkeypatch, tmp_path, tiny_options):
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    loggers = loggers_.build_loggers(
-        tiny_options(wandb__mode="online"), make_folder(tmp_path / "out" / "run")
-    )
-    assert [type(logger).__name__ for logger in loggers] == ["RunCSVLogger", "StepWandbLogger"]
-    loggers[1].log_metrics({"train_loss": 1.0}, step=1)
-    loggers[1].experiment.finish()
-    assert list((tmp_path / "out" / "run").rglob("run-*.wandb"))
+    monkeypatch.setattr(loggers_, "INIT_SECONDS", 1)
+    loggers = build_loggers(tiny_options(wandb__mode="online"), tmp_path)
+    for run in wandb_runs(loggers):
+        run.finish()
+    assert "recording offline" in capsys.readouterr().out
+    assert list(tmp_path.rglob("run-*.wandb"))
 
 
 def test_wandb__disabled_leaves_the_csv(tmp_path, tiny_options):
-    loggers = loggers_.build_loggers(tiny_options(), tmp_path)
-    assert [type(logger).__name__ for logger in loggers] == ["RunCSVLogger"]
+    assert [type(logger).__name__ for logger in build_loggers(tiny_options(), tmp_path)] == ["CSVLogger"]
 
 
-def test_wandb__goes_on_with_a_run_that_is_named(monkeypatch, tmp_path, tiny_options):
-    asked = []
-    monkeypatch.setattr(loggers_, "wandb_obstacle", lambda: None)
-    monkeypatch.setattr(loggers_.wandb, "init", lambda **given: (asked.append(given), MagicMock())[1])
+def test_wandb__continues_a_run(monkeypatch, tmp_path, tiny_options):
+    calls = []
+    monkeypatch.setattr(loggers_, "logged_in", lambda: True)
+    monkeypatch.setattr(loggers_.wandb, "init", lambda **given: (calls.append(given), MagicMock())[1])
     chosen = {"wandb__mode": "online", "wandb__tags": ["a"], "wandb__notes": "b"}
     for id in ("abc", None):
-        loggers_.build_loggers(tiny_options(wandb__id=id, **chosen), tmp_path)
-    assert [(given["id"], given["resume"]) for given in asked] == [("abc", "allow"), (None, None)]
-    assert (asked[0]["tags"], asked[0]["notes"], asked[0]["mode"]) == (["a"], "b", "online")
-    assert asked[0]["config"]["training_coeff"]["tau"] == 0.8
-    assert "git_sha" in asked[0]["config"]
+        build_loggers(tiny_options(wandb__id=id, **chosen), tmp_path, wandb_id="def")
+    build_loggers(tiny_options(**chosen), tmp_path)
+    found = [(given["id"], given["resume"]) for given in calls]
+    assert found == [("abc", "allow"), ("def", "allow"), (None, None)]
+    assert (list(calls[0]["tags"]), calls[0]["notes"], calls[0]["mode"]) == (["a"], "b", "online")
+    assert calls[0]["config"]["training_coeff"]["tau"] == 0.8
+    assert "git_sha" in calls[0]["config"]

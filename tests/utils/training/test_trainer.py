@@ -1,15 +1,23 @@
-import json
-
 import pytest
+import torch
 
 from utils.errors import UserError
-from utils.files import make_folder, move_aside, write_json
-from utils.training.trainer import trainer as training
+from utils.training import trainer as training
 
 
-def test_device__is_chosen_and_gpu_ids_are_checked(tiny_options, monkeypatch, capsys):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+@pytest.fixture
+def on(monkeypatch):
+    def on(device, count=1):
+        """Pretends that this machine has such devices."""
+        monkeypatch.setattr("torch.cuda.is_available", lambda: device == "cuda")
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+        monkeypatch.setattr("torch.backends.mps.is_available", lambda: device == "mps")
+
+    return on
+
+
+def test_device__is_chosen_and_gpu_ids_are_checked(tiny_options, on, capsys):
+    on("cuda", 2)
     assert training.device_settings(tiny_options(gpu_ids=[1])) == {
         "accelerator": "cuda",
         "devices": [1],
@@ -21,25 +29,23 @@ def test_device__is_chosen_and_gpu_ids_are_checked(tiny_options, monkeypatch, ca
     assert training.cuda_devices(tiny_options(trainer__devices=2)) == [0, 1]
     assert training.cuda_devices(tiny_options(trainer__devices=2, gpu_ids=[1, 0])) == [1, 0]
     for chosen in ([1], [1, 1], [0, 2]):
-        with pytest.raises(UserError, match=r"must be 2 devices \(trainer\.devices\) from 0 to 1"):
+        with pytest.raises(UserError, match=r"must be 2 different devices \(trainer\.devices\) from 0 to 1"):
             training.cuda_devices(tiny_options(trainer__devices=2, gpu_ids=chosen))
     with pytest.raises(UserError, match=r"trainer\.devices is 4, must be at most 2"):
         training.cuda_devices(tiny_options(trainer__devices=4))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    on("mps")
     assert training.device_settings(tiny_options())["accelerator"] == "mps"
     with pytest.raises(UserError, match=r"trainer\.devices is 2, must be 1 on mps"):
         training.device_settings(tiny_options(trainer__devices=2))
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    on("cpu")
     assert training.device_settings(tiny_options())["accelerator"] == "cpu"
     assert "gpu_ids [0] ignored" in capsys.readouterr().out
 
 
 def test_precision__auto_and_the_published_scaler(tiny_options, monkeypatch):
     assert training.precision_settings(tiny_options(), "cpu") == {"precision": "32-true"}
-    assert training.precision_settings(tiny_options(train__precision="bf16"), "cpu") == {
-        "precision": "bf16-mixed"
-    }
+    low = tiny_options(train__precision="bf16")
+    assert training.precision_settings(low, "cpu") == {"precision": "bf16-mixed"}
     made = []
     monkeypatch.setattr("torch.amp.GradScaler", lambda device, **settings: made.append((device, settings)))
     (plugin,) = training.precision_settings(tiny_options(), "cuda")["plugins"]
@@ -51,51 +57,30 @@ def test_precision__auto_and_the_published_scaler(tiny_options, monkeypatch):
         training.precision_settings(tiny_options(train__precision="fp16"), "cpu")
 
 
-def test_backends__need_their_device_and_their_package(tiny_options, monkeypatch):
-    triton = tiny_options(training_coeff__backend="triton")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
-    monkeypatch.setattr(training, "_triton_version", lambda: (3, 3))
+def test_backends__no_crf_in_torch_on_mps(tiny_options, on):
+    on("mps")
     training.check_backends(tiny_options())
-    with pytest.raises(
-        UserError, match=r"training_coeff\.backend is triton, which needs CUDA.*set it to torch"
-    ):
-        training.check_backends(triton)
     with pytest.raises(UserError, match=r"eval\.crf_backend is torch, must be pydensecrf on mps"):
         training.check_backends(tiny_options(eval__crf_backend="torch"))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    training.check_backends(triton)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(UserError, match="unset TRITON_INTERPRET"):
-        training.check_backends(triton)
-    for found in (None, (3, 2)):
-        monkeypatch.setattr(training, "_triton_version", lambda found=found: found)
-        with pytest.raises(UserError, match=r"missing or older than 3\.3"):
-            training.check_backends(triton)
 
 
-def test_write_json__is_standard_json(tmp_path):
-    write_json(tmp_path / "m.json", {"a": float("nan"), "b": (1, 2), "c": {"d": float("inf")}})
-    text = (tmp_path / "m.json").read_text()
-    assert json.loads(text, parse_constant=lambda word: pytest.fail(word)) == {
-        "a": None,
-        "b": [1, 2],
-        "c": {"d": None},
-    }
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.\nmore"), "out of memory"),
+        (MemoryError(), r"lower .*batch_size \(now 4.*cache_features=disk"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), r"num_workers \(now 0\)"),
+    ],
+)
+def test_explained_errors__say_what_to_lower(tiny_options, error, expected):
+    options = tiny_options(dataset__cache_features="ram")
+    with pytest.raises(UserError, match=expected), training.explained_errors(options):
+        raise error
 
 
-def test_move_aside__keeps_every_earlier_run(tmp_path):
-    run = tmp_path / "run"
-    for number in (1, 2):
-        run.mkdir()
-        (run / "best.ckpt").write_text(str(number))
-        assert move_aside(run) == tmp_path / f"run.{number}"
-    assert [(tmp_path / f"run.{n}/best.ckpt").read_text() for n in (1, 2)] == ["1", "2"]
-    assert move_aside(run) is None
-
-
-def test_make_folder__that_cannot_be_written(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="choose another output_dir"):
-        make_folder(tmp_path / "file" / "run")
+def test_explained_errors__leave_other_errors_alone(tiny_options):
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError) as raised, training.explained_errors(tiny_options()):
+        raise error
+    assert raised.value is error

@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from utils.config.loading import REPOSITORY
-from utils.vision.crf import CrfPool, HeadLogits, crf_missing, refine, unary_energy
+from utils.vision.crf import CrfPool, HeadLogits, crf_missing, refine, resolve_backend, unary_energy, upsample
 from utils.vision.transforms import to_eight_bit
-from utils.vision.upsampling import upsample
+
+needs_pydensecrf = pytest.mark.skipif(crf_missing() is not None, reason="needs pydensecrf")
 
 
 @pytest.fixture
@@ -21,12 +22,14 @@ def eight_bit(stored):
     return to_eight_bit(stored.image[None])[0].permute(1, 2, 0).numpy()
 
 
+@needs_pydensecrf
 def test_refine__golden(stored):
     marginals = refine(eight_bit(stored), [HeadLogits(stored.logits.numpy())])[0]
     assert (marginals.argmax(0) == stored.argmax.numpy()).mean() >= 0.999
     assert np.abs(marginals - stored.q.numpy()).max() < 1e-3
 
 
+@needs_pydensecrf
 def test_refine__heads_on_one_lattice_equal_heads_alone(stored):
     image, rng = eight_bit(stored), np.random.default_rng(0)
     first, second = stored.logits.numpy(), rng.normal(size=(7, 16, 16)).astype(np.float32)
@@ -59,21 +62,20 @@ def test_unary__is_minus_log_of_a_clipped_softmax():
 
 
 def test_worker__imports_no_torch():
-    code = "import sys, utils.vision.crf; assert not any(m.split('.')[0] == 'torch' for m in sys.modules)"
+    """A spawned worker also imports the main program again."""
+    code = "import sys, utils.vision.crf, run, eval; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
-@pytest.mark.parametrize("program", ["run", "eval"])
-def test_worker__main_module_imports_no_torch(program):
-    """Spawned workers import the main program again."""
-    code = f"import sys, {program}; assert not any(m.split('.')[0] == 'torch' for m in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
-
-
-def test_missing__is_told(monkeypatch):
-    assert crf_missing() is None
+@needs_pydensecrf
+def test_backend__auto_falls_back_to_torch(monkeypatch, capsys):
+    assert resolve_backend("auto") == "pydensecrf"
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
-    assert "pydensecrf" in crf_missing()
+    assert "pydensecrf does not import" in crf_missing()
+    assert resolve_backend("pydensecrf") == "pydensecrf"
+    assert capsys.readouterr().out == ""
+    assert resolve_backend("auto") == "torch"
+    assert "the CRF runs in torch, because pydensecrf does not import" in capsys.readouterr().out
 
 
 def test_pool__error_in_a_worker_reaches_the_caller():
@@ -81,25 +83,3 @@ def test_pool__error_in_a_worker_reaches_the_caller():
         pool.submit(np.zeros((4, 4, 3), dtype=np.uint8), ["not a head"], tag=0)
         with pytest.raises(AttributeError):
             list(pool.finished(wait_for_one=True))
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's own")
-def test_keep_freed_memory__leaves_no_page_faults_behind():
-    """In a process of its own: what it sets lasts as long as the process."""
-    program = """
-import resource, numpy
-from utils.vision.crf import keep_freed_memory
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        [numpy.ones(2**21) for _ in range(4)]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-plain = faults()
-keep_freed_memory()
-faults()
-print(plain, faults())
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)
-    plain, kept = map(int, done.stdout.split())
-    assert kept < plain / 10

@@ -1,40 +1,41 @@
-"""An HTTP server on 127.0.0.1 that misbehaves on demand."""
+"""An HTTP server on 127.0.0.1 that fails on demand."""
 
 import contextlib
 import re
 import threading
+import time
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from utils.download.sources import TARGETS
+from dataset.dataset_download import TARGETS
 
 
 @dataclass(frozen=True)
 class Page:
-    """A file that is served, and the headers that tell its version."""
+    """A file on the server and its headers."""
 
     body: bytes
     etag: str | None = '"one"'
     modified: str | None = None
+    kind: str = "application/octet-stream"
 
 
 @dataclass(frozen=True)
 class Fault:
     """What goes wrong with one GET.
 
-    `status` answers with it and `headers`; `cut` ends the body after so many bytes; `hang` sends `cut` bytes
-    and then nothing; `ignore_range` sends all of it, `ignore_condition` resumes whatever If-Range says;
-    `length` and `range` replace headers ('' leaves them out); `swap` is served from now on.
+    `status` is answered with `headers`; `cut` ends the body after so many bytes; `hang` sends `cut` bytes and
+    then nothing; `drip` sends a byte at a time; `ignore_range` sends the whole file; `length` replaces
+    Content-Length ("" omits it); `swap` is served from now on.
     """
 
     status: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
     cut: int | None = None
     hang: bool = False
+    drip: bool = False
     ignore_range: bool = False
-    ignore_condition: bool = False
     length: str | None = None
-    range: str | None = None
     swap: Page | None = None
 
 
@@ -60,44 +61,41 @@ class Handler(BaseHTTPRequestHandler):
         server.seen.append((self.command, path, start))
         status = fault.status or (404 if page is None else None)
         if status is not None:
-            self.send_response(status)
-            for name, value in fault.headers:
-                self.send_header(name, value)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        if not self.may_resume(page, fault):
-            start = 0
-        if start and start >= len(page.body):
-            self.send_error(416)
-            return
-        self.send_page(page, fault, start, body=body)
+            self.empty(status, fault.headers)
+        elif fault.ignore_range or self.headers.get("If-Range") not in (None, page.etag, page.modified):
+            self.send_page(page, fault, 0, body=body)
+        elif start and start >= len(page.body):
+            self.empty(416, [("Content-Range", f"bytes */{len(page.body)}")])
+        else:
+            self.send_page(page, fault, start, body=body)
 
-    def may_resume(self, page, fault):
-        condition = self.headers.get("If-Range")
-        if fault.ignore_condition:
-            return True
-        return not fault.ignore_range and condition in (None, page.etag, page.modified)
+    def empty(self, status, headers):
+        self.send_response(status)
+        for name, value in (*headers, ("Content-Length", "0")):
+            self.send_header(name, value)
+        self.end_headers()
 
     def send_page(self, page, fault, start, *, body):
         rest = page.body[start:]
         self.send_response(206 if start else 200)
-        given = f"bytes {start}-{len(page.body) - 1}/{len(page.body)}" if fault.range is None else fault.range
-        length = str(len(rest)) if fault.length is None else fault.length
         for name, value in (
-            ("Content-Length", length),
-            ("Content-Range", given if start else ""),
+            ("Content-Length", str(len(rest)) if fault.length is None else fault.length),
+            ("Content-Range", f"bytes {start}-{len(page.body) - 1}/{len(page.body)}" if start else ""),
+            ("Content-Type", page.kind),
             ("ETag", page.etag),
             ("Last-Modified", page.modified),
         ):
             if value:
                 self.send_header(name, value)
         self.end_headers()
-        if body:
-            with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError):
+            for byte in rest if body and fault.drip else ():
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.01)
+            if body and not fault.drip:
                 self.wfile.write(rest[: fault.cut])
-            if fault.hang:
-                self.server.closing.wait(5)
+        if fault.hang:
+            self.server.closing.wait(5)
 
 
 class Server(ThreadingHTTPServer):
@@ -112,7 +110,7 @@ class Server(ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
 
     def bodies(self):
-        """Paths of which a body was asked for."""
+        """Paths of which a body was requested."""
         return [path for method, path, _ in self.seen if method == "GET"]
 
 
@@ -131,12 +129,10 @@ def serving():
 
 
 def targets_at(server):
-    """The real table, its addresses those of a server, without digests that miniatures cannot have."""
+    """The real table with the server's addresses, without the digests of the real files."""
 
     def moved(file):
-        if not file.addresses:
-            return file
-        return replace(file, addresses=(f"{server.address}/{file.name}",), sha256=None)
+        return replace(file, bases=(server.address,) if file.bases else (), sha256=None)
 
     return {
         name: replace(target, plans=tuple(tuple(map(moved, plan)) for plan in target.plans))

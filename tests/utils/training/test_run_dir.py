@@ -1,0 +1,94 @@
+import json
+
+import pytest
+import torch
+
+from utils.errors import UserError
+from utils.training.run_dir import RunDir
+
+
+def save(path, step):
+    torch.save({"progress": {"step": step}, "weights": torch.zeros(1000)}, path)
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_prepare__describes_the_run_and_moves_an_earlier_one_aside(tiny_options):
+    options = tiny_options(training_coeff__sigma_pos=float("inf"))
+    run_dir = RunDir(options)
+    run_dir.prepare(options, [])
+    save(run_dir.best, 1)
+    run_dir.prepare(options, ["a.png: damaged"])
+    assert not run_dir.best.exists()
+    assert (run_dir.path.with_name("tiny.1") / "best.ckpt").exists()
+    assert json.loads((run_dir.path / "left_out.json").read_text()) == ["a.png: damaged"]
+    about = json.loads((run_dir.path / "provenance.json").read_text())
+    assert about["versions"]["torch"]
+    assert about["hardware"]["cores"] >= 1
+    run_dir.check_options(options)
+
+
+def test_finished__once_the_result_of_training_is_there(tiny_options):
+    run_dir = RunDir(options := tiny_options())
+    run_dir.prepare(options, [])
+    run_dir.write_metrics({"step": 4})  # of an evaluation
+    assert not run_dir.finished
+    run_dir.write_metrics({"step": 4, "train_hours": 1.0})
+    assert run_dir.finished
+    assert run_dir.read_metrics()["step"] == 4
+
+
+def test_check_options__lists_each_difference_that_affects_the_result(tiny_options):
+    run_dir = RunDir(options := tiny_options())
+    run_dir.check_options(options)  # nothing there
+    run_dir.prepare(options, [])
+    run_dir.check_options(tiny_options(dataloader__num_workers=1, wandb__notes="x", trainer__devices=2))
+    with pytest.raises(UserError) as error:
+        run_dir.check_options(tiny_options(training_coeff__tau=0.5, train__seed=1, resume="auto"))
+    assert "training_coeff.tau was 0.8, is 0.5" in str(error.value)
+    assert "train.seed was 0, is 1" in str(error.value)
+    assert "resume was" not in str(error.value)
+
+
+def test_resume_checkpoint__takes_the_last_that_is_readable(tiny_options, capsys):
+    run_dir = RunDir(options := tiny_options(resume="auto"))
+    assert run_dir.resume_checkpoint(options) is None
+    run_dir.prepare(options, [])
+    assert run_dir.resume_checkpoint(options) is None
+    assert "no checkpoint to resume from" in capsys.readouterr().out
+    save(run_dir.best, 7)
+    save(run_dir.last, 9)
+    assert run_dir.resume_checkpoint(tiny_options()) is None
+    assert run_dir.resume_checkpoint(options) == run_dir.last
+    assert "resuming after step 9" in capsys.readouterr().out
+    damage(run_dir.last)
+    assert run_dir.resume_checkpoint(options) == run_dir.best
+    printed = capsys.readouterr().out
+    assert f"{run_dir.last}: not a readable checkpoint" in printed
+    assert "resuming after step 7" in printed
+    damage(run_dir.best)
+    assert run_dir.resume_checkpoint(options) is None
+
+
+def test_lock__is_held_by_one_run(tiny_options):
+    run_dir = RunDir(tiny_options())
+    with (
+        run_dir.lock(),
+        pytest.raises(UserError, match=r"another run is writing .*\.tiny\.lock.*wandb\.name"),
+        RunDir(tiny_options()).lock(),
+    ):
+        pass
+    with run_dir.lock():
+        assert not run_dir.path.exists()
+
+
+def test_lock__in_a_folder_that_cannot_be_written(tiny_options):
+    with (
+        pytest.raises(UserError, match=r"/proc/ppap/\.tiny\.lock: .*choose another output_dir"),
+        RunDir(tiny_options(output_dir="/proc/ppap")).lock(),
+    ):
+        pass

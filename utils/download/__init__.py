@@ -1,1 +1,0 @@
-"""Fetching files over HTTP and unpacking them; and where the published data sets lie."""

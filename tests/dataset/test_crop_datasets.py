@@ -158,23 +158,16 @@ def test_dry_run__writes_nothing(words, directory, capsys):
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"dataset__crop_type": None}, "dataset.crop_type is null: training uses whole images"),
-        *(
-            ({"dataset__data_type": name}, f"dataset.data_type is {name}, which has no crops to prepare")
-            for name in ("synthetic", "cocostuff15", "potsdam")
-        ),
-    ],
+    "changed", [{"crop_type": None}, {"data_type": "synthetic"}, {"data_type": "cocostuff15"}]
 )
-def test_mistake__nothing_to_prepare(words, directory, changed, message):
-    with pytest.raises(UserError, match=message):
-        main(words(directory, **changed))
+def test_mistake__nothing_to_prepare(words, directory, changed):
+    with pytest.raises(UserError, match="no crops to prepare"):
+        main(words(directory, **{f"dataset__{key}": value for key, value in changed.items()}))
 
 
 def test_mistake__in_the_arguments(words, tmp_path):
-    with pytest.raises(UserError, match=r"dataset.crop_ratio has several values(.|\n)*--workers is -1"):
-        main(words(tmp_path, "dataset.crop_ratio=0.4,0.5", workers=-1))
+    with pytest.raises(UserError, match=r"dataset\.crop_ratio has several values"):
+        main(words(tmp_path, "dataset.crop_ratio=0.4,0.5"))
     with pytest.raises(UserError, match="no such file"):
         main(["--opt", "cocostuf.json"])
 

@@ -1,10 +1,7 @@
 """Writes the five crops of each train image to files: python dataset/crop_datasets.py --opt cocostuff.json
 
-Training cuts the same crops on the fly; reading prepared ones decodes a quarter of the pixels. They go to
-the published layout, <data_path>/cropped/<data_type>_<crop_type>_crop_<crop_ratio>/: img/train/<n>.jpg with
-Pillow's default quality and label/train/<n>.png with class + 1, 0 = ignore; crop k of image i is n = 5i + k.
-
-Existing files are skipped, so the same command resumes an interrupted one.
+Training cuts the same crops on the fly; reading prepared ones decodes a quarter of the pixels. Crop k of
+image i is img/train/<5i + k>.jpg and label/train/<5i + k>.png (class + 1, 0 = ignore), as published.
 """
 
 from __future__ import annotations
@@ -35,20 +32,14 @@ from utils.vision.labels import IGNORE
 
 
 class CropWriter(Dataset):
-    """Writes the crops of one image; an item is the error message of a damaged image, otherwise "".
-
-    Being a data set, it runs in the worker processes of a DataLoader.
-    """
+    """Item i writes the missing crops of an image, in a DataLoader's worker; it is what is wrong, or ""."""
 
     def __init__(self, source: Source, folder: Path, options: DatasetOptions) -> None:
         self.source, self.folder = source, folder
         self.kind, self.ratio = options.crop_type, options.crop_ratio
-        existing = {path for path in folder.glob("*/train/*") if path.stat().st_size}
-        self.todo = [
-            index
-            for index in range(len(source))
-            if not existing.issuperset(path for k in range(CROPS) for path in self._paths(CROPS * index + k))
-        ]
+        existing = set(folder.glob("*/train/*"))
+        missing = (n // CROPS for n in range(CROPS * len(source)) if not existing.issuperset(self._paths(n)))
+        self.todo = list(dict.fromkeys(missing))
 
     def __len__(self) -> int:
         return len(self.todo)
@@ -114,14 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = chosen_options(arguments).dataset
     source, data_path = open_source(options), Path(options.data_path)
     folder = prepared_folder(data_path, options.data_type, options.crop_type, options.crop_ratio)
-    todo = len(CropWriter(source, folder, options))
-    print(f"{folder}: {len(source) - todo} of {len(source)} images have all their crops", flush=True)
+    writer = CropWriter(source, folder, options)
+    print(f"{folder}: {len(source) - len(writer)} of {len(source)} images have all their crops", flush=True)
     if arguments.dry_run:
         return
     for part in ("img", "label") if source.labelled else ("img",):
         make_folder(folder / part / "train", named_by="dataset.data_path")
     with exclusive(folder):
-        writer = CropWriter(source, folder, options)
         loader = DataLoader(writer, batch_size=1, collate_fn=list, num_workers=arguments.workers)
         damaged = [line for (line,) in tqdm(loader, desc="crops", unit="image") if line]
     if damaged:

@@ -128,15 +128,14 @@ def main(argv: Sequence[str] | None = None, *, targets: Mapping[str, Target] = T
     """Runs the command line."""
     arguments = parse_arguments(argv)
     target, root = targets[arguments.target], Path(arguments.root)
+    if arguments.dry_run:
+        plans = ["\n  ".join(file.describe(arguments.mirror) for file in plan) for plan in target.plans]
+        print("\nonly if that fails:\n  ".join(["would download:\n  " + plans[0], *plans[1:]]))
+        print(target.account.format(root=shlex.quote(str(root))))
+        return
     try:
         lines = _check(target, root)
     except UserError:
-        if arguments.dry_run:
-            for plan in target.plans:
-                files = [file.describe(arguments.mirror) for file in plan]
-                print("\n  ".join(["would download (if one plan fails, the next is tried):", *files]))
-            print(target.account.format(root=shlex.quote(str(root))))
-            return
         _obtain(target, root, mirror=arguments.mirror, keep=arguments.keep_archives)
         try:
             lines = _check(target, root)
@@ -155,9 +154,8 @@ def _check(target: Target, root: Path) -> list[str]:
         options = DatasetOptions(data_type=data_type, data_path=str(root))
         for split in ("train", "val"):
             source = DATA_SETS[data_type].source(options, split)
-            known = source.official_size not in (None, len(source))
-            official = f" (the official split has {source.official_size:,})" if known else ""
-            lines.append(f"  {data_type}, {split}: {len(source):,} images{official}")
+            official = source.official_size or len(source)
+            lines.append(f"  {data_type}, {split}: {len(source):,} of {official:,} images")
     return lines
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -22,50 +21,25 @@ from utils.training.torch_files import read_torch_file, unreadable
 
 NATIVE_RES = {"dino": 224, "dinov2": 518}  # pixels
 DROPPED = ("head.", "mask_token", "dino_head.", "ibot_head.")  # parameters that a FrozenViT does not have
-_registered: dict[str, Callable[[Options], FrozenViT]] = {}
-
-
-@dataclass(frozen=True)
-class PublishedBackbone:
-    """A published weights file; without a digest only names and shapes are checked."""
-
-    address: str
-    sha256: str | None = None
-
-    @property
-    def file(self) -> Path:
-        """Where torch.hub caches it."""
-        return Path(torch.hub.get_dir()) / "checkpoints" / self.address.rsplit("/", 1)[-1]
-
-
-def _dino(name: str) -> PublishedBackbone:
-    return PublishedBackbone(f"https://dl.fbaipublicfiles.com/dino/{name}/{name}.pth")
-
-
-def _dinov2(name: str, kind: str, sha256: str) -> PublishedBackbone:
-    return PublishedBackbone(f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_{kind}.pth", sha256)
-
-
-# The digests of the DINOv2 files are those that public projects check, such as finegrain's refiners; none is
-# published for the DINO files. The paper uses the 300-epoch S/8 file, which is not torch.hub's dino_vits8.
-BACKBONES = {
-    "dino vit_small/8": _dino("dino_deitsmall8_300ep_pretrain"),
-    "dino vit_small/16": _dino("dino_deitsmall16_pretrain"),
-    "dino vit_base/8": _dino("dino_vitbase8_pretrain"),
-    "dino vit_base/16": _dino("dino_vitbase16_pretrain"),
-    "dinov2 vit_small/14": _dinov2(
-        "dinov2_vits14", "pretrain", "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"
-    ),
-    "dinov2 vit_small/14 registers": _dinov2(
-        "dinov2_vits14", "reg4_pretrain", "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb"
-    ),
-    "dinov2 vit_base/14": _dinov2(
-        "dinov2_vitb14", "pretrain", "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"
-    ),
-    "dinov2 vit_base/14 registers": _dinov2(
-        "dinov2_vitb14", "reg4_pretrain", "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71"
-    ),
+DINO = "https://dl.fbaipublicfiles.com/dino"
+DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
+BACKBONES = {  # the paper uses the 300-epoch S/8 file, which is not torch.hub's dino_vits8
+    "dino vit_small/8": f"{DINO}/dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth",
+    "dino vit_small/16": f"{DINO}/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+    "dino vit_base/8": f"{DINO}/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
+    "dino vit_base/16": f"{DINO}/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+    "dinov2 vit_small/14": f"{DINOV2}/dinov2_vits14/dinov2_vits14_pretrain.pth",
+    "dinov2 vit_small/14 registers": f"{DINOV2}/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
+    "dinov2 vit_base/14": f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+    "dinov2 vit_base/14 registers": f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
 }
+SHA256 = {  # as checked by public projects, such as finegrain's refiners; none is published for DINO
+    "dinov2_vits14_pretrain.pth": "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+    "dinov2_vits14_reg4_pretrain.pth": "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb",
+    "dinov2_vitb14_pretrain.pth": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+    "dinov2_vitb14_reg4_pretrain.pth": "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
+}
+_registered: dict[str, Callable[[Options], FrozenViT]] = {}
 
 
 def register_backbone(name: str, build: Callable[[Options], FrozenViT]) -> None:
@@ -75,9 +49,6 @@ def register_backbone(name: str, build: Callable[[Options], FrozenViT]) -> None:
         name: an unused name.
         build: from all options to a `FrozenViT`, or a module with its methods; if
             `model.pretrained.pretrained_weights` is set, they are loaded into it afterwards.
-
-    Raises:
-        ValueError: the name is taken.
     """
     if name in ARCHS:
         raise ValueError(f"backbone {name} exists already; choose another name")
@@ -87,9 +58,8 @@ def register_backbone(name: str, build: Callable[[Options], FrozenViT]) -> None:
 
 def build_backbone(options: Options) -> FrozenViT:
     """The backbone that `model.*` describes, without its weights."""
-    if options.model.arch in _registered:
-        return _registered[options.model.arch](options)
-    return FrozenViT(backbone_spec(options))
+    build = _registered.get(options.model.arch)
+    return build(options) if build else FrozenViT(backbone_spec(options))
 
 
 def backbone_spec(options: Options) -> BackboneSpec:
@@ -117,28 +87,32 @@ def load_backbone(backbone: FrozenViT, weights: str | None) -> str:
     """Loads a weights file, or the published weights if `weights` is None; returns what was loaded."""
     if weights is None and backbone.spec.published is None:
         return "no weights (the backbone is untrained)"
-    path = weights_file(weights) if weights else published_file(BACKBONES[backbone.spec.published])
+    path = weights_file(weights) if weights else published_file(backbone.spec.published)
     load_strictly(backbone, clean_state(read_state(path), backbone.spec.depth), str(path))
     return str(path)
 
 
-def published_file(backbone: PublishedBackbone) -> Path:
-    """The cached file of a published backbone, downloaded if necessary, checked if its digest is known."""
-    path = backbone.file
+def published_file(name: str) -> Path:
+    """torch.hub's cached file of a published backbone, downloaded if necessary and checked by SHA-256."""
+    path = hub_file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
+    sha256 = SHA256.get(path.name)
     with exclusive(path):
         if not path.is_file():
-            print(f"downloading {backbone.address}", flush=True)
+            print(f"downloading {BACKBONES[name]}", flush=True)
             try:
-                download([backbone.address], path, sha256=backbone.sha256)
+                download([BACKBONES[name]], path, sha256=sha256)
             except DownloadError as error:
-                raise UserError(
-                    f"{error.mistakes[0]}; download it elsewhere and save it as {path}, or set "
-                    "model.pretrained.pretrained_weights to a file"
-                ) from None
-        elif backbone.sha256 not in (None, sha256_of(path)):
-            raise UserError(f"{path}: its SHA-256 is not {backbone.sha256}; delete it to download it again")
+                hint = f"save it as {path}, or set model.pretrained.pretrained_weights to a file"
+                raise UserError(f"{error.mistakes[0]}; download it elsewhere and {hint}") from None
+        elif sha256 not in (None, sha256_of(path)):
+            raise UserError(f"{path}: its SHA-256 is not {sha256}; delete it to download it again")
     return path
+
+
+def hub_file(name: str) -> Path:
+    """Where torch.hub caches a published backbone."""
+    return Path(torch.hub.get_dir(), "checkpoints", BACKBONES[name].rsplit("/", 1)[-1])
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -156,10 +130,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def is_state(state: Any) -> bool:
-    """Whether something is a dict from names to tensors."""
-    return isinstance(state, dict) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    )
+    """Whether something is a dict of tensors."""
+    return isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
 
 
 def clean_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:

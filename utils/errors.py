@@ -9,12 +9,7 @@ SHOWN = 20  # lines of a long list in a message
 
 
 class UserError(Exception):
-    """A mistake in an option, a file or a data set; shown without a traceback.
-
-    Args:
-        mistakes: one line each: the key or file, its value, what is allowed and what to do.
-        heading: what the mistakes were found in.
-    """
+    """One or several mistakes in options, files or data, found in `heading`; shown without a traceback."""
 
     status = 2  # exit status of the program
     label = "error"  # first word of the message
@@ -24,15 +19,12 @@ class UserError(Exception):
         if isinstance(mistakes, str):  # torch turns a worker's traceback into the text
             mistakes = [mistakes.rsplit(f"{UserError.__module__}.UserError: ", 1)[-1].strip()]
         self.mistakes = list(mistakes)
-        self.heading = heading
-        super().__init__(str(self))
-
-    def __str__(self) -> str:
-        if not self.heading and len(self.mistakes) == 1:
-            return self.mistakes[0]
-        head = f"{len(self.mistakes)} mistake{'s' if len(self.mistakes) > 1 else ''}"
-        head += f" in {self.heading}:" if self.heading else ":"
-        return "\n".join([head, *(f"  - {line}" for line in self.mistakes)])
+        message = self.mistakes[0]
+        if heading or len(self.mistakes) > 1:
+            count = f"{len(self.mistakes)} mistake{'s' if len(self.mistakes) > 1 else ''}"
+            lines = [f"{count} in {heading}:" if heading else f"{count}:", *self.mistakes]
+            message = "\n  - ".join(lines)
+        super().__init__(message)
 
 
 class NotFinite(UserError):
@@ -62,7 +54,6 @@ def closest(word: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for the most similar known word or last part of a dotted key, or nothing."""
     full = {key: key for key in known}
     by_name = {key.rsplit(".", 1)[-1]: key for key in full} | full
-    for query in (word, word.rsplit(".", 1)[-1]):
-        if found := get_close_matches(query, by_name, n=1, cutoff=0.75):
-            return f" Did you mean {by_name[found[0]]}?"
-    return ""
+    queries = (word, word.rsplit(".", 1)[-1])
+    found = [name for query in queries for name in get_close_matches(query, by_name, n=1, cutoff=0.75)]
+    return f" Did you mean {by_name[found[0]]}?" if found else ""

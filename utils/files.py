@@ -21,7 +21,7 @@ CHECKPOINTS = ("best.ckpt", "best.pth", "ckpt.pth")  # in this order
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a UserError if it is unreadable or something else."""
+    """The object in a JSON file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -33,15 +33,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes standard JSON (NaN as null) atomically."""
-    write_text(path, json.dumps(_standard(content), indent=2, ensure_ascii=False) + "\n")
 
+    def standard(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): standard(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [standard(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-def _standard(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _standard(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_standard(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_text(path, json.dumps(standard(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,10 +52,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
-    """A temporary path that replaces `path` if the block succeeds and is removed if it fails.
-
-    With `sync`, the old or the new file survives a power failure.
-    """
+    """A temporary path that replaces `path` if the block succeeds; `sync`: in a power failure too."""
     temporary = path.with_name(f"{path.name}.part")
     try:
         yield temporary

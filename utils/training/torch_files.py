@@ -23,11 +23,9 @@ NUMPY_SCALARS = [  # the published checkpoints hold a metric as one; the path di
 
 
 def read_torch_file(path: Path, kind: str) -> Any:
-    """`torch.load` onto the CPU with weights_only, after a check of every CRC in the zip archive.
+    """`torch.load` with weights_only, after a check of all CRCs (there are none before torch 1.6).
 
-    Args:
-        path: written by `torch.save`; the format before torch 1.6 has no checksums.
-        kind: what errors call the file, such as "checkpoint".
+    `kind` is what errors call the file, such as "checkpoint".
     """
     try:
         if zipfile.is_zipfile(path):
@@ -55,7 +53,5 @@ def write_torch_file(content: Any, path: Path) -> None:
         with replacing(path, sync=True) as temporary:
             torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
-        raise UserError(
-            f"{path}: cannot be written ({first_line(error)}); the previous file is intact: free some space "
-            "or choose another folder"
-        ) from None
+        hint = "the previous file is intact: free some space or choose another folder"
+        raise UserError(f"{path}: cannot be written ({first_line(error)}); {hint}") from None

@@ -68,15 +68,6 @@ class CropWriter(Dataset):
         return [self.folder / name for name in ((label, image) if self.source.labelled else (image,))]
 
 
-def open_source(options: DatasetOptions) -> Source:
-    """The whole train images; a UserError if training does not cut crops from them."""
-    kind, name = DATA_SETS[options.data_type], options.data_type
-    if name in WITHOUT_FOLDER or not kind.cropped or options.crop_type is None:
-        chosen = f"dataset.data_type is {name} and dataset.crop_type {options.crop_type}"
-        raise UserError(f"{chosen}: training uses whole images, so there are no crops to prepare")
-    return kind.source(options, "train")
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; further words are in `overrides`."""
     parser = argparse.ArgumentParser(description="Write the five crops of each train image to files.")
@@ -103,8 +94,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     arguments = parse_arguments(argv)
     options = chosen_options(arguments).dataset
-    source, data_path = open_source(options), Path(options.data_path)
-    folder = prepared_folder(data_path, options.data_type, options.crop_type, options.crop_ratio)
+    name, kind = options.data_type, DATA_SETS[options.data_type]
+    if name in WITHOUT_FOLDER or not kind.cropped or options.crop_type is None:
+        chosen = f"dataset.data_type is {name} and dataset.crop_type {options.crop_type}"
+        raise UserError(f"{chosen}: training uses whole images, so there are no crops to prepare")
+    source = kind.source(options, "train")
+    folder = prepared_folder(Path(options.data_path), name, options.crop_type, options.crop_ratio)
     writer = CropWriter(source, folder, options)
     print(f"{folder}: {len(source) - len(writer)} of {len(source)} images have all their crops", flush=True)
     if arguments.dry_run:

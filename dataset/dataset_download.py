@@ -51,10 +51,6 @@ class File:
         """Full addresses, the mirror's first."""
         return [f"{base.rstrip('/')}/{self.name}" for base in (mirror, *self.bases) if base]
 
-    def describe(self, mirror: str) -> str:
-        """Name, size and addresses."""
-        return "\n    ".join([f"{self.name}: about {tqdm.format_sizeof(self.size, 'B')}", *self.urls(mirror)])
-
 
 @dataclass(frozen=True)
 class Target:
@@ -129,8 +125,11 @@ def main(argv: Sequence[str] | None = None, *, targets: Mapping[str, Target] = T
     arguments = parse_arguments(argv)
     target, root = targets[arguments.target], Path(arguments.root)
     if arguments.dry_run:
-        plans = ["\n  ".join(file.describe(arguments.mirror) for file in plan) for plan in target.plans]
-        print("\nonly if that fails:\n  ".join(["would download:\n  " + plans[0], *plans[1:]]))
+        for plan in target.plans:
+            print("would download:" if plan is target.plans[0] else "only if that fails:")
+            for file in plan:
+                print(f"  {file.name}: about {tqdm.format_sizeof(file.size, 'B')}")
+                print("".join(f"    {url}\n" for url in file.urls(arguments.mirror)), end="")
         print(target.account.format(root=shlex.quote(str(root))))
         return
     try:
@@ -186,7 +185,6 @@ def _obtain_file(file: File, root: Path, *, mirror: str, keep: bool) -> None:
         if not file.urls(mirror):
             raise DownloadError(f"{path}: is missing and cannot be downloaded without an account")
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(file.describe(mirror), flush=True)
         download(file.urls(mirror), path, sha256=file.sha256, size=file.size if file.sha256 else None)
     if file.wanted:
         extract(path, root / file.into, file.wanted)

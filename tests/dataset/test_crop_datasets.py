@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.crop_datasets import CropWriter, main
+from dataset.crop_datasets import main
 from dataset.crops import crop_boxes
 from tests.dataset import miniatures
 from tests.dataset.files import SIZE, picture, save
@@ -100,24 +100,6 @@ def test_restart__writes_what_is_missing_and_nothing_else(words, prepared, capsy
     assert contents(folder) == whole
     changed = {p.name for p in folder.rglob("*.jpg") if p.stat().st_mtime_ns != before.get(p.name)}
     assert changed == {f"{number}.jpg" for number in range(5, 15)}
-
-
-def test_restart__after_an_interruption(words, directory, data_of, monkeypatch):
-    write = CropWriter.__getitem__
-
-    def interrupted(self, item):
-        if item == 2:
-            raise KeyboardInterrupt
-        return write(self, item)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CropWriter, "__getitem__", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            main(words(directory))
-    with pytest.raises(UserError, match=r"10 crops, must contain 20 .*python dataset/crop_datasets\.py"):
-        data_of("directory", directory, dataset__crop_type="five")
-    main(words(directory))
-    assert len(data_of("directory", directory, dataset__crop_type="five").train_set) == 20
 
 
 def test_damaged__images_are_named_after_the_others_are_done(words, directory):

@@ -3,10 +3,6 @@
 import hashlib
 import re
 import stat
-import subprocess
-import sys
-import threading
-import time
 import zipfile
 
 import pytest
@@ -15,7 +11,6 @@ from tests.utils.server import Fault, Page, serving
 from utils import download as module
 from utils.download import DownloadError, download, extract
 from utils.errors import UserError
-from utils.files import REPOSITORY, exclusive
 
 BODY = b"PK" + bytes(range(256)) * 2000
 OTHER = b"PK" + bytes(reversed(range(256))) * 2500
@@ -139,40 +134,6 @@ def test_download__busy_or_hanging_server(server, get):
     busy = Fault(status=429, headers=(("Retry-After", "0"),))
     server.faults["a.zip"] = [Fault(status=503), busy, Fault(cut=CUT, hang=True), Fault(cut=0, hang=True)]
     assert get(timeout=0.5) == BODY
-
-
-def test_download__killed_then_resumed(server, get, tmp_path):
-    server.faults["a.zip"] = [Fault(cut=CUT, hang=True)]
-    program = (
-        "from pathlib import Path; from utils.download import download; "
-        f"download(['{server.address}/a.zip'], Path('{tmp_path / 'a.zip'}'), size={len(BODY)})"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY)
-    part = tmp_path / "a.zip.part"
-    while not (part.is_file() and part.stat().st_size >= 100_000):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    size = part.stat().st_size
-    assert get(size=len(BODY)) == BODY
-    assert starts(server) == [0, size]
-
-
-def test_exclusive__second_waits(tmp_path):
-    order = []
-
-    def second():
-        with exclusive(tmp_path / "data"):
-            order.append("second")
-
-    with exclusive(tmp_path / "data"):
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join(timeout=0.2)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "second"]
 
 
 FILES = {"set/imgs/a.jpg": b"a" * 5000, "set/imgs/b.jpg": bytes(range(256)), "set/list.txt": b"a\nb\n"}

@@ -1,17 +1,14 @@
 """Writes the five crops of each train image to files: python dataset/crop_datasets.py --opt cocostuff.json
 
-Training cuts the same crops on the fly; reading prepared ones decodes a quarter of the pixels. They go to
-the published layout, <data_path>/cropped/<data_type>_<crop_type>_crop_<crop_ratio>/: img/train/<n>.jpg with
-Pillow's default quality and label/train/<n>.png with class + 1, 0 = ignore; crop k of image i is n = 5i + k.
-
-Existing files are skipped, so the same command resumes an interrupted one.
+Training cuts the same crops on the fly; reading prepared ones decodes a quarter of the pixels. Crop k of
+image i is img/train/<5i + k>.jpg and label/train/<5i + k>.png (class + 1, 0 = ignore), as published.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file: modules are found from the project's root, not from dataset/
@@ -35,107 +32,40 @@ from utils.vision.labels import IGNORE
 
 
 class CropWriter(Dataset):
-    """Writes the crops of one image; an item is what is wrong with the image, "" if nothing is.
+    """Item i writes the missing crops of an image, in a DataLoader's worker; it is what is wrong, or ""."""
 
-    Being a data set, it runs in the worker processes of a DataLoader.
-
-    Args:
-        source: whole images of the train split.
-        options: `dataset.*`.
-
-    Attributes:
-        folder: of the crops.
-        todo: images of which a file is missing.
-    """
-
-    def __init__(self, source: Source, options: DatasetOptions) -> None:
-        self.source, self.kind, self.ratio = source, options.crop_type, options.crop_ratio
-        self.folder = folder_of(options)
-        existing = {path for path in self.folder.glob("*/train/*") if path.stat().st_size}
-        self.todo = [
-            index
-            for index in range(len(source))
-            if not existing.issuperset(path for k in range(CROPS) for path in self._paths(CROPS * index + k))
-        ]
+    def __init__(self, source: Source, folder: Path, options: DatasetOptions) -> None:
+        self.source, self.folder = source, folder
+        self.kind, self.ratio = options.crop_type, options.crop_ratio
+        existing = set(folder.glob("*/train/*"))
+        missing = (n // CROPS for n in range(CROPS * len(source)) if not existing.issuperset(self._paths(n)))
+        self.todo = list(dict.fromkeys(missing))
 
     def __len__(self) -> int:
         return len(self.todo)
 
     def __getitem__(self, item: int) -> str:
+        index = self.todo[item]
         try:
-            for path, crop in self._crops(self.todo[item]):
-                with replacing(path) as temporary:
-                    crop.save(temporary, "PNG" if path.suffix == ".png" else "JPEG")
+            raw = self.source.read(index)
+            label = Image.new("L", raw.image.size)  # all ignored, for an image without a label
+            if raw.label is not None:
+                classes = classes_of(raw.label, self.source, index)  # (H, W)
+                label = Image.fromarray(np.where(classes == IGNORE, 0, classes + 1).astype(np.uint8))
         except UserError as error:
             return str(error)
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror or error})"
-            raise UserError(f"{self.folder}: {reason}; free space or get access, then run again") from None
-        return ""
-
-    def progress(self) -> str:
-        """How many images are done."""
-        total = len(self.source)
-        return f"{self.folder}: {total - len(self.todo)} of {total} images have all their crops"
-
-    def _paths(self, number: int) -> list[Path]:
-        """The files of a crop."""
-        label, image = f"label/train/{number}.png", f"img/train/{number}.jpg"
-        return [self.folder / name for name in ((label, image) if self.source.labelled else (image,))]
-
-    def _crops(self, index: int) -> Iterator[tuple[Path, Image.Image]]:
-        """Files and crops; the label comes first, so that an image never lacks its label."""
-        raw = self.source.read(index)
-        label = Image.new("L", raw.image.size)  # all ignored, for an image without a label
-        if raw.label is not None:
-            classes = classes_of(raw.label, self.source, index)  # (H, W)
-            label = Image.fromarray(np.where(classes == IGNORE, 0, classes + 1).astype(np.uint8))
         image = Image.fromarray(np.asarray(raw.image))  # without metadata, which every crop would repeat
         for k, box in enumerate(crop_boxes(image.size, self.ratio, self.kind, index)):
             for path in self._paths(CROPS * index + k):
-                yield path, (label if path.suffix == ".png" else image).crop(box)
+                with replacing(path) as temporary:
+                    whole, kind = (label, "PNG") if path.suffix == ".png" else (image, "JPEG")
+                    whole.crop(box).save(temporary, kind)
+        return ""
 
-
-def folder_of(options: DatasetOptions) -> Path:
-    """Where the crops of a data set go."""
-    return prepared_folder(Path(options.data_path), options.data_type, options.crop_type, options.crop_ratio)
-
-
-def write_crops(writer: CropWriter, *, workers: int, skip_damaged: bool) -> None:
-    """Writes all crops that do not exist yet.
-
-    Raises:
-        UserError: the folder cannot be written; or some images are damaged, after all others are done.
-    """
-    for part in ("img", "label") if writer.source.labelled else ("img",):
-        make_folder(writer.folder / part / "train", named_by="dataset.data_path")
-    loader = DataLoader(writer, batch_size=1, collate_fn=list, num_workers=workers)
-    lines = [line for (line,) in tqdm(loader, desc="crops", unit="image") if line]
-    if lines:
-        message = listed(f"{len(lines)} of {len(writer.source)} images are damaged and have no crops", lines)
-        if not skip_damaged:
-            hint = "fix or remove them and run the same command again, or set dataset.skip_damaged=true"
-            raise UserError(f"{message}\n{hint}")
-        print(message)
-    print(f"the crops of {len(writer.source) - len(lines)} images are in {writer.folder}")
-
-
-def open_source(options: DatasetOptions) -> Source:
-    """The whole train images.
-
-    Raises:
-        UserError: the options do not train on crops of files, or the data set is incomplete.
-    """
-    kind = DATA_SETS[options.data_type]
-    if options.data_type in WITHOUT_FOLDER or not kind.cropped:
-        cropped = (name for name, other in DATA_SETS.items() if other.cropped and name not in WITHOUT_FOLDER)
-        raise UserError(
-            f"dataset.data_type is {options.data_type}, which has no crops to prepare; those with crops are "
-            f"{', '.join(cropped)}"
-        )
-    if options.crop_type is None:
-        raise UserError("dataset.crop_type is null: training uses whole images; set it to five or random")
-    return kind.source(options, "train")
+    def _paths(self, number: int) -> list[Path]:
+        """The files of a crop; the label comes first, so that an image never lacks its label."""
+        image, label = f"img/train/{number}.jpg", f"label/train/{number}.png"
+        return [self.folder / name for name in ((label, image) if self.source.labelled else (image,))]
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -150,20 +80,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def chosen_options(arguments: argparse.Namespace) -> Options:
-    """The options of a run with the same arguments.
-
-    Raises:
-        UserError: a mistake in them.
-    """
+    """The options of a training run with the same arguments."""
     overrides = parse_overrides(arguments.overrides)
-    mistakes = list(overrides.mistakes)
-    mistakes += [
-        f"{key} has several values, must have one" for key, v in overrides.choices.items() if len(v) > 1
-    ]
-    if arguments.workers < 0:
-        mistakes.append(f"--workers is {arguments.workers}, must be at least 0")
-    if mistakes:
-        raise UserError(mistakes, "the command line")
+    swept = [f"{key} has several values, must have one" for key, v in overrides.choices.items() if len(v) > 1]
+    if overrides.mistakes or swept:
+        raise UserError([*overrides.mistakes, *swept], "the command line")
     given = {} if arguments.data_path is None else {"dataset.data_path": arguments.data_path}
     given |= {key: values[0] for key, values in overrides.choices.items()}
     return load_options(find_option_file(arguments.opt), given)
@@ -172,17 +93,29 @@ def chosen_options(arguments: argparse.Namespace) -> Options:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     arguments = parse_arguments(argv)
-    chosen = chosen_options(arguments).dataset
-    source = open_source(chosen)
+    options = chosen_options(arguments).dataset
+    name, kind = options.data_type, DATA_SETS[options.data_type]
+    if name in WITHOUT_FOLDER or not kind.cropped or options.crop_type is None:
+        chosen = f"dataset.data_type is {name} and dataset.crop_type {options.crop_type}"
+        raise UserError(f"{chosen}: training uses whole images, so there are no crops to prepare")
+    source = kind.source(options, "train")
+    folder = prepared_folder(Path(options.data_path), name, options.crop_type, options.crop_ratio)
+    writer = CropWriter(source, folder, options)
+    print(f"{folder}: {len(source) - len(writer)} of {len(source)} images have all their crops", flush=True)
     if arguments.dry_run:
-        print(CropWriter(source, chosen).progress())
         return
-    folder = folder_of(chosen)
-    make_folder(folder.parent, named_by="dataset.data_path")
+    for part in ("img", "label") if source.labelled else ("img",):
+        make_folder(folder / part / "train", named_by="dataset.data_path")
     with exclusive(folder):
-        writer = CropWriter(source, chosen)
-        print(writer.progress(), flush=True)
-        write_crops(writer, workers=arguments.workers, skip_damaged=chosen.skip_damaged)
+        loader = DataLoader(writer, batch_size=1, collate_fn=list, num_workers=arguments.workers)
+        damaged = [line for (line,) in tqdm(loader, desc="crops", unit="image") if line]
+    if damaged:
+        message = listed(f"{len(damaged)} of {len(source)} images are damaged and have no crops", damaged)
+        if not options.skip_damaged:
+            hint = "fix or remove them and run the same command again, or set dataset.skip_damaged=true"
+            raise UserError(f"{message}\n{hint}")
+        print(message)
+    print(f"the crops of {len(source) - len(damaged)} images are in {folder}")
 
 
 if __name__ == "__main__":

@@ -13,17 +13,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 if not __package__:  # run as a file: modules are found from the project's root, not from dataset/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import requests
+from tqdm import tqdm
 
 from dataset import DATA_SETS
+from dataset.cocostuff import LISTS
 from utils.config.cli import guarded
 from utils.config.options import DatasetOptions
-from utils.download import DownloadError, connection_error, download, extract, readable_size
+from utils.download import DownloadError, download, extract
 from utils.errors import UserError
 from utils.files import exclusive, make_folder
 
@@ -34,80 +34,51 @@ PICIE = (  # its repository contains IIC's curated lists
     "https://raw.githubusercontent.com/janghyuncho/PiCIE/fc4e7c193c2ba77a6dbf9f24e5e7cf99da9f528a",
     "https://cdn.jsdelivr.net/gh/janghyuncho/PiCIE@fc4e7c193c2ba77a6dbf9f24e5e7cf99da9f528a",
 )
-COCO_LISTS = (
-    "curated/train2017/Coco164kFull_Stuff_Coarse.txt",
-    "curated/train2017/Coco164kFull_Stuff_Coarse_7.txt",
-    "curated/train2017/Coco164kFew_Stuff_6.txt",
-    "curated/val2017/Coco164kFull_Stuff_Coarse_7.txt",
-    "curated/val2017/Coco164kFew_Stuff_6.txt",
-)
-COCO_FOLDERS = tuple(
-    f"{part}/{split}" for part in ("curated", "images", "annotations") for split in ("train2017", "val2017")
-)
 
 
 @dataclass(frozen=True)
 class File:
-    """A file to download.
+    """A file to download, and what to unpack from it."""
 
-    Attributes:
-        name: path below the root and below each address.
-        bases: addresses without the name, tried in this order; none if downloading needs an account.
-        size: bytes; exact if `sha256` is known, otherwise an estimate.
-        sha256: digest, if published.
-        wanted: folders and files to unpack from a zip archive; empty for a plain file.
-        into: folder below the root that they are unpacked into.
-    """
-
-    name: str
-    bases: tuple[str, ...]
-    size: int
+    name: str  # path below the root and below each address
+    bases: tuple[str, ...]  # addresses without the name, tried in this order; none: needs an account
+    size: int  # bytes; exact if the digest is known, otherwise an estimate
     sha256: str | None = None
-    wanted: tuple[str, ...] = ()
-    into: str = "."
+    wanted: tuple[str, ...] = ()  # folders and files of a zip archive; none for a plain file
+    into: str = "."  # folder below the root that they are unpacked into
 
     def urls(self, mirror: str) -> list[str]:
         """Full addresses, the mirror's first."""
-        return [f"{base.rstrip('/')}/{quote(self.name)}" for base in (mirror, *self.bases) if base]
-
-    def is_done(self, root: Path) -> bool:
-        """Whether the file, or everything to unpack from it, exists."""
-        results = [root / self.into / name for name in self.wanted] or [root / self.name]
-        return all(path.exists() for path in results)
+        return [f"{base.rstrip('/')}/{self.name}" for base in (mirror, *self.bases) if base]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A data set to download.
+    """A data set to download."""
 
-    Attributes:
-        data_types: the values of `dataset.data_type` that read it.
-        plans: ways to get it, the preferred one first; each needs all of its files.
-        commands: what to run next, without --data_path.
-        account: what to do if the files need an account; {root} is the folder.
-    """
-
-    data_types: tuple[str, ...]
-    plans: tuple[tuple[File, ...], ...]
-    commands: tuple[str, ...]
-    account: str = ""
+    data_types: tuple[str, ...]  # values of `dataset.data_type` that read it
+    plans: tuple[tuple[File, ...], ...]  # ways to get it, the preferred one first
+    opt: str  # arguments of --opt in the next commands
+    crops: bool = False  # whether to suggest writing crops
+    account: str = ""  # what to do if the files need an account; {root} is the folder
 
 
 def _coco(split: str, size: int, sha256: str) -> File:
     return File(f"{split}.zip", COCO, size, sha256, wanted=(split,), into="images")
 
 
+def _stego(name: str, size: int, *wanted: str) -> tuple[File]:
+    return (File(f"{name}.zip", STEGO, size, wanted=wanted),)
+
+
 # The exact sizes and SHA-256 are those in torchvision's prototype data sets. The size of the labels is from
 # COCO-Stuff's page, those of STEGO's archives are estimated from the number of pixels.
+SPLITS = ("train2017", "val2017")
+COCO_LISTS = sorted({f"curated/{split}2017/{name}" for (_, split), name in LISTS.items()})
+COCO_FOLDERS = [f"{part}/{split}" for part in ("curated", "images", "annotations") for split in SPLITS]
 COCOSTUFF = (
     *(File(name, PICIE, 700_000) for name in COCO_LISTS),  # small files first: a dead address shows early
-    File(
-        "stuffthingmaps_trainval2017.zip",
-        CALVIN,
-        659_000_000,
-        wanted=("train2017", "val2017"),
-        into="annotations",
-    ),
+    File("stuffthingmaps_trainval2017.zip", CALVIN, 659_000_000, wanted=SPLITS, into="annotations"),
     _coco("val2017", 815_585_330, "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"),
     _coco("train2017", 19_336_861_798, "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"),
 )
@@ -115,8 +86,8 @@ CITYSCAPES = (
     File("gtFine_trainvaltest.zip", (), 253_000_000, wanted=("gtFine",)),
     File("leftImg8bit_trainvaltest.zip", (), 11_600_000_000, wanted=("leftImg8bit",)),
 )
-POTSDAM = ("labelled_train.txt", "labelled_test.txt", "imgs", "gt")
-POTSDAMRAW = ("processed/imgs", "processed/gt")
+POTSDAM = _stego("potsdam", 1_100_000_000, "labelled_train.txt", "labelled_test.txt", "imgs", "gt")
+POTSDAMRAW = _stego("potsdamraw", 1_800_000_000, "processed/imgs", "processed/gt")
 CITYSCAPES_ACCOUNT = """\
 Cityscapes needs an account (https://www.cityscapes-dataset.com/register/). Download the two archives in a
 browser, or with csDownload, which asks for name and password (-r resumes):
@@ -126,37 +97,22 @@ Then run the same command again; it unpacks and checks them."""
 TARGETS = {
     "cocostuff": Target(
         ("cocostuff27", "cocostuff15", "cocostuff3"),
-        (COCOSTUFF, (File("cocostuff.zip", STEGO, 21_000_000_000, wanted=COCO_FOLDERS),)),
-        ("python dataset/crop_datasets.py --opt cocostuff.json", "python run.py --opt cocostuff.json"),
+        (COCOSTUFF, _stego("cocostuff", 21_000_000_000, *COCO_FOLDERS)),
+        "cocostuff.json",
+        crops=True,
     ),
     "cityscapes": Target(
-        ("cityscapes",),
-        (CITYSCAPES,),
-        (
-            "python dataset/crop_datasets.py --opt cityscapes_base.json",
-            "python run.py --opt cityscapes_base.json",
-        ),
-        CITYSCAPES_ACCOUNT,
+        ("cityscapes",), (CITYSCAPES,), "cityscapes_base.json", crops=True, account=CITYSCAPES_ACCOUNT
     ),
-    "potsdam": Target(
-        ("potsdam",),
-        ((File("potsdam.zip", STEGO, 1_100_000_000, wanted=POTSDAM),),),
-        ("python run.py --opt potsdam.json",),
-    ),
-    "potsdamraw": Target(
-        ("potsdamraw",),
-        ((File("potsdamraw.zip", STEGO, 1_800_000_000, wanted=POTSDAMRAW),),),
-        ("python run.py --opt potsdam.json dataset.data_type=potsdamraw",),
-    ),
+    "potsdam": Target(("potsdam",), (POTSDAM,), "potsdam.json"),
+    "potsdamraw": Target(("potsdamraw",), (POTSDAMRAW,), "potsdam.json dataset.data_type=potsdamraw"),
 }
 
 
-def parse_arguments(
-    argv: Sequence[str] | None, *, targets: Mapping[str, Target] = TARGETS
-) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description="Download a data set, check it, print the next command.")
-    parser.add_argument("target", choices=list(targets), help="the data set")
+    parser.add_argument("target", choices=list(TARGETS), help="the data set")
     parser.add_argument("--root", required=True, help="its folder: the later --data_path")
     parser.add_argument("--mirror", default="", metavar="URL", help="address that is tried first")
     parser.add_argument("--keep-archives", action="store_true", help="keep archives after unpacking")
@@ -165,113 +121,75 @@ def parse_arguments(
 
 
 def main(argv: Sequence[str] | None = None, *, targets: Mapping[str, Target] = TARGETS) -> None:
-    """Runs the command line.
-
-    Raises:
-        UserError: no address answers, an archive is damaged, or the data set is incomplete afterwards.
-    """
-    arguments = parse_arguments(argv, targets=targets)
+    """Runs the command line."""
+    arguments = parse_arguments(argv)
     target, root = targets[arguments.target], Path(arguments.root)
-    if arguments.mirror and not arguments.mirror.startswith(("http://", "https://")):
-        raise UserError(f"--mirror is {arguments.mirror}, must begin with http:// or https://")
+    if arguments.dry_run:
+        for plan in target.plans:
+            print("would download:" if plan is target.plans[0] else "only if that fails:")
+            for file in plan:
+                print(f"  {file.name}: about {tqdm.format_sizeof(file.size, 'B')}")
+                print("".join(f"    {url}\n" for url in file.urls(arguments.mirror)), end="")
+        print(target.account.format(root=shlex.quote(str(root))))
+        return
     try:
-        lines = check(target, root)
+        lines = _check(target, root)
     except UserError:
-        if arguments.dry_run:
-            print("\n".join(describe(target, root, mirror=arguments.mirror)))
-            return
-        lines = obtain(target, root, mirror=arguments.mirror, keep=arguments.keep_archives)
-    commands = [f"  {command} --data_path {shlex.quote(str(root))}" for command in target.commands]
-    print("\n".join([f"{root}: {arguments.target} is complete", *lines, "next:", *commands]))
+        _obtain(target, root, mirror=arguments.mirror, keep=arguments.keep_archives)
+        try:
+            lines = _check(target, root)
+        except UserError as error:
+            hint = "delete the folder or list that is incomplete and run the same command again"
+            raise UserError([*error.mistakes, hint], f"the downloaded {root}") from None
+    print("\n".join([f"{root}: {arguments.target} is complete", *lines, "next:"]))
+    for program in ("dataset/crop_datasets.py", "run.py") if target.crops else ("run.py",):
+        print(f"  python {program} --opt {target.opt} --data_path {shlex.quote(str(root))}")
 
 
-def check(target: Target, root: Path) -> list[str]:
-    """Opens every split of the data set; returns a line with the number of images of each.
-
-    Raises:
-        UserError: something is missing.
-    """
+def _check(target: Target, root: Path) -> list[str]:
+    """Opens every split; returns one line each. Raises a UserError if something is missing."""
     lines = []
     for data_type in target.data_types:
         options = DatasetOptions(data_type=data_type, data_path=str(root))
         for split in ("train", "val"):
             source = DATA_SETS[data_type].source(options, split)
-            known = source.official_size not in (None, len(source))
-            official = f" (the official split has {source.official_size:,})" if known else ""
-            lines.append(f"  {data_type}, {split}: {len(source):,} images{official}")
+            official = source.official_size or len(source)
+            lines.append(f"  {data_type}, {split}: {len(source):,} of {official:,} images")
     return lines
 
 
-def obtain(target: Target, root: Path, *, mirror: str, keep: bool) -> list[str]:
-    """Downloads and unpacks what is missing, by the first plan that works; returns the lines of `check`.
-
-    Raises:
-        UserError: no plan works, an archive is damaged, or the data set is incomplete afterwards.
-    """
+def _obtain(target: Target, root: Path, *, mirror: str, keep: bool) -> None:
+    """Downloads and unpacks what is missing, by the first plan that works."""
     make_folder(root, named_by="--root")
+    by_hand = [plan for plan in target.plans if all((root / file.name).is_file() for file in plan)]
     reasons: list[str] = []
     with exclusive(root / "download"):
-        for plan in _in_order(target, root):
+        for plan in (*by_hand, *target.plans):
             try:
                 for file in plan:
                     _obtain_file(file, root, mirror=mirror, keep=keep)
-                break
+                return
             except DownloadError as error:
                 print(error, flush=True)
                 reasons += error.mistakes
-        else:
-            names = " or ".join(", ".join(file.name for file in plan) for plan in target.plans)
-            hint = f"run the same command again to resume, or put into {root} by hand: {names}"
-            account = target.account.format(root=shlex.quote(str(root)))
-            raise DownloadError([*reasons, account or hint], "downloading")
-    try:
-        return check(target, root)
-    except UserError as error:
-        hint = "delete the folder or list that is incomplete and run the same command again"
-        raise UserError([*error.mistakes, hint], f"the downloaded {root}") from None
-
-
-def _in_order(target: Target, root: Path) -> list[tuple[File, ...]]:
-    """The plans; one whose files were put into the folder by hand comes first."""
-    return sorted(target.plans, key=lambda plan: not all((root / file.name).is_file() for file in plan))
+    names = " or ".join(", ".join(file.name for file in plan) for plan in target.plans)
+    hint = f"run the same command again to resume, or put into {root} by hand: {names}"
+    raise DownloadError([*reasons, target.account.format(root=shlex.quote(str(root))) or hint], "downloading")
 
 
 def _obtain_file(file: File, root: Path, *, mirror: str, keep: bool) -> None:
     path = root / file.name
-    if file.is_done(root):
-        return
     if not path.is_file():
+        if file.wanted and all((root / file.into / name).exists() for name in file.wanted):
+            return
         if not file.urls(mirror):
             raise DownloadError(f"{path}: is missing and cannot be downloaded without an account")
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"{file.name}: about {readable_size(file.size)} from {file.urls(mirror)[0]}", flush=True)
-        exact = file.size if file.sha256 else None
-        download(file.urls(mirror), path, sha256=file.sha256, size=exact)
+        download(file.urls(mirror), path, sha256=file.sha256, size=file.size if file.sha256 else None)
     if file.wanted:
         extract(path, root / file.into, file.wanted)
         if not keep:
             path.unlink()
-
-
-def describe(target: Target, root: Path, *, mirror: str) -> list[str]:
-    """What `obtain` would do: files, sizes, and which addresses answer. Writes nothing."""
-    lines = []
-    for number, plan in enumerate(_in_order(target, root)):
-        lines.append("would download:" if number == 0 else "only if that fails:")
-        for file in plan:
-            done = "exists" if file.is_done(root) else f"about {readable_size(file.size)}"
-            lines.append(f"  {file.name}: {done}")
-            lines += [f"    {url}: {_answer(url)}" for url in file.urls(mirror) if not file.is_done(root)]
-    return [*lines, target.account.format(root=shlex.quote(str(root)))]
-
-
-def _answer(url: str) -> str:
-    try:
-        answer = requests.head(url, timeout=10, allow_redirects=True)
-    except requests.RequestException as error:
-        return f"no answer ({connection_error(error)})"
-    size = answer.headers.get("Content-Length")
-    return f"HTTP {answer.status_code}" + (f", {readable_size(int(size))}" if answer.ok and size else "")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -15,78 +15,31 @@ from torch import Tensor
 from model.backbone import BackboneSpec, FrozenViT
 from utils.config.options import ARCHS, FULL_DEPTH, WIDTH_AND_HEADS, Options
 from utils.download import DownloadError, download
-from utils.errors import UserError, first_line
+from utils.errors import UserError
 from utils.files import exclusive, sha256_of, weights_file
 from utils.training.torch_files import read_torch_file, unreadable
 
+NATIVE_RES = {"dino": 224, "dinov2": 518}  # pixels
+DROPPED = ("head.", "mask_token", "dino_head.", "ibot_head.")  # parameters that a FrozenViT does not have
 DINO = "https://dl.fbaipublicfiles.com/dino"
 DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
-NATIVE_RES = {"dino": 224, "dinov2": 518}  # pixels
-DROPPED = ("head.", "mask_token", "dino_head.", "ibot_head.")  # parameters without a place in a FrozenViT
-_registered: dict[str, Callable[[Options], FrozenViT]] = {}
-
-
-@dataclass(frozen=True)
-class PublishedBackbone:
-    """A published weights file.
-
-    Attributes:
-        arch: `model.arch`.
-        model_type: `model.pretrained.model_type`.
-        patch: `model.pretrained.dino_patch_size`, in pixels.
-        registers: `model.pretrained.registers`.
-        address: of the file.
-        sha256: of the file, if published; otherwise only names and shapes are checked.
-    """
-
-    arch: str
-    model_type: str
-    patch: int
-    registers: bool
-    address: str
-    sha256: str | None = None
-
-    @property
-    def file(self) -> Path:
-        """Where torch.hub caches it."""
-        return Path(torch.hub.get_dir()) / "checkpoints" / self.address.rsplit("/", 1)[-1]
-
-
-def _dino(model_type: str, patch: int, name: str) -> PublishedBackbone:
-    return PublishedBackbone("dino", model_type, patch, False, f"{DINO}/{name}/{name}.pth")
-
-
-def _dinov2(model_type: str, name: str, sha256: str, *, registers: bool = False) -> PublishedBackbone:
-    file = f"{name}_reg4_pretrain.pth" if registers else f"{name}_pretrain.pth"
-    return PublishedBackbone("dinov2", model_type, 14, registers, f"{DINOV2}/{name}/{file}", sha256)
-
-
-# The digests of the DINOv2 files are those that public projects check, such as finegrain's refiners; none is
-# published for the DINO files. The paper uses the 300-epoch S/8 file, which is not torch.hub's dino_vits8.
-BACKBONES = {
-    "DINO ViT-S/8, 300 epochs": _dino("vit_small", 8, "dino_deitsmall8_300ep_pretrain"),
-    "DINO ViT-S/16": _dino("vit_small", 16, "dino_deitsmall16_pretrain"),
-    "DINO ViT-B/8": _dino("vit_base", 8, "dino_vitbase8_pretrain"),
-    "DINO ViT-B/16": _dino("vit_base", 16, "dino_vitbase16_pretrain"),
-    "DINOv2 ViT-S/14": _dinov2(
-        "vit_small", "dinov2_vits14", "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"
-    ),
-    "DINOv2 ViT-S/14, registers": _dinov2(
-        "vit_small",
-        "dinov2_vits14",
-        "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb",
-        registers=True,
-    ),
-    "DINOv2 ViT-B/14": _dinov2(
-        "vit_base", "dinov2_vitb14", "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"
-    ),
-    "DINOv2 ViT-B/14, registers": _dinov2(
-        "vit_base",
-        "dinov2_vitb14",
-        "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
-        registers=True,
-    ),
+BACKBONES = {  # the paper uses the 300-epoch S/8 file, which is not torch.hub's dino_vits8
+    "dino vit_small/8": f"{DINO}/dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth",
+    "dino vit_small/16": f"{DINO}/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+    "dino vit_base/8": f"{DINO}/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
+    "dino vit_base/16": f"{DINO}/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+    "dinov2 vit_small/14": f"{DINOV2}/dinov2_vits14/dinov2_vits14_pretrain.pth",
+    "dinov2 vit_small/14 registers": f"{DINOV2}/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
+    "dinov2 vit_base/14": f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+    "dinov2 vit_base/14 registers": f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
 }
+SHA256 = {  # as checked by public projects, such as finegrain's refiners; none is published for DINO
+    "dinov2_vits14_pretrain.pth": "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+    "dinov2_vits14_reg4_pretrain.pth": "f433177089a681826f849f194ece3bb48f4d63fb38d32fc837e3dc7a4e5641fb",
+    "dinov2_vitb14_pretrain.pth": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+    "dinov2_vitb14_reg4_pretrain.pth": "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
+}
+_registered: dict[str, Callable[[Options], FrozenViT]] = {}
 
 
 def register_backbone(name: str, build: Callable[[Options], FrozenViT]) -> None:
@@ -96,9 +49,6 @@ def register_backbone(name: str, build: Callable[[Options], FrozenViT]) -> None:
         name: an unused name.
         build: from all options to a `FrozenViT`, or a module with its methods; if
             `model.pretrained.pretrained_weights` is set, they are loaded into it afterwards.
-
-    Raises:
-        ValueError: the name is taken.
     """
     if name in ARCHS:
         raise ValueError(f"backbone {name} exists already; choose another name")
@@ -108,9 +58,8 @@ def register_backbone(name: str, build: Callable[[Options], FrozenViT]) -> None:
 
 def build_backbone(options: Options) -> FrozenViT:
     """The backbone that `model.*` describes, without its weights."""
-    if options.model.arch in _registered:
-        return _registered[options.model.arch](options)
-    return FrozenViT(backbone_spec(options))
+    build = _registered.get(options.model.arch)
+    return build(options) if build else FrozenViT(backbone_spec(options))
 
 
 def backbone_spec(options: Options) -> BackboneSpec:
@@ -121,7 +70,7 @@ def backbone_spec(options: Options) -> BackboneSpec:
         native = chosen.native_res or options.dataset.res
         return BackboneSpec(options.model.dim, depth, chosen.heads, chosen.dino_patch_size, native)
     dim, heads = WIDTH_AND_HEADS[chosen.model_type]
-    wanted = (arch, chosen.model_type, chosen.dino_patch_size, chosen.registers)
+    registers = " registers" if chosen.registers else ""
     return BackboneSpec(
         dim=dim,
         depth=depth,
@@ -130,72 +79,44 @@ def backbone_spec(options: Options) -> BackboneSpec:
         native_res=NATIVE_RES[arch],
         registers=4 if chosen.registers else 0,
         layer_scale=arch == "dinov2",
-        published=next(
-            name
-            for name, file in BACKBONES.items()
-            if (file.arch, file.model_type, file.patch, file.registers) == wanted
-        ),
+        published=f"{arch} {chosen.model_type}/{chosen.dino_patch_size}{registers}",
     )
 
 
 def load_backbone(backbone: FrozenViT, weights: str | None) -> str:
-    """Loads a backbone's weights from a local file or from the published address.
-
-    Args:
-        backbone: as built from `backbone_spec`.
-        weights: `model.pretrained.pretrained_weights`.
-
-    Returns:
-        What was loaded, for the log.
-
-    Raises:
-        UserError: no file and no network, a damaged file, or keys and shapes that do not fit.
-    """
+    """Loads a weights file, or the published weights if `weights` is None; returns what was loaded."""
     if weights is None and backbone.spec.published is None:
         return "no weights (the backbone is untrained)"
-    path = (
-        weights_file(weights) if weights is not None else published_file(BACKBONES[backbone.spec.published])
-    )
+    path = weights_file(weights) if weights else published_file(backbone.spec.published)
     load_strictly(backbone, clean_state(read_state(path), backbone.spec.depth), str(path))
     return str(path)
 
 
-def published_file(backbone: PublishedBackbone, *, tries: int = 4, backoff: float = 1.0) -> Path:
-    """The cached file of a published backbone, downloaded if necessary and checked if its digest is known.
-
-    Args:
-        backbone: an entry of `BACKBONES`.
-        tries, backoff: of `utils.download.download`.
-
-    Raises:
-        UserError: it cannot be downloaded, or is damaged.
-    """
-    path = backbone.file
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(path):
-            if not path.is_file():
-                print(f"downloading {backbone.address}", flush=True)
-                download([backbone.address], path, sha256=backbone.sha256, tries=tries, backoff=backoff)
-            elif backbone.sha256 is not None and sha256_of(path) != backbone.sha256:
-                raise UserError(
-                    f"{path}: its SHA-256 is not {backbone.sha256}; delete it to download it again"
-                )
-    except (DownloadError, OSError) as error:
-        reason = error.mistakes[0] if isinstance(error, DownloadError) else first_line(error)
-        raise UserError(
-            f"{reason}; download it elsewhere and save it as {path}, or set "
-            "model.pretrained.pretrained_weights to a file"
-        ) from None
+def published_file(name: str) -> Path:
+    """torch.hub's cached file of a published backbone, downloaded if necessary and checked by SHA-256."""
+    path = hub_file(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sha256 = SHA256.get(path.name)
+    with exclusive(path):
+        if not path.is_file():
+            print(f"downloading {BACKBONES[name]}", flush=True)
+            try:
+                download([BACKBONES[name]], path, sha256=sha256)
+            except DownloadError as error:
+                hint = f"save it as {path}, or set model.pretrained.pretrained_weights to a file"
+                raise UserError(f"{error.mistakes[0]}; download it elsewhere and {hint}") from None
+        elif sha256 not in (None, sha256_of(path)):
+            raise UserError(f"{path}: its SHA-256 is not {sha256}; delete it to download it again")
     return path
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .pth or .safetensors file: bare, or under `teacher`.
+def hub_file(name: str) -> Path:
+    """Where torch.hub caches a published backbone."""
+    return Path(torch.hub.get_dir(), "checkpoints", BACKBONES[name].rsplit("/", 1)[-1])
 
-    Raises:
-        UserError: damaged, or something else.
-    """
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .pth or .safetensors file: bare, or under `teacher`."""
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -204,16 +125,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
     state = read_torch_file(path, "weights file")
     state = state.get("teacher", state) if isinstance(state, dict) else state
     if not is_state(state):
-        held = type(state).__name__
-        raise UserError(f"{path}: must contain a state dict, bare or under 'teacher', contains {held}")
+        raise UserError(f"{path}: must contain a state dict, bare or under 'teacher'")
     return state
 
 
 def is_state(state: Any) -> bool:
-    """Whether something is a dict from names to tensors."""
-    return isinstance(state, dict) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    )
+    """Whether something is a dict of tensors."""
+    return isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
 
 
 def clean_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
@@ -230,24 +148,10 @@ def clean_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 
 def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """load_state_dict(strict=True) with an error that names file, keys and both shapes.
-
-    Raises:
-        UserError: missing or unknown keys, or shapes that differ.
-    """
-    own = module.state_dict()
-    mistakes = [f"{name}: missing in the file" for name in own if name not in state]
-    mistakes += [f"{name}: not part of the model" for name in state if name not in own]
-    mistakes += [
-        f"{name}: {tuple(state[name].shape)} in the file, {tuple(value.shape)} in the model"
-        for name, value in own.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    if mistakes:
-        more = [f"... and {len(mistakes) - 8} more"] if len(mistakes) > 8 else []
-        hint = "compare model.* and the data set of the options with what the file was made for"
-        raise UserError([*mistakes[:8], *more, hint], f"{source}, which does not fit")
+    """load_state_dict(strict=True); a UserError with the file, keys and both shapes if they do not fit."""
     try:
         module.load_state_dict(state)
-    except (RuntimeError, NotImplementedError) as error:  # sparse or quantized tensors
-        raise UserError(f"{source}: contains tensors that cannot be copied ({first_line(error)})") from None
+    except (RuntimeError, NotImplementedError) as error:  # the latter: sparse or quantized tensors
+        mistakes = [shorten(line.strip(), 400) for line in str(error).splitlines()[1:9]]
+        hint = "compare model.* and the data set of the options with what the file was made for"
+        raise UserError([*mistakes, hint], f"{source}, which does not fit") from None

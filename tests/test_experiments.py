@@ -14,7 +14,7 @@ import eval as evaluation
 import run
 from dataset import DATA_SETS, crop_datasets, dataset_download
 from model.backbone import FrozenViT
-from model.weights import BACKBONES, backbone_spec
+from model.weights import backbone_spec, hub_file
 from tests.dataset import miniatures
 from tests.dataset.files import picture
 from tests.utils.server import Page, serving, targets_at
@@ -116,7 +116,7 @@ def hub(tmp_path, monkeypatch):
 
     def fill(options):
         spec = backbone_spec(options)
-        torch.save(random_state(FrozenViT(spec).state_dict()), BACKBONES[spec.published].file)
+        torch.save(random_state(FrozenViT(spec).state_dict()), hub_file(spec.published))
 
     return fill
 

@@ -1,87 +1,59 @@
-"""The one exception for mistakes a user can mend, and how its message is put together."""
+"""The exception for mistakes that a user can fix, and the parts of its messages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-SHOWN = 20  # lines of a long list that a message has
+SHOWN = 20  # lines of a long list in a message
 
 
 class UserError(Exception):
-    """A mistake outside the program: an option, a file, a data set. Shown without a traceback.
+    """One or several mistakes in options, files or data, found in `heading`; shown without a traceback."""
 
-    Args:
-        mistakes: one line each: the key or file, its value, what is allowed and what to do.
-        heading: what the mistakes were found in.
-
-    Attributes:
-        status: the program's exit status.
-        label: what the message begins with.
-        common: whether all processes of a run raise it together.
-    """
-
-    status = 2
-    label = "error"
-    common = False
+    status = 2  # exit status of the program
+    label = "error"  # first word of the message
+    common = False  # whether all processes of a run raise it together
 
     def __init__(self, mistakes: str | Iterable[str], heading: str = "") -> None:
-        self.mistakes = [_own_words(mistakes)] if isinstance(mistakes, str) else list(mistakes)
-        self.heading = heading
-        super().__init__(str(self))
-
-    def __str__(self) -> str:
-        if not self.heading and len(self.mistakes) == 1:
-            return self.mistakes[0]
-        count = f"{len(self.mistakes)} mistake{'s' if len(self.mistakes) > 1 else ''}"
-        head = f"{count} in {self.heading}:" if self.heading else f"{count}:"
-        return "\n".join([head, *(f"  - {line}" for line in self.mistakes)])
+        if isinstance(mistakes, str):  # torch turns a worker's traceback into the text
+            mistakes = [mistakes.rsplit(f"{UserError.__module__}.UserError: ", 1)[-1].strip()]
+        self.mistakes = list(mistakes)
+        message = self.mistakes[0]
+        if heading or len(self.mistakes) > 1:
+            count = f"{len(self.mistakes)} mistake{'s' if len(self.mistakes) > 1 else ''}"
+            lines = [f"{count} in {heading}:" if heading else f"{count}:", *self.mistakes]
+            message = "\n  - ".join(lines)
+        super().__init__(message)
 
 
 class NotFinite(UserError):
-    """A loss that is no number: what is in memory is not worth keeping."""
+    """Raised on a non-finite loss; the weights in memory are not saved."""
 
     common = True
 
 
 class LeftOut(UserError):
-    """Damaged files were passed over and all else was done: exit status 1."""
+    """Damaged files were skipped, everything else is done."""
 
     status = 1
 
 
-class Interrupted(UserError):
-    """Ctrl-C, and what stays of what was done; the exit status is that of shells."""
-
-    status = 130
-    label = "interrupted"
-
-
-def _own_words(message: str) -> str:
-    """A message as it was raised: torch raises a worker's exception anew with its traceback as the text."""
-    return message.rsplit(f"{UserError.__module__}.UserError: ", 1)[-1].strip()
-
-
 def listed(heading: str, lines: Sequence[str]) -> str:
-    """A heading, the first of many lines below it, and how many more there are."""
+    """A heading and the first of many lines below it."""
     more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return "\n".join([f"{heading}:", *(f"  - {line}" for line in [*lines[:SHOWN], *more])])
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, or its type where it has none."""
+    """The first line of an exception's message, or its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean X?' for the known word nearest to `word`, or nothing.
-
-    A dotted key is also compared by its last part, so that a key in the wrong section is found.
-    """
-    known = list(known)
-    found = get_close_matches(word, known, n=1, cutoff=0.75)
-    if not found:
-        by_tail = {key.rsplit(".", 1)[-1]: key for key in known}
-        tails = get_close_matches(word.rsplit(".", 1)[-1], by_tail, n=1, cutoff=0.75)
-        found = [by_tail[tail] for tail in tails]
-    return f" Did you mean {found[0]}?" if found else ""
+    """' Did you mean X?' for the most similar known word or last part of a dotted key, or nothing."""
+    full = {key: key for key in known}
+    by_name = {key.rsplit(".", 1)[-1]: key for key in full} | full
+    queries = (word, word.rsplit(".", 1)[-1])
+    found = [name for query in queries for name in get_close_matches(query, by_name, n=1, cutoff=0.75)]
+    return f" Did you mean {by_name[found[0]]}?" if found else ""

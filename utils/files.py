@@ -1,4 +1,4 @@
-"""Files of results: written whole or not at all, and found again."""
+"""Atomic writes, JSON, folders, locks, and where checkpoints and weights are looked for."""
 
 from __future__ import annotations
 
@@ -6,30 +6,25 @@ import hashlib
 import json
 import math
 import os
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENS_FOLDER = "tokens"  # below output_dir, of the caches of all runs
-CHECKPOINTS = ("best.ckpt", "best.pth", "ckpt.pth")  # in the order they are looked for
+CHECKPOINTS = ("best.ckpt", "best.pth", "ckpt.pth")  # in this order
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        UserError: not readable, not JSON, or not an object.
-    """
+    """The object in a JSON file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:  # the last: nested thousands deep
+    except (ValueError, OSError) as error:
         raise UserError(f"{path}: not a readable JSON file: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold an object {{...}}, holds {type(content).__name__}")
@@ -37,52 +32,40 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Standard JSON (NaN as null), whole or not at all."""
-    write_text(path, json.dumps(_standard(content), indent=2, ensure_ascii=False) + "\n")
+    """Writes standard JSON (NaN as null) atomically."""
+
+    def standard(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): standard(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [standard(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    write_text(path, json.dumps(standard(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it."""
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # an unfinished write names no file
+    """Writes a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
-    """A temporary name beside a file, which takes the file's place when the block ends well.
-
-    Where it does not, nothing is left of the temporary file, and the old one is as it was.
-
-    Args:
-        path: of the file.
-        sync: whether to wait for the disk, so that after a power cut either file is whole.
-    """
+    """A temporary path that replaces `path` if the block succeeds; `sync`: in a power failure too."""
     temporary = path.with_name(f"{path.name}.part")
     try:
         yield temporary
         if sync:
-            _sync(temporary, os.O_RDWR)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        if sync and os.name == "posix":  # elsewhere folders cannot be opened
-            _sync(path.parent, os.O_RDONLY)
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path, how: int) -> None:
-    opened = os.open(path, how)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+        temporary.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, a block at a time."""
+    """SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -90,24 +73,8 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _standard(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _standard(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_standard(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def make_folder(path: Path, *, named_by: str = "output_dir") -> Path:
-    """The folder, made if need be.
-
-    Args:
-        path: of the folder.
-        named_by: the option or flag that named it.
-
-    Raises:
-        UserError: it cannot be made or written to.
-    """
+    """Creates a folder if necessary; a UserError with the option `named_by` if it cannot be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"
@@ -119,61 +86,34 @@ def make_folder(path: Path, *, named_by: str = "output_dir") -> Path:
 
 
 def move_aside(path: Path) -> Path | None:
-    """Renames an existing folder to the first free <name>.1, <name>.2, ...; returns where it went."""
-    try:
-        if not path.exists() or not any(path.iterdir()):
-            return None
-        number = 1
-        while (there := path.with_name(f"{path.name}.{number}")).exists():
-            number += 1
-        path.rename(there)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be moved aside ({error.strerror}); move or rename it") from None
-    return there
+    """Renames a folder that is not empty to the first free <name>.1, <name>.2, ... and returns that path."""
+    if not path.exists() or not any(path.iterdir()):
+        return None
+    number = 1
+    while (target := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return path.rename(target)
 
 
 def weights_file(name: str) -> Path:
-    """A weights file: a path, or one below the project, as model/weights/demo.safetensors."""
-    path = Path(name)
-    return path if os.path.exists(path) or path.is_absolute() else REPOSITORY / path
+    """A weights file by its path, or by its path below the project."""
+    return Path(name) if os.path.exists(name) else REPOSITORY / name
 
 
 def find_checkpoint(name: str, output_dir: str) -> Path:
-    """A file; or a folder, or a run's folder below `output_dir`, with best.ckpt, best.pth or ckpt.pth.
-
-    Raises:
-        UserError: nothing is there; names the places.
-    """
+    """A checkpoint: a file, or best.ckpt, best.pth or ckpt.pth of a folder or of a run below `output_dir`."""
     if not name:
         raise UserError("no checkpoint is named: give --checkpoint a file, a folder or the name of a run")
-    if os.path.isfile(name):  # unlike Path.is_file, no error where a name is too long
-        return Path(name)
-    places = [folder / file for folder in (Path(name), Path(output_dir) / name) for file in CHECKPOINTS]
+    folders = (Path(name), Path(output_dir, name))
+    places = [Path(name), *(folder / file for folder in folders for file in CHECKPOINTS)]
     for place in places:
-        if os.path.isfile(place):
+        if os.path.isfile(place):  # unlike Path.is_file, False for a name that is too long
             return place
-    known = Path(output_dir) if os.path.isdir(output_dir) else None
-    runs = sorted(
-        {path.parent.name for file in CHECKPOINTS for path in known.glob(f"*/{file}")} if known else ()
-    )
-    there = f"runs in {output_dir}: {', '.join(runs)}" if runs else f"{output_dir} holds no run"
-    raise UserError(f"checkpoint {name}: none of {', '.join(map(str, places))} is there; {there}")
+    runs = sorted({path.parent.name for file in CHECKPOINTS for path in Path(output_dir).glob(f"*/{file}")})
+    known = f"runs in {output_dir}: {', '.join(runs)}" if runs else f"{output_dir} contains no run"
+    raise UserError(f"checkpoint {name}: none of {', '.join(map(str, places[1:]))} exists; {known}")
 
 
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Holds the lock .<name>.lock beside `path`; if another process holds it, says which one and waits."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    holder = path.with_name(f".{path.name}.holder")  # not in the lock itself: some versions empty it
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        who = holder.read_text() if holder.exists() else "another process"
-        print(f"{path}: {who} is writing there; waiting until it ends", flush=True)
-        held = lock.acquire()
-    with held:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        try:
-            yield
-        finally:
-            holder.unlink(missing_ok=True)
+def exclusive(path: Path) -> FileLock:
+    """The lock .<name>.lock beside `path`; entering it waits for another process that holds it."""
+    return FileLock(path.with_name(f".{path.name}.lock"))

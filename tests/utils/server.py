@@ -3,7 +3,6 @@
 import contextlib
 import re
 import threading
-import time
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,11 +11,9 @@ from dataset.dataset_download import TARGETS
 
 @dataclass(frozen=True)
 class Page:
-    """A file on the server and its headers."""
+    """A file on the server."""
 
     body: bytes
-    etag: str | None = '"one"'
-    modified: str | None = None
     kind: str = "application/octet-stream"
 
 
@@ -25,17 +22,14 @@ class Fault:
     """What goes wrong with one GET.
 
     `status` is answered with `headers`; `cut` ends the body after so many bytes; `hang` sends `cut` bytes and
-    then nothing; `drip` sends a byte at a time; `ignore_range` sends the whole file; `length` replaces
-    Content-Length ("" omits it); `swap` is served from now on.
+    then nothing; `ignore_range` sends the whole file; `swap` is served from now on.
     """
 
     status: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
     cut: int | None = None
     hang: bool = False
-    drip: bool = False
     ignore_range: bool = False
-    length: str | None = None
     swap: Page | None = None
 
 
@@ -62,10 +56,10 @@ class Handler(BaseHTTPRequestHandler):
         status = fault.status or (404 if page is None else None)
         if status is not None:
             self.empty(status, fault.headers)
-        elif fault.ignore_range or self.headers.get("If-Range") not in (None, page.etag, page.modified):
+        elif fault.ignore_range:
             self.send_page(page, fault, 0, body=body)
         elif start and start >= len(page.body):
-            self.empty(416, [("Content-Range", f"bytes */{len(page.body)}")])
+            self.empty(416, ())
         else:
             self.send_page(page, fault, start, body=body)
 
@@ -78,21 +72,11 @@ class Handler(BaseHTTPRequestHandler):
     def send_page(self, page, fault, start, *, body):
         rest = page.body[start:]
         self.send_response(206 if start else 200)
-        for name, value in (
-            ("Content-Length", str(len(rest)) if fault.length is None else fault.length),
-            ("Content-Range", f"bytes {start}-{len(page.body) - 1}/{len(page.body)}" if start else ""),
-            ("Content-Type", page.kind),
-            ("ETag", page.etag),
-            ("Last-Modified", page.modified),
-        ):
-            if value:
-                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(rest)))
+        self.send_header("Content-Type", page.kind)
         self.end_headers()
         with contextlib.suppress(ConnectionError):
-            for byte in rest if body and fault.drip else ():
-                self.wfile.write(bytes([byte]))
-                time.sleep(0.01)
-            if body and not fault.drip:
+            if body:
                 self.wfile.write(rest[: fault.cut])
         if fault.hang:
             self.server.closing.wait(5)

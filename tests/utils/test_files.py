@@ -6,30 +6,19 @@ from utils.errors import UserError
 from utils.files import make_folder, move_aside, replacing, write_json
 
 
-def test_replacing__new_content_under_the_old_name(tmp_path):
+@pytest.mark.parametrize("fails", [False, True])
+def test_replacing__new_file_or_the_old_one(tmp_path, fails):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with replacing(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("begun", [True, False])
-def test_replacing__failure_leaves_the_old_file_alone(tmp_path, begun):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-
-    def write():
-        with replacing(path) as temporary:
-            if begun:
-                temporary.write_text("n")
-            raise OSError("full")
-
-    with pytest.raises(OSError, match="full"):
-        write()
-    assert path.read_text() == "old"
+    try:
+        with replacing(path, sync=True) as temporary:
+            temporary.write_text("new")
+            assert path.read_text() == "old"
+            if fails:
+                raise OSError("full")
+    except OSError:
+        assert fails
+    assert path.read_text() == ("old" if fails else "new")
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -1,9 +1,8 @@
-"""Reading and writing `torch.save` files: integrity-checked, free of code, atomic."""
+"""Reads and writes `torch.save` files: integrity-checked, without executing code, atomic."""
 
 from __future__ import annotations
 
 import pickle
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,15 @@ NUMPY_SCALARS = [  # the published checkpoints hold a metric as one; the path di
 
 
 def read_torch_file(path: Path, kind: str) -> Any:
-    """`torch.load` onto the CPU with weights_only, after a check of every CRC in the zip archive.
+    """`torch.load` with weights_only, after a check of all CRCs (there are none before torch 1.6).
 
-    Args:
-        path: file written by `torch.save`; the pre-zip format of torch < 1.6 has no checksums.
-        kind: what to call the file in an error, such as "checkpoint".
-
-    Raises:
-        UserError: damaged, unreadable, or more than tensors and plain containers.
+    `kind` is what errors call the file, such as "checkpoint".
     """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         with torch.serialization.safe_globals(NUMPY_SCALARS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises almost anything
@@ -46,7 +39,7 @@ def read_torch_file(path: Path, kind: str) -> Any:
 
 
 def unreadable(path: Path, kind: str, error: Exception) -> UserError:
-    """The error for a file that cannot be read, without torch's advice to load it unsafely."""
+    """The error for an unreadable file, without torch's advice to load it unsafely."""
     reason = f"{type(error).__name__}: {first_line(error)}"
     if isinstance(error, pickle.UnpicklingError):
         reason = "damaged, or it holds more than tensors and plain containers"
@@ -54,18 +47,11 @@ def unreadable(path: Path, kind: str, error: Exception) -> UserError:
 
 
 def write_torch_file(content: Any, path: Path) -> None:
-    """`torch.save` to a temporary name, synced to disk and renamed: the file is complete or untouched.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """`torch.save` that leaves either the complete new file or the old one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, sync=True) as temporary:
             torch.save(content, temporary)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise UserError(
-            f"{path}: cannot be written ({first_line(error)}; {free / 1e9:.1f} GB free); the previous file "
-            "is intact: free some space or choose another folder"
-        ) from None
+    except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+        hint = "the previous file is intact: free some space or choose another folder"
+        raise UserError(f"{path}: cannot be written ({first_line(error)}); {hint}") from None

@@ -1,16 +1,22 @@
+"""Explanations follow the paper's equations and the sets of the loss; banks; eval.py --explain."""
+
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import eval as evaluation
+from dataset import build_data
 from loss.propagation import Boundaries, propagate, select_sets
-from model.explain import explain
-from utils.plots.explanation import AMBIGUOUS, ITSELF, NEGATIVE, POSITIVE
+from model.explain import build_bank, explain
+from utils.errors import UserError
+from utils.plots.explain_figure import AMBIGUOUS, ANCHOR, NEGATIVE, POSITIVE
 
 GRID = (3, 4)  # B = 5 images of it
 BOUNDARIES = Boundaries(phi=0.5, psi=0.25, steps=2, sigma_pos=3.0, sigma_amb=2.0)
-STILL = {"sigma_pos": math.inf, "sigma_amb": math.inf}
 
 
 @pytest.fixture
@@ -39,9 +45,7 @@ def literal(bank, index, boundaries):
 def test_explain__is_the_literal_computation(bank):
     found = explain(bank, (1, 2, 3), grid=GRID, boundaries=BOUNDARIES)
     assert found.similarity.shape == found.zones.shape == (3, 5, 3, 4)
-    assert (found.grid, found.steps) == (GRID, 2)
-    steps = literal(bank, 12 + 2 * 4 + 3, BOUNDARIES)
-    for t, (similarity, phi, psi, moved) in enumerate(steps):
+    for t, (similarity, phi, psi, moved) in enumerate(literal(bank, 12 + 2 * 4 + 3, BOUNDARIES)):
         np.testing.assert_allclose(found.similarity[t].ravel(), similarity, atol=1e-6)
         assert (found.phi[t], found.psi[t]) == pytest.approx((phi, psi), abs=1e-6)
         assert found.moved[t] == pytest.approx(moved, abs=1e-6)
@@ -55,31 +59,25 @@ def test_explain__sets_are_those_of_the_loss(bank):
     last = found.zones[-1].ravel()
     np.testing.assert_array_equal(last == POSITIVE, sets.positives[0])
     np.testing.assert_array_equal(last == NEGATIVE, sets.negatives[0])
-    assert np.flatnonzero(last == ITSELF).tolist() == [49]
+    assert np.flatnonzero(last == ANCHOR).tolist() == [49]
     assert all((found.zones == zone).any() for zone in (POSITIVE, AMBIGUOUS, NEGATIVE))
 
 
-def test_explain__counts_and_numbers(bank):
+def test_explain__counts_numbers_and_nearest(bank):
     found = explain(bank, (1, 2, 3), grid=GRID, boundaries=BOUNDARIES)
     assert found.counts().sum(axis=1).tolist() == [59, 59, 59]
-    assert found.counts(1).sum(axis=1).tolist() == [11, 11, 11]
-    others = sum(found.counts(image) for image in range(5))
-    np.testing.assert_array_equal(others, found.counts())
+    np.testing.assert_array_equal(sum(found.counts(image) for image in range(5)), found.counts())
     last = found.numbers()[-1]
     assert (last["t"], last["positives"]) == (2, (found.zones[-1] == POSITIVE).sum())
     assert last["in_image"]["negatives"] == (found.zones[-1, 1] == NEGATIVE).sum()
-
-
-def test_explain__without_relocation_the_anchor_decides(bank):
-    found = explain(bank, (0, 0, 0), grid=GRID, boundaries=Boundaries(0.5, 0.2, 0, 3.0, 3.0))
-    assert found.similarity.shape == (1, 5, 3, 4)
-    np.testing.assert_allclose(found.similarity.ravel(), bank @ bank[0], atol=1e-6)
-    assert found.moved.tolist() == [0]
+    order = found.nearest(9)
+    assert sorted(order) == [0, 2, 3, 4]
+    mass = [found.similarity[-1, b][found.zones[-1, b] == POSITIVE].sum() for b in order]
+    assert mass == sorted(mass, reverse=True)
 
 
 def test_explain__alone_in_its_boundary_it_stays():
-    bank = torch.eye(6)
-    found = explain(bank, (0, 1, 1), grid=(2, 3), boundaries=Boundaries(0.5, -1.0, 2, 3.0, 3.0))
+    found = explain(torch.eye(6), (0, 1, 1), grid=(2, 3), boundaries=Boundaries(0.5, -1.0, 2, 3.0, 3.0))
     assert found.moved.tolist() == [0, 0, 0]
     assert found.counts().tolist() == [[0, 5, 0]] * 3
 
@@ -90,37 +88,14 @@ def test_explain__alone_in_its_boundary_it_stays():
         (-math.inf, -math.inf, [59, 0, 0]),
         (math.inf, math.inf, [0, 0, 59]),
         (math.inf, -math.inf, [0, 59, 0]),
-        (-math.inf, math.inf, [59, 0, 0]),  # in both sets: a positive stays one
+        (-math.inf, math.inf, [59, 0, 0]),  # a patch of both sets is positive
     ],
 )
 def test_explain__infinite_boundaries(bank, phi, psi, counts):
-    found = explain(bank, (0, 0, 0), grid=GRID, boundaries=Boundaries(phi, psi, 2, **STILL))
+    found = explain(bank, (0, 0, 0), grid=GRID, boundaries=Boundaries(phi, psi, 2, math.inf, math.inf))
     assert found.counts().tolist() == [counts] * 3
     assert np.isfinite(found.similarity).all()
     assert np.isfinite(found.moved).all()
-
-
-def test_explain__boundaries_that_are_held(bank):
-    found = explain(bank, (0, 0, 0), grid=GRID, boundaries=Boundaries(0.5, 0.2, 2, **STILL))
-    assert found.phi.tolist() == [0.5] * 3
-    assert found.moved[1] > 0
-
-
-def test_nearest__most_positive_first_and_never_its_own(bank):
-    found = explain(bank, (1, 2, 3), grid=GRID, boundaries=BOUNDARIES)
-    order = found.nearest(9)
-    assert sorted(order) == [0, 2, 3, 4]
-    mass = [found.similarity[-1, b][found.zones[-1, b] == POSITIVE].sum() for b in order]
-    assert mass == sorted(mass, reverse=True)
-    assert found.nearest(2) == order[:2]
-
-
-@pytest.mark.parametrize("anchor", [(5, 0, 0), (0, 3, 0), (0, 0, 4), (-1, 0, 0)])
-def test_explain__anchor_outside(bank, anchor):
-    with pytest.raises(ValueError, match="60 patches of grids"):
-        explain(bank, anchor, grid=GRID, boundaries=BOUNDARIES)
-    with pytest.raises(ValueError, match="60 patches"):
-        explain(bank, (0, 0, 0), grid=(7, 7), boundaries=BOUNDARIES)
 
 
 @pytest.mark.gpu
@@ -130,3 +105,66 @@ def test_explain__cuda_equals_cpu(bank):
     )
     np.testing.assert_allclose(on_cuda.similarity, on_cpu.similarity, atol=1e-5)
     np.testing.assert_array_equal(on_cuda.zones, on_cpu.zones)
+
+
+@pytest.fixture
+def photographs(tmp_path, tiny_options):
+    def make(train, val):
+        """A directory data set of photographs of 50 x 40 pixels without labels."""
+        for split, count in (("train", train), ("val", val)):
+            (tmp_path / "imgs" / split).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.random.default_rng([number, count]).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "imgs" / split / f"{number}.png")
+        changes = {"data_type": "directory", "n_classes": 3, "data_path": str(tmp_path), "crop_type": "five"}
+        options = tiny_options(**{f"dataset__{key}": value for key, value in changes.items()})
+        return build_data(options, train=False)
+
+    return make
+
+
+def test_bank__the_image_and_others_spread_over_the_split(photographs, tmp_path):
+    data = photographs(train=0, val=9)
+    bank = build_bank(data, "4", size=5)
+    assert [name.rsplit("/", 1)[1] for name in bank.names] == ["4.png", "0.png", "2.png", "5.png", "7.png"]
+    assert bank.images.shape == (5, 3, 32, 32)
+    assert torch.equal(bank.images[0], data.validation_set[4].image)
+    assert torch.equal(bank.images[3], data.validation_set[5].image)
+    assert bank.about == "bank: 5 images, this one and 4 of the validation split"
+    assert build_bank(data, "4", size=1).about == "bank: this image alone"
+    whole = build_bank(data, str(tmp_path / "imgs/val/4.png"), size=64)
+    assert torch.equal(whole.images, build_bank(data, "4", size=64).images)  # not twice in its own bank
+    for index in ("9", "-1"):
+        with pytest.raises(UserError, match=f"--explain is {index}, but there are 9 validation images"):
+            build_bank(data, index, size=8)
+
+
+def test_bank__a_file_takes_the_geometry_of_the_split(photographs, tmp_path):
+    data = photographs(train=3, val=0)
+    wide = np.zeros((40, 160, 3), dtype=np.uint8)
+    wide[:, 60:100] = 255  # all that a centre crop keeps
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    bank = build_bank(data, str(tmp_path / "wide.png"), size=8)
+    assert bank.images.shape == (4, 3, 32, 32)
+    assert bank.images[0].min() == 255
+    assert bank.about == "bank: 4 images, this one and 3 of the train split"
+    (tmp_path / "damaged.jpg").write_bytes(b"no image")
+    for name, match in (("damaged.jpg", "not a readable image"), ("imgs", "no such file")):
+        with pytest.raises(UserError, match=match):
+            build_bank(data, str(tmp_path / name), size=8)
+
+
+def test_command__writes_figures_and_numbers(tiny_file, tmp_path, capsys):
+    path = tiny_file(checkpoint="nowhere", training_coeff__prop_iter=1)
+    (found,) = evaluation.main(["--opt", path, "--explain", "5", "--patch", "3,0"])
+    assert (found["patch"], found["grid"], found["images"]) == ([3, 0], [4, 4], 4)
+    assert [step["t"] for step in found["steps"]] == [0, 1]
+    (centre,) = evaluation.main(["--opt", path, "--explain", "0"])
+    assert centre["patch"] == [2, 2]
+    folder = tmp_path / "output/tiny/explain"
+    stored = json.loads((folder / "explain.json").read_text())
+    assert stored == {"synthetic_val_scene_5_3_0": found, "synthetic_val_scene_0_2_2": centre}
+    assert all(Image.open(folder / f"{name}.png").width > 900 for name in stored)
+    assert "synthetic val scene 5, patch 3,0" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--patch is 4,0, but the grid has 4 rows and 4 columns"):
+        evaluation.main(["--opt", path, "--explain", "0", "--patch", "4,0"])

@@ -1,24 +1,47 @@
-"""A photograph's class map is what an evaluation predicts, at any size and of any kind."""
+"""The class map of a photograph is the prediction of an evaluation, for images of any kind and size."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
+import eval as evaluation
 from model import build_module, load_segmenter
-from model.checkpoint import CheckpointFile, export
+from model.checkpoint import Checkpoint, export
 from model.module import CHECKPOINT_ENTRY
-from utils.config.loading import as_tree
-from utils.errors import UserError
+from model.predictor import predict_folder, tile_starts, tiled_code
+from tests.conftest import TINY, write_tiny
+from utils.config.cli import guarded
+from utils.config.loading import as_tree, build_options
+from utils.errors import LeftOut, UserError
 from utils.vision.crf import crf_missing
 from utils.vision.labels import LabelSpace
 from utils.vision.mean_field import MeanField
 
 LABELS = LabelSpace(("road", "sky", "tree"), ((1, 2, 3), (4, 5, 6), (7, 8, 9)))
+ASSIGNMENT = np.array([2, 0, 1])
 CRF = [
     pytest.param("pydensecrf", marks=pytest.mark.skipif(bool(crf_missing()), reason="pydensecrf2")),
     "torch",
 ]
+
+
+class Recorder(MeanField):
+    """Keeps the refined predictions that the evaluator counts."""
+
+    found = None
+
+    def finished(self, **how):
+        for tag, self.found in super().finished(**how):
+            yield tag, self.found
+
+
+def make_module(*, refiner=None, **changes):
+    options = build_options(TINY | {key.replace("__", "."): v for key, v in changes.items()}, source="a test")
+    return build_module(options, LABELS, pictured=[0], refiner=refiner)
 
 
 def save(module, path, **about):
@@ -26,7 +49,7 @@ def save(module, path, **about):
     entry = {
         "class_names": list(LABELS.names),
         "palette": [list(colour) for colour in LABELS.palette],
-        "assignment": [2, 0, 1],
+        "assignment": ASSIGNMENT.tolist(),
         "train_labelled": True,
         "options": as_tree(module.options),
     }
@@ -34,170 +57,184 @@ def save(module, path, **about):
     return path
 
 
-@pytest.fixture
-def module(tiny_options):
-    return build_module(tiny_options(), LABELS)
+@pytest.fixture(scope="module")
+def module():
+    return make_module(refiner=Recorder())
 
 
-@pytest.fixture
-def checkpoint(module, tmp_path):
-    return save(module, tmp_path / "best.ckpt")
+@pytest.fixture(scope="module")
+def checkpoint(module, tmp_path_factory):
+    return save(module, tmp_path_factory.mktemp("run") / "best.ckpt")
 
 
-def photo(width, height, seed=0):
-    """Blotches, so that an untrained network says more than one thing."""
-    small = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+def photo(width, height):
+    """Blotches, so that an untrained network predicts several classes."""
+    small = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def evaluated(module, image, head, *, pool=None):
-    """What the evaluator predicts for a square image at `val_res`: (H, W) clusters or classes."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    evaluator = module.evaluator
-    evaluator.reset()
-    evaluator.pictured, found = frozenset([0]), []
-    if pool is not None:
-        evaluator.pool = pool
-        finished = pool.finished
-
-        def kept(**how):
-            for label, predictions in finished(**how):
-                found.append(predictions)
-                yield label, predictions
-
-        pool.finished = kept
-    probes = {"linear": module.linear_probe, "cluster": module.cluster_probe}
+def evaluated(module, image):
+    """The evaluator's prediction of an image at `val_res`, whose sides are multiples of the patch."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    segmenter, probes = module.segmenter, {"linear": module.linear_probe, "cluster": module.cluster_probe}
+    module.evaluator.reset()
     with torch.no_grad():
-        code = module.segmenter.code(
-            module.segmenter.backbone.tokens(_normalised(pixels)), module.segmenter.grid(pixels)
-        )
-        evaluator.update(code, pixels, torch.zeros(1, *pixels.shape[-2:], dtype=torch.int64), **probes)
-    if pool is not None:
-        return np.asarray(found[0][("cluster", "linear").index(head)])
-    return getattr(evaluator.pictures[0], head).numpy()
+        code = segmenter.code(segmenter.tokens(pixels), segmenter.grid(pixels))
+    label = torch.zeros(1, *pixels.shape[-2:], dtype=torch.int64)
+    module.evaluator.update(code, pixels, label, first=0, **probes)
+    return module.evaluator.predictions()[0]
 
 
-def _normalised(pixels):
-    from utils.vision.transforms import normalise
-
-    return normalise(pixels)
-
-
-@pytest.mark.parametrize("head", ["cluster", "linear"])
-def test_map__is_the_evaluators_prediction(module, checkpoint, head):
-    image = photo(32, 32)
-    found = load_segmenter(checkpoint, head=head)(image)
-    table = np.array([2, 0, 1] if head == "cluster" else [0, 1, 2])
-    expected = table[evaluated(module, image, head)]
+@pytest.mark.parametrize("width", [32, 48])
+def test_map__is_the_evaluators_prediction(module, checkpoint, width):
+    image = photo(width, 32)
+    expected = evaluated(module, image)
+    found = load_segmenter(checkpoint)(image)
     assert found.dtype == np.uint8
     assert len(np.unique(found)) > 1
-    assert np.array_equal(found, expected)
+    assert np.array_equal(found, ASSIGNMENT[expected.cluster])
+    assert np.array_equal(load_segmenter(checkpoint, head="linear")(image), expected.linear)
 
 
 @pytest.mark.parametrize("backend", CRF)
 def test_map__after_crf_is_the_evaluators(module, checkpoint, backend):
     image = photo(32, 32)
     found = load_segmenter(checkpoint, crf=backend)(image)
-    table = np.array([2, 0, 1])
-    expected = table[evaluated(module, image, "cluster", pool=MeanField())]
-    assert np.mean(found == expected) > 0.995
-    odd = load_segmenter(checkpoint, crf=backend, res=40)(photo(61, 83))
-    assert odd.shape == (83, 61)
+    evaluated(module, image)
+    assert np.mean(found == ASSIGNMENT[module.evaluator.refiner.found[0]]) > 0.995
+    assert load_segmenter(checkpoint, crf=backend, res=40)(photo(61, 83)).shape == (83, 61)
 
 
-@pytest.mark.parametrize("size", [(61, 83), (200, 37), (9, 5), (1, 1), (32, 64)])
-def test_map__has_the_images_own_size(checkpoint, size):
-    assert load_segmenter(checkpoint)(photo(*size)).shape == size[::-1]
-    assert load_segmenter(checkpoint, res=45, tile=32)(photo(*size)).shape == size[::-1]
+def test_map__has_the_size_of_the_image(checkpoint):
+    whole, tiled = load_segmenter(checkpoint), load_segmenter(checkpoint, res=45, tile=32)
+    for size in ((61, 83), (200, 37), (1, 1), (32, 64)):
+        assert whole(photo(*size)).shape == tiled(photo(*size)).shape == size[::-1]
 
 
-def test_map__padding_is_cropped_and_says_nothing_of_what_lies_beyond(module, checkpoint):
-    """On a side that the patch divides nothing is padded: 32 x 48 at res 32 is one plain forward pass."""
-    image = photo(48, 32)
-    found = load_segmenter(checkpoint)(image)
-    assert np.array_equal(found, np.array([2, 0, 1])[evaluated(module, image, "cluster")])
-
-
-def test_map__of_other_kinds_of_images(checkpoint, tmp_path):
+def test_map__of_other_modes_and_orientations(checkpoint, tmp_path):
     segment = load_segmenter(checkpoint)
-    grey = photo(40, 33).convert("L")
+    colour, grey = photo(40, 33), photo(40, 33).convert("L")
     expected = segment(grey.convert("RGB"))
     assert np.array_equal(segment(grey), expected)
-    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 256 + 17)
-    assert np.array_equal(segment(deep), expected)
-    clear = photo(40, 33).convert("RGBA")
+    assert np.array_equal(segment(Image.fromarray(np.asarray(grey).astype(np.uint16) * 256 + 17)), expected)
+    clear = colour.copy()
     clear.putalpha(40)
-    assert np.array_equal(segment(clear), segment(photo(40, 33)))
-
-
-def test_map__is_upright(checkpoint, tmp_path):
-    segment = load_segmenter(checkpoint)
+    assert np.array_equal(segment(clear), segment(colour))
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    photo(40, 33).save(tmp_path / "turned.png", exif=exif)
-    upright = photo(40, 33).transpose(Image.Transpose.ROTATE_270)
-    found = segment(Image.open(tmp_path / "turned.png"))
-    assert found.shape == (40, 33)
-    assert np.array_equal(found, segment(upright))
+    exif[0x0112] = 6  # to be rotated by 90 degrees
+    colour.save(tmp_path / "rotated.png", exif=exif)
+    found = segment(Image.open(tmp_path / "rotated.png"))
+    assert np.array_equal(found, segment(colour.transpose(Image.Transpose.ROTATE_270)))
 
 
-def test_tiles__small_images_are_taken_whole(checkpoint):
-    image = photo(70, 70)
-    whole = load_segmenter(checkpoint, res=64)(image)
-    assert np.array_equal(load_segmenter(checkpoint, res=64, tile=64)(image), whole)
-    tiled = load_segmenter(checkpoint, res=64, tile=32)(image)
-    assert tiled.shape == whole.shape
+def test_ids__of_matched_extra_and_unmatched_clusters(module, checkpoint, tmp_path):
+    matched = load_segmenter(checkpoint)
+    assert (matched.names, matched.palette, matched.unmatched) == (LABELS.names, LABELS.palette, False)
+    plain = load_segmenter(save(module, tmp_path / "plain.ckpt", assignment=None))
+    assert (plain.names, plain.unmatched) == (("cluster 0", "cluster 1", "cluster 2"), True)
+    assert np.array_equal(ASSIGNMENT[plain(photo(50, 40))], matched(photo(50, 40)))
+    larger = make_module(model__extra_clusters=1, eval__extra_clusters=1)
+    extra = load_segmenter(save(larger, tmp_path / "extra.ckpt", assignment=[1, -1, 0, 2]))
+    assert extra.names == (*LABELS.names, "cluster 1")
+    clusters = evaluated(larger, photo(32, 32)).cluster
+    assert np.array_equal(extra(photo(32, 32)), np.array([1, 3, 0, 2])[clusters])
 
 
-def test_ids__are_the_checkpoints_and_stay(checkpoint, module, tmp_path):
-    one, two = load_segmenter(checkpoint), load_segmenter(str(checkpoint))
-    assert (one.names, one.palette, one.unmatched) == (LABELS.names, LABELS.palette, False)
-    assert np.array_equal(one(photo(50, 40)), two(photo(50, 40)))
-    bare = load_segmenter(save(module, tmp_path / "bare.ckpt", assignment=None))
-    assert (bare.names, bare.unmatched) == (("cluster 0", "cluster 1", "cluster 2"), True)
-    assert np.array_equal(np.array([2, 0, 1])[bare(photo(50, 40))], one(photo(50, 40)))
-
-
-def test_published__needs_options_and_keeps_cluster_numbers(module, checkpoint, tmp_path):
-    export(CheckpointFile(checkpoint, module.state_dict(), {}), tmp_path / "ckpt.pth")
-    with pytest.raises(UserError, match=r"a published checkpoint carries no options.*opt="):
-        load_segmenter(tmp_path / "ckpt.pth")
-    found = load_segmenter(tmp_path / "ckpt.pth", opt=module.options)
+def test_published__needs_options_and_has_cluster_numbers(module, checkpoint, tmp_path):
+    export(Checkpoint(checkpoint, module.state_dict(), {}), path := tmp_path / "ckpt.pth")
+    with pytest.raises(UserError, match="opt="):
+        load_segmenter(path)
+    found = load_segmenter(path, opt=module.options)
     assert found.names == ("cluster 0", "cluster 1", "cluster 2")
-    mapped = np.array([2, 0, 1])[found(photo(50, 40))]
-    assert np.array_equal(mapped, load_segmenter(checkpoint)(photo(50, 40)))
-    linear = load_segmenter(tmp_path / "ckpt.pth", opt=module.options, labels=LABELS, head="linear")
+    assert np.array_equal(ASSIGNMENT[found(photo(50, 40))], load_segmenter(checkpoint)(photo(50, 40)))
+    linear = load_segmenter(path, opt=module.options, labels=LABELS, head="linear")
     assert linear.names == LABELS.names
 
 
-def test_unmatched__clusters_follow_after_the_classes(tiny_options, tmp_path):
-    module = build_module(tiny_options(model__extra_clusters=1, eval__extra_clusters=1), LABELS)
-    segment = load_segmenter(save(module, tmp_path / "more.ckpt", assignment=[1, -1, 0, 2]))
-    assert segment.names == (*LABELS.names, "cluster 1")
-    clusters = evaluated(module, photo(32, 32), "cluster")
-    assert np.array_equal(segment(photo(32, 32)), np.array([1, 3, 0, 2])[clusters])
-
-
-def test_asked__mistakes_come_together(module, tmp_path):
+def test_arguments__mistakes_are_reported_together(module, checkpoint, tmp_path):
     path = save(module, tmp_path / "unlabelled.ckpt", train_labelled=False, assignment=None)
     with pytest.raises(UserError) as error:
-        load_segmenter(path, head="linear", res=3, crf="gauss", tile=33)
+        load_segmenter(path, head="linear", res=0, crf="gauss", tile=33)
     assert len(error.value.mistakes) == 4
-    assert "head is linear, which was not trained, for want of labels" in str(error.value)
     assert load_segmenter(path)(photo(20, 20)).shape == (20, 20)
 
 
-def test_asked__a_resolution_of_zero_is_a_mistake(checkpoint):
-    with pytest.raises(UserError, match="res is 0, must be at least 8, one patch"):
-        load_segmenter(checkpoint, res=0)
+def average(image):
+    """A code that depends on single patches: tiles do not change it."""
+    return F.avg_pool2d(image, 2)
 
 
-def test_memory__names_tiles(checkpoint, monkeypatch):
+def test_tiles__of_a_local_code_are_the_whole_code():
+    image = torch.rand(1, 3, 26, 38, generator=torch.Generator().manual_seed(0))
+    for tile in (None, 8, 12, 26, 30):
+        torch.testing.assert_close(tiled_code(average, image, patch=2, tile=tile), average(image))
+
+
+def test_tiles__blend_without_a_seam():
+    """The code alternates between 0 and 1 from tile to tile."""
+    values = iter(range(100))
+
+    def encode(image):
+        return torch.full((1, 1, *(side // 2 for side in image.shape[-2:])), float(next(values) % 2))
+
+    code = tiled_code(encode, torch.zeros(1, 3, 32, 112), patch=2, tile=32)[0, 0]  # (16, 56)
+    assert (code.min(), code.max()) == (0, 1)
+    assert code.diff(dim=1).abs().max() < 0.5
+
+
+@pytest.mark.parametrize(("length", "side"), [(5, 4), (8, 4), (33, 8), (16, 16), (3, 8), (100, 28)])
+def test_tiles__cover_and_overlap_by_a_quarter(length, side):
+    starts = tile_starts(length, side)
+    assert (starts[0], starts[-1]) == (0, max(0, length - side))
+    assert all(0 < gap <= side - side // 4 for gap in np.diff(starts))
+
+
+@pytest.fixture
+def run(tmp_path, module):
+    """Words of a command for a run with a checkpoint, beside a folder of photographs."""
+    path = write_tiny(tmp_path)
+    (tmp_path / "output/tiny").mkdir(parents=True)
+    save(module, tmp_path / "output/tiny/best.ckpt")
+    for name, size in {"a.png": (50, 41), "trip/b.png": (33, 70), "trip/c.jpg": (32, 32)}.items():
+        file = tmp_path / "photos" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        photo(*size).save(file)
+    return ["--opt", path, "--checkpoint", "tiny", "--out", str(tmp_path / "masks"), "--images"]
+
+
+def test_images__command_line_and_python_agree(run, checkpoint, tmp_path):
+    evaluation.main([*run, str(tmp_path / "photos"), "--names", "0=ground", "dataset.data_type=cocostuff27"])
     segment = load_segmenter(checkpoint)
+    for name in ("a.png", "trip/b.png", "trip/c.jpg"):
+        folder = (tmp_path / "masks" / name).with_suffix("")
+        mask = Image.open(folder / "mask.png")
+        assert np.array_equal(np.asarray(mask), segment(Image.open(tmp_path / "photos" / name)))
+        assert mask.getpalette()[:9] == list(np.ravel(LABELS.palette))
+        assert Image.open(folder / "overlay.jpg").size == mask.size
+    legend = json.loads((tmp_path / "masks/legend.json").read_text())
+    assert [row["name"] for row in legend["ids"]] == ["ground", "sky", "tree"]
+    assert sum(row["share"] for row in legend["ids"]) == pytest.approx(100)
+    assert (tmp_path / "masks/legend.png").is_file()
+    evaluation.main([*run, str(tmp_path / "photos/a.png"), "--res", "48", "--tile", "32", "--head", "linear"])
+    linear = load_segmenter(checkpoint, res=48, tile=32, head="linear")
+    mask = Image.open(tmp_path / "masks/a/mask.png")
+    assert np.array_equal(np.asarray(mask), linear(Image.open(tmp_path / "photos/a.png")))
 
-    def full(image):
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(segment, "_best", full)
-    with pytest.raises(UserError, match="give a tile, such as 224"):
-        segment(photo(20, 20))
+def test_images__a_damaged_one_is_skipped_with_status_1(run, tmp_path, capsys):
+    (tmp_path / "photos/trip/bad.jpg").write_bytes(b"\xff\xd8\xff\xe0 half a file")
+    assert guarded(lambda: evaluation.main([*run, str(tmp_path / "photos")])) == 1
+    assert "trip/bad.jpg: not a readable image" in capsys.readouterr().err
+    assert len(list((tmp_path / "masks").rglob("mask.png"))) == 3
+    assert "bad.jpg" in json.loads((tmp_path / "masks/legend.json").read_text())["left_out"][0]
+
+
+def test_folder__unknown_ids_and_videos(checkpoint, tmp_path):
+    photo(20, 20).save(tmp_path / "a.png")
+    segment = load_segmenter(checkpoint)
+    with pytest.raises(UserError, match="--names: 99=x: ids are 0 to 2"):
+        predict_folder(segment, tmp_path / "a.png", tmp_path / "out", names="99=x")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "walk.mp4").touch()
+    with pytest.raises(LeftOut, match=r"ffmpeg -i walk.mp4"):
+        predict_folder(segment, tmp_path / "walk.mp4", tmp_path / "out")

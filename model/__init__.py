@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from model.backbone import BackboneSpec, FrozenViT
 from model.checkpoint import Checkpoint, n_classes, read_checkpoint, restore
@@ -108,11 +107,7 @@ def load_segmenter(
     *,
     opt: str | Options | None = None,
     labels: LabelSpace | None = None,
-    device: str | torch.device | None = None,
-    res: int | None = None,
-    head: str = "cluster",
-    crf: bool | str = False,
-    tile: int | None = None,
+    **arguments: Any,
 ) -> Predictor:
     """Loads a trained network as a function from a photograph to its class map.
 
@@ -120,43 +115,23 @@ def load_segmenter(
         checkpoint: a file, a folder or a run below `output_dir`.
         opt: an option file, or options; None uses those in the checkpoint, which published ones do not have.
         labels: classes for a published checkpoint; ours contain them. None names them class 0, class 1, ...
-        device, res, head, crf, tile: see `Predictor`.
-
-    Raises:
-        UserError: the checkpoint is missing, damaged or does not fit, or an argument is invalid.
+        arguments: `device`, `res`, `head`, `crf` and `tile` of `Predictor`.
     """
     if isinstance(opt, str):
         opt = load_options(find_option_file(opt))
     loaded = read_checkpoint(find_checkpoint(str(checkpoint), (opt or Options()).output_dir))
-    options = _own_options(loaded) if opt is None else opt
-    module = build_module(options, _own_labels(loaded) or labels or _numbered(loaded), checkpoint=loaded)
-    assignment = loaded.about.get("assignment")
-    return Predictor(module, assignment=assignment, device=device, res=res, head=head, crf=crf, tile=tile)
-
-
-def _own_labels(loaded: Checkpoint) -> LabelSpace | None:
-    """The classes that one of our checkpoints carries."""
     about = loaded.about
-    return LabelSpace(tuple(about["class_names"]), tuple(map(tuple, about["palette"]))) if about else None
-
-
-def _numbered(loaded: Checkpoint) -> LabelSpace:
-    """As many classes as a checkpoint has, without names."""
-    count = n_classes(loaded.state)
-    return LabelSpace.with_spread_colours(tuple(f"class {index}" for index in range(count)))
-
-
-def _own_options(loaded: Checkpoint) -> Options:
-    """What a checkpoint was trained with, as far as it matters afterwards.
-
-    Raises:
-        UserError: it has no options, as a published one.
-    """
-    if "options" not in loaded.about:
-        raise UserError(
-            f"{loaded.path}: a published checkpoint carries no options; name its option file, as in "
-            'load_segmenter(..., opt="cocostuff_eval.json")'
-        )
-    flat = flatten(loaded.about["options"])
-    kept = {key: value for key, value in flat.items() if key.startswith(READ_AFTER_TRAINING)}
-    return build_options(kept, source=f"the options in {loaded.path}", stored=True)
+    if opt is None and not about:
+        hint = 'name its option file, as in load_segmenter(..., opt="cocostuff_eval.json")'
+        raise UserError(f"{loaded.path}: a published checkpoint carries no options; {hint}")
+    if opt is None:
+        flat = flatten(about["options"])
+        kept = {key: value for key, value in flat.items() if key.startswith(READ_AFTER_TRAINING)}
+        opt = build_options(kept, source=f"the options in {loaded.path}", stored=True)
+    if about:
+        labels = LabelSpace(tuple(about["class_names"]), tuple(map(tuple, about["palette"])))
+    elif labels is None:
+        names = tuple(f"class {index}" for index in range(n_classes(loaded.state)))
+        labels = LabelSpace.with_spread_colours(names)
+    module = build_module(opt, labels, checkpoint=loaded)
+    return Predictor(module, assignment=about.get("assignment"), **arguments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import numpy as np
 import torch
 from pytorch_lightning import Trainer
 from torch import Tensor
+from torch.nn import functional as F
 
 from loss import ieee_float32
-from loss.propagation import Boundaries, Propagation, propagations, select_sets
+from loss.propagation import Boundaries, propagations, select_sets
 from model.module import PPAPModule
 from utils.errors import UserError
 from utils.files import make_folder, read_json_object, write_json
@@ -21,23 +21,6 @@ from utils.plots.explain_figure import AMBIGUOUS, ANCHOR, NEGATIVE, POSITIVE, Ex
 from utils.training.device import hardware_settings
 from utils.training.trainer import build_trainer
 from utils.vision.images import open_image
-
-EXPLANATIONS = "explain.json"
-
-
-@dataclass(frozen=True)
-class Bank:
-    """The image of an anchor and others, whose patches the anchor is compared with.
-
-    Attributes:
-        images: (B, 3, H, W) uint8, that of the anchor first.
-        names: file or name of each image.
-        about: a description.
-    """
-
-    images: Tensor
-    names: tuple[str, ...]
-    about: str
 
 
 def explain_image(
@@ -51,144 +34,84 @@ def explain_image(
         image: an image file, or the index of a validation image.
         patch: (row, column) of the anchor on the patch grid, from 0; None is the centre.
         folder: for results; earlier explanations in it are kept.
-
-    Returns:
-        `image`, `patch`, `grid`, `images` (size of the bank) and `steps` (`Explanation.numbers`).
-
-    Raises:
-        UserError: there is no such image or patch.
     """
-    bank = build_bank(data, image, size=module.options.dataloader.batch_size)
-    found = explain_images(module, bank.images, patch=patch)
-    _, row, column = found.anchor
-    name = re.sub(r"[^\w.=+-]+", "_", f"{Path(bank.names[0]).stem}_{row}_{column}")
-    pictures = bank.images.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-    file = make_folder(folder) / EXPLANATIONS
-    draw_explanation(folder / f"{name}.png", found, pictures=pictures, names=bank.names, about=bank.about)
-    result = {
-        "image": bank.names[0],
-        "patch": [row, column],
-        "grid": list(found.grid),
-        "images": len(pictures),
-        "steps": found.numbers(),
-    }
+    images, names = build_bank(data, image, size=module.options.dataloader.batch_size)
+    found = explain_images(module, images, patch=patch)
+    name = re.sub(r"[^\w.=+-]+", "_", f"{Path(names[0]).stem}_{found.anchor[0]}_{found.anchor[1]}")
+    file = make_folder(folder) / "explain.json"
+    pictures, about = images.permute(0, 2, 3, 1).numpy(), f"bank: {len(images)} images"  # (B, H, W, 3)
+    draw_explanation(folder / f"{name}.png", found, pictures=pictures, names=names, about=about)
+    result = {"image": names[0], "patch": list(found.anchor), "grid": list(found.grid), "images": len(images)}
+    result["steps"] = found.numbers()
     write_json(file, (read_json_object(file) if file.exists() else {}) | {name: result})
     return result
 
 
-def build_bank(data: Any, image: str, *, size: int) -> Bank:
-    """An image and at most `size - 1` others, evenly spread over the validation split, at its geometry.
-
-    Without validation images the others are train images.
-
-    Raises:
-        UserError: there is no such image, or a file is damaged.
-    """
-    split, kind = data.example_split(), "validation" if len(data.validation_set) else "train"
-    if re.fullmatch(r"-?\d+", image):
-        index, count = int(image), len(data.validation_set)
-        if not 0 <= index < count:
-            raise UserError(f"--explain is {image}, but there are {count} validation images, numbered from 0")
-    else:
-        names = (Path(split.source.name(index)).resolve() for index in range(len(split)))
-        index = next((index for index, name in enumerate(names) if name == Path(image).resolve()), None)
-    if index is None:
-        if not Path(image).is_file():
-            raise UserError(f"--explain is {image}: no such file; name an image or give a validation index")
+def build_bank(data: Any, image: str, *, size: int) -> tuple[Tensor, list[str]]:
+    """An image and up to `size - 1` others spread over its split, (B, 3, H, W) uint8, and their names."""
+    split = data.example_split()
+    names = [split.source.name(index) for index in range(len(split))]
+    if image.isdecimal() and int(image) < len(split):
+        first, image = split[int(image)].image, names[int(image)]
+    elif Path(image).is_file():
         pixels, _ = split.geometry(open_image(Path(image)), None)
-        first, name = torch.from_numpy(np.asarray(pixels).transpose(2, 0, 1).copy()), image  # (3, H, W)
+        first = torch.from_numpy(np.asarray(pixels).transpose(2, 0, 1).copy())  # (3, H, W)
     else:
-        first, name = split[index].image, split.source.name(index)
-    others = [other for other in range(len(split)) if other != index]
+        raise UserError(f"--explain is {image}, must be an image file or an index from 0 to {len(split) - 1}")
+    others = [index for index, name in enumerate(names) if Path(name).resolve() != Path(image).resolve()]
     count = min(size - 1, len(others))
     chosen = [others[number * len(others) // count] for number in range(count)]
-    about = f"bank: {1 + count} images, this one and {count} of the {kind} split"
-    return Bank(
-        torch.stack([first, *(split[other].image for other in chosen)]),  # (B, 3, H, W)
-        (name, *(split.source.name(other) for other in chosen)),
-        about if count else "bank: this image alone",
-    )
+    images = torch.stack([first, *(split[index].image for index in chosen)])  # (B, 3, H, W)
+    return images, [image, *(names[index] for index in chosen)]
 
 
 def explain_images(
     module: PPAPModule, images: Tensor, *, patch: tuple[int, int] | None, trainer: Trainer | None = None
 ) -> Explanation:
-    """Explains an anchor of the first image in the bank of all patches, on frozen features without dropout.
+    """Explains a patch (row, column), or the central one, of the first of the images (B, 3, H, W) uint8.
 
-    Args:
-        module: network and criterion.
-        images: (B, 3, H, W) uint8.
-        patch: (row, column) of the anchor, from 0; None is the centre.
-        trainer: defines device and precision; None builds one.
-
-    Raises:
-        UserError: the patch lies outside the grid.
+    The features are frozen and without dropout; `trainer` defines device and precision.
     """
     options, criterion = module.options, module.criterion
     height, width = grid = module.segmenter.grid(images)
     row, column = patch or (height // 2, width // 2)
-    if not (0 <= row < height and 0 <= column < width):
-        raise UserError(
-            f"--patch is {row},{column}, but the grid has {height} rows and {width} columns: rows are 0 to "
-            f"{height - 1}, columns 0 to {width - 1}"
-        )
+    if row >= height or column >= width:
+        allowed = f"rows 0 to {height - 1} and columns 0 to {width - 1}"
+        raise UserError(f"--patch is {row},{column}, but the patch grid has {allowed}")
     trainer = trainer or build_trainer(options, hardware_settings(options))
-    features = [module.frozen_features(part, trainer) for part in images.split(options.eval.batch_size)]
-    return explain(
-        criterion.bank(torch.cat(features)),
-        (0, row, column),
-        grid=grid,
-        boundaries=criterion.boundaries,
-        operand=criterion.similarity_dtype,
-    )
+    parts = [module.frozen_features(part, trainer) for part in images.split(options.eval.batch_size)]
+    bank, operand = criterion.bank(torch.cat(parts)), criterion.similarity_dtype
+    return explain(bank, (row, column), grid=grid, boundaries=criterion.boundaries, operand=operand)
 
 
 def explain(
     bank: Tensor,
-    anchor: tuple[int, int, int],
+    anchor: tuple[int, int],
     *,
     grid: tuple[int, int],
     boundaries: Boundaries,
     operand: torch.dtype = torch.float32,
 ) -> Explanation:
-    """Follows the proxy of one anchor for t = 0..T.
+    """Follows the proxy of a patch (row, column) of the first image for t = 0..T.
 
-    Args:
-        bank: f_j of all patches of B images, (B*h*w, D) float32; see `PPAPLoss.bank`.
-        anchor: (image, row, column) of the anchor's patch, from 0.
-        grid: (h, w).
-        boundaries: the coefficients.
-        operand: `PPAPLoss.similarity_dtype`.
+    `bank`, (B*h*w, D) float32, holds f_j of all patches of B images with a grid (h, w); see `PPAPLoss.bank`.
     """
-    shape = (-1, *grid)  # (B, h, w)
-    index = torch.tensor(
-        [(anchor[0] * grid[0] + anchor[1]) * grid[1] + anchor[2]], device=bank.device
-    )  # (1,)
+    index = torch.tensor([anchor[0] * grid[1] + anchor[1]], device=bank.device)  # (1,)
+    similarity, zones, steps = [], [], []
     with torch.autocast(bank.device.type, enabled=False), ieee_float32():
-        steps = propagations(bank[index], bank, boundaries, operand=operand)
-        reached = [replace(step, similarity=step.similarity.clone()) for step in steps]
-    proxies = torch.cat([step.proxies for step in reached])  # (T + 1, D)
-    return Explanation(
-        anchor=anchor,
-        similarity=np.stack([step.similarity.cpu().numpy().reshape(shape) for step in reached]),
-        zones=np.stack([_zones(step, index).cpu().numpy().reshape(shape) for step in reached]),
-        phi=torch.cat([step.phi[:, 0] for step in reached]).cpu().numpy(),
-        psi=torch.cat([step.psi[:, 0] for step in reached]).cpu().numpy(),
-        moved=_moved(proxies).cpu().numpy(),
-    )
-
-
-def _zones(reached: Propagation, index: Tensor) -> Tensor:
-    """The set of each patch, (1, N) uint8."""
-    sets = select_sets(reached, index)
-    zones = torch.full_like(sets.positives, AMBIGUOUS, dtype=torch.uint8)  # (1, N)
-    zones[sets.negatives] = NEGATIVE
-    zones[sets.positives] = POSITIVE  # also if Psi lies above Phi
-    return zones.index_fill_(1, index, ANCHOR)
-
-
-def _moved(proxies: Tensor) -> Tensor:
-    """m_t of the proxies v_0..v_T, (T + 1, D) -> (T + 1,); exactly 0 for a proxy that did not move."""
+        for step in propagations(bank[index], bank, boundaries, operand=operand):
+            sets = select_sets(step, index)
+            zone = torch.full_like(sets.positives, AMBIGUOUS, dtype=torch.uint8)  # (1, N)
+            zone[sets.negatives] = NEGATIVE
+            zone[sets.positives] = POSITIVE  # also if Psi lies above Phi
+            zone[0, index] = ANCHOR
+            zones.append(zone.view(-1, *grid))  # (B, h, w)
+            similarity.append(step.similarity.view(-1, *grid).clone())
+            steps.append(step)
+    proxies = torch.cat([step.proxies for step in steps])  # (T + 1, D)
     before, after = proxies[:-1], proxies[1:]
-    moved = torch.where((before == after).all(dim=1), 0, 1 - (before * after).sum(dim=1))  # (T,)
-    return torch.cat([moved.new_zeros(1), moved])
+    moved = 1 - (before * after).sum(dim=1)  # (T,)
+    moved[(before == after).all(dim=1)] = 0  # exactly, for a proxy that did not move
+    phi, psi = torch.cat([step.phi for step in steps]), torch.cat([step.psi for step in steps])  # (T + 1, 1)
+    rows = (torch.stack(similarity), torch.stack(zones), phi[:, 0], psi[:, 0], F.pad(moved, (1, 0)))
+    return Explanation(anchor, *(values.cpu().numpy() for values in rows))

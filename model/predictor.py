@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -16,29 +16,18 @@ from tqdm import tqdm
 
 from model.evaluator import CLUSTER_ALPHA, HEADS
 from model.module import PPAPModule
-from utils.errors import LeftOut, UserError, first_line
+from utils.errors import LeftOut, UserError
 from utils.files import make_folder, write_json
 from utils.plots.figures import draw_legend
-from utils.plots.mask_files import (
-    LEGEND,
-    LEGEND_DATA,
-    MASK,
-    OVERLAY,
-    class_ids,
-    cluster_ids,
-    read_names,
-    result_folders,
-    write_mask,
-    write_overlay,
-)
+from utils.plots.mask_files import mask_ids, renamed, result_folders, write_results
 from utils.training.device import accelerator, chosen_precision
 from utils.vision import crf, mean_field
-from utils.vision.crf import resolve_backend
+from utils.vision.crf import crf_missing, resolve_backend
 from utils.vision.images import open_image, upright_rgb
 from utils.vision.transforms import RESAMPLING, normalise, resized, to_eight_bit
 from utils.vision.upsampling import upsampled_argmax, upsampled_norm
 
-CRF_BACKENDS = ("auto", "pydensecrf", "torch")
+CRF_BACKENDS = (False, "pydensecrf", "torch")
 MIN_TILE = 4  # patches per side, of which a quarter overlaps
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -56,13 +45,8 @@ class Predictor:
         tile: side in pixels of overlapping tiles; None passes the whole photograph through the network.
 
     Attributes:
-        ids: ids of a class map with their names and colours.
-        names: name of each id: a class, or a cluster without a class.
+        names: name of each id of a class map: a class, or a cluster without a class.
         palette: (red, green, blue) of each id, 0 to 255.
-        unmatched: whether ids are clusters that were not matched to classes.
-
-    Raises:
-        UserError: an argument is invalid for this network or machine.
     """
 
     def __init__(
@@ -76,70 +60,38 @@ class Predictor:
         crf: bool | str = False,
         tile: int | None = None,
     ) -> None:
-        options = module.options
-        self.head, self.tile, self.patch = head, tile, module.segmenter.backbone.spec.patch
+        options, labels, patch = module.options, module.labels, module.segmenter.backbone.spec.patch
+        self.head, self.tile, self.patch = head, tile, patch
         self.res = options.dataset.val_res if res is None else res
         backend = options.eval.crf_backend if crf is True else crf
-        self.crf = resolve_backend(backend) if backend else None
-        self.device = torch.device(device or accelerator())
-        if mistakes := self._mistakes(with_linear=module.evaluator.with_linear):
+        self.crf = resolve_backend(backend) if backend else False
+        heads = HEADS if module.evaluator.with_linear else ("cluster",)
+        tiles = f"a multiple of the patch ({patch}) from {MIN_TILE * patch}"
+        checks = {
+            f"head is {head}, must be {' or '.join(heads)}; only labels train a linear probe": head in heads,
+            f"res is {res}, must be at least {patch}, one patch": self.res >= patch,
+            f"crf is {crf}, must be true, false, pydensecrf or torch": self.crf in CRF_BACKENDS,
+            f"{crf_missing()}; or set eval.crf_backend=torch": self.crf != "pydensecrf" or not crf_missing(),
+            f"tile is {tile}, must be {tiles}": not tile or (tile >= MIN_TILE * patch and tile % patch == 0),
+        }
+        if mistakes := [message for message, valid in checks.items() if not valid]:
             raise UserError(mistakes)
-        self.unmatched = head == "cluster" and assignment is None
+        channels = len(module.cluster_probe.clusters)
         if head == "linear":
-            self.ids = class_ids(module.labels)
-        else:
-            n_clusters = len(module.cluster_probe.clusters)
-            self.ids = cluster_ids(module.labels, n_clusters, assignment=assignment)
-        self.names, self.palette = self.ids.names, self.ids.palette
-        self._id_of_channel = np.array(self.ids.of_prediction, dtype=np.uint8)
+            channels, assignment = labels.n_classes, range(labels.n_classes)
+        self.unmatched = assignment is None
+        self.names, self.palette, ids = mask_ids(labels, assignment, n_clusters=channels)
+        self._ids = np.array(ids, dtype=np.uint8)  # of each channel
+        self.device = torch.device(device or accelerator())
         self._resampling = RESAMPLING[options.dataset.interpolation]
         # on other devices float16 is unavailable and bfloat16 may be slow
         self._dtype = DTYPES.get(chosen_precision(options, "cuda")) if self.device.type == "cuda" else None
         self.module = module.to(self.device).eval()
 
-    def _mistakes(self, *, with_linear: bool) -> list[str]:
-        """Error messages for invalid arguments."""
-        found = []
-        if self.head not in HEADS:
-            found.append(f"head is {self.head}, must be one of {', '.join(HEADS)}")
-        elif self.head == "linear" and not with_linear:
-            found.append("head is linear, but without labels no linear probe was trained; use cluster")
-        if self.res < self.patch:
-            found.append(f"res is {self.res}, must be at least {self.patch}, one patch")
-        if self.crf and self.crf not in CRF_BACKENDS:
-            found.append(f"crf is {self.crf}, must be true, false or one of {', '.join(CRF_BACKENDS)}")
-        elif self.crf == "torch" and self.device.type == "mps":
-            found.append("the CRF's backend is torch, must be pydensecrf on mps, which lacks an operation")
-        elif self.crf == "pydensecrf" and (missing := crf.crf_missing()):
-            found.append(f"{missing}; or set eval.crf_backend=torch")
-        least = MIN_TILE * self.patch
-        if self.tile is not None and (self.tile < least or self.tile % self.patch):
-            found.append(f"tile is {self.tile}, must be a multiple of the patch ({self.patch}) from {least}")
-        return found
-
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """The class map of a photograph of any mode and size, rotated upright by its EXIF orientation.
-
-        Returns:
-            (H, W) uint8 ids at the size of the upright photograph; see `names`.
-
-        Raises:
-            UserError: the image is damaged or does not fit into memory.
-        """
+        """The class map (H, W) uint8 of a photograph of any mode, at its size once upright (EXIF)."""
         rgb = upright_rgb(image, "the image")
-        try:
-            return self._id_of_channel[self._channels(rgb)]
-        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError
-            if not isinstance(error, MemoryError) and "memory" not in str(error):
-                raise
-            raise UserError(
-                f"{rgb.width} x {rgb.height} pixels at res {self.res} exceed the memory "
-                f"({first_line(error)}); set tile, such as {28 * self.patch}, or a smaller res"
-            ) from None
-
-    def _channels(self, rgb: Image.Image) -> np.ndarray:
-        """Predicted class or cluster of each pixel, (H, W) uint8."""
         size = rgb.height, rgb.width
         scaled = np.asarray(rgb.resize(resized(rgb.size, self.res), self._resampling))  # (h', w', 3)
         height, width = scaled.shape[:2]
@@ -154,7 +106,7 @@ class Predictor:
         if self.crf:
             logits, extent = self._refined(pixels[..., :height, :width], code, logits), None  # (1, K, h', w')
         _, channels = upsampled_argmax(logits, size, extent)  # (1, H, W)
-        return channels[0].to("cpu", torch.uint8).numpy()
+        return self._ids[channels[0].cpu().numpy()]
 
     def _code(self, image: Tensor) -> Tensor:
         """(1, 3, H, W) uint8 to (1, D, h, w) float32."""
@@ -163,7 +115,7 @@ class Predictor:
             return segmenter.code(segmenter.tokens(image), segmenter.grid(image)).float()
 
     def _refined(self, image: Tensor, code: Tensor, logits: Tensor) -> Tensor:
-        """The CRF's marginals (1, K, H, W) float32 for an image (1, 3, H, W) uint8 as the network sees it.
+        """The CRF's marginals (1, K, H, W) for an image (1, 3, H, W) uint8 as the network sees it.
 
         At this size the CRF's widths in pixels have the same meaning as in an evaluation.
         """
@@ -182,91 +134,77 @@ class Predictor:
 def tiled_code(
     encode: Callable[[Tensor], Tensor], image: Tensor, *, patch: int, tile: int | None = None
 ) -> Tensor:
-    """The code of an image, blended from overlapping tiles with Hann windows.
+    """The code (1, D, h, w) of an image (1, 3, H, W), blended from overlapping tiles with Hann windows.
 
     Logits follow from the blended code: both probes are linear in it, and cosines are divided by its norm.
-
-    Args:
-        encode: (1, 3, H, W) to the code (1, D, h, w) float32.
-        image: (1, 3, H, W), sides multiples of the patch.
-        patch: in pixels.
-        tile: side of a tile in pixels, a multiple of the patch; None encodes the image at once.
-
-    Returns:
-        (1, D, h, w) float32; without blending if the image is not larger than a tile.
+    Sides of image and tile are multiples of the patch.
     """
     grid = [side // patch for side in image.shape[-2:]]  # (h, w)
     sides = [min(side, tile // patch) if tile else side for side in grid]
     if sides == grid:
         return encode(image)
-    rows, columns = (tile_starts(n, side) for n, side in zip(grid, sides, strict=True))
-    window = _hann(sides[0]).outer(_hann(sides[1])).to(image.device)  # (t_h, t_w)
-    total, weight = None, torch.zeros(grid, device=image.device)  # (h, w)
-    for top in rows:
-        for left in columns:
+    # sampled at the centres of the patches, so that no weight is 0
+    rows, columns = (torch.sin(torch.pi * (torch.arange(side) + 0.5) / side).square() for side in sides)
+    window = rows.outer(columns).to(image.device)  # (t_h, t_w)
+    total, weight = 0, torch.zeros(grid, device=image.device)  # (1, D, h, w), (h, w)
+    for top in _tile_starts(grid[0], sides[0]):
+        for left in _tile_starts(grid[1], sides[1]):
             bottom, right = top + sides[0], left + sides[1]
             code = encode(image[..., top * patch : bottom * patch, left * patch : right * patch])
-            if total is None:
-                total = code.new_zeros(*code.shape[:2], *grid)  # (1, D, h, w)
-            total[..., top:bottom, left:right] += window * code
+            total = total + F.pad(window * code, (left, grid[1] - right, top, grid[0] - bottom))
             weight[top:bottom, left:right] += window
     return total / weight
 
 
-def tile_starts(length: int, side: int) -> list[int]:
+def _tile_starts(length: int, side: int) -> list[int]:
     """First positions of evenly spaced tiles of `side` over `length`, overlapping by at least a quarter."""
-    if side >= length:
-        return [0]
-    steps = -(-(length - side) // (side - side // 4))
-    return [round(step * (length - side) / steps) for step in range(steps + 1)]
-
-
-def _hann(side: int) -> Tensor:
-    """Hann window (side,), sampled at the centres of the patches so that no weight is 0."""
-    return torch.sin(torch.pi * (torch.arange(side) + 0.5) / side).square()
+    steps = math.ceil((length - side) / (side - side // 4))
+    return [round(step * (length - side) / max(1, steps)) for step in range(steps + 1)]
 
 
 def predict_folder(
     predictor: Predictor, images: Path, out: Path, *, names: str | None = None
 ) -> dict[str, Any]:
-    """Writes mask.png and overlay.jpg for each photograph, and a legend; earlier results are replaced.
+    """Writes masks of a photograph or of a folder of them; see `result_folders` for the places.
 
     Args:
         predictor: photograph -> class map.
         images: a photograph, or a folder that is searched recursively.
-        out: folder for results; see `result_folders`.
+        out: folder for mask.png and overlay.jpg of each photograph, legend.json and legend.png.
         names: --names, which replace names in the legend.
 
     Returns:
-        The content of legend.json: `ids` (see `MaskIds.legend`), `images` (a count), `left_out` (messages).
+        The content of legend.json: `ids`, `images` (a count), `left_out` (messages).
 
     Raises:
         LeftOut: some photographs are damaged; the others have masks.
-        UserError: there are no photographs, or `names` or `out` is invalid.
     """
     folders = result_folders(images, out)
-    ids = predictor.ids.renamed(read_names(names))
+    named = renamed(predictor.names, names) if names else predictor.names
     make_folder(out, named_by="--out")
     if predictor.unmatched:
         print("clusters were not matched to classes (no labels, or a published checkpoint): ids are numbers")
-    counts, skipped, start = np.zeros(len(ids.names), dtype=np.int64), [], perf_counter()
+    counts, skipped = np.zeros(len(named), dtype=np.int64), []
     for path, folder in tqdm(folders.items(), desc="masks", unit="image"):
         try:
             image = open_image(path)
             classes = predictor(image)
         except UserError as error:
-            skipped.append(str(error) if str(path) in str(error) else f"{path}: {error}")
-            tqdm.write(f"skipped: {skipped[-1]}")
+            skipped.append(str(error))
             continue
-        folder.mkdir(parents=True, exist_ok=True)
-        write_mask(folder / MASK, classes, ids)
-        write_overlay(folder / OVERLAY, image, classes, ids=ids)
+        except torch.OutOfMemoryError:
+            size = f"{image.width} x {image.height}"
+            skipped.append(f"{path}: {size} pixels exceed the memory; set a --tile or a smaller --res")
+            continue
+        write_results(folder, image, classes, predictor.palette)
         counts += np.bincount(classes.ravel(), minlength=len(counts))
-    done = len(folders) - len(skipped)
-    print(f"\n{done} images, {done / (perf_counter() - start):.2f} images/s\n\nresults: {out}")
-    result = {"ids": ids.legend(counts), "images": done, "left_out": skipped}
-    write_json(out / LEGEND_DATA, result)
-    draw_legend(out / LEGEND, result["ids"])
+    shares = (100 * counts / max(1, counts.sum())).tolist()
+    rows = zip(range(len(named)), named, predictor.palette, shares, strict=True)
+    legend = [dict(zip(("id", "name", "colour", "share"), row, strict=True)) for row in rows]
+    result = {"ids": legend, "images": len(folders) - len(skipped), "left_out": skipped}
+    write_json(out / "legend.json", result)
+    draw_legend(out / "legend.png", legend)
+    print(f"\nresults: {out}")
     if skipped:
-        raise LeftOut(skipped, f"{images}; the other {done} images are done")
+        raise LeftOut(skipped, f"{images}; the other {result['images']} images are done")
     return result

@@ -4,7 +4,7 @@ DINO self-distillation (Caron et al., "Emerging Properties in Self-Supervised Vi
 of a small ViT on synthetic scenes without labels. As a crop of a scene shows several textures, the teacher, a
 momentum average of the student, predicts per patch: each patch of a crop that the student sees learns what
 the teacher predicts at the same place of the scene in another crop.
-To judge the result: python run.py --opt demo.json --frozen
+To judge the result: python eval.py --opt demo_eval.json --measure-sets
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import argparse
 import copy
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # run as a file: imports start at the root of the project
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -30,12 +30,10 @@ from model.backbone import FrozenViT
 from model.weights import backbone_spec
 from utils.config.loading import find_option_file, load_options
 from utils.files import REPOSITORY
-from utils.training.device import hardware_settings
+from utils.training.device import accelerator
 from utils.training.randomness import generator, seeded
-from utils.training.trainer import build_trainer
 from utils.vision.transforms import normalise
 
-SEED = 0
 CROP_SIDES = (48, 48, 24, 24, 24, 24)  # pixels; the teacher sees the first two
 ZOOM = 1.25  # crops are magnified by 1 / ZOOM to ZOOM
 SPREAD = 12.0  # maximal distance in pixels, along each axis, of a crop's centre from that of the others
@@ -47,105 +45,66 @@ LR, WARMUP, WEIGHT_DECAY, GRAD_NORM = 1e-3, 50, 0.04, 3.0
 REMOVED_MEAN = 0.68  # share of the mean feature that is subtracted at the end
 
 
-@dataclass(frozen=True)
-class Crop:
-    """A crop of every scene of a batch.
+class Crop(NamedTuple):
+    """A crop of each scene; places are (x, y) in a scene that extends from -1 to 1."""
 
-    Attributes:
-        images: (B, 3, side, side), normalised.
-        scale: (B, 2), half its sides in units of half a scene's side (x, y); negative if mirrored.
-        centre: (B, 2), its centre in a scene that extends from -1 to 1.
-    """
-
-    images: Tensor
-    scale: Tensor
-    centre: Tensor
+    images: Tensor  # (B, 3, side, side), normalised
+    scale: Tensor  # half its sides, (B, 2); negative if mirrored
+    centre: Tensor  # (B, 2)
 
 
 class PatchClassifier(nn.Module):
-    """A ViT with a head that compares its patches with K prototypes; the student and the teacher."""
+    """A ViT with a head that compares its patches with prototypes; the student and the teacher."""
 
     def __init__(self, vit: FrozenViT) -> None:
         super().__init__()
-        self.vit = vit
-        self.head = nn.Sequential(
-            nn.BatchNorm1d(vit.spec.dim, affine=False),
-            nn.Linear(vit.spec.dim, HIDDEN),
-            nn.BatchNorm1d(HIDDEN),
-            nn.GELU(),
-            nn.Linear(HIDDEN, BOTTLENECK),
-        )
+        self.vit, dim = vit, vit.spec.dim
+        head = [nn.Linear(dim, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.GELU(), nn.Linear(HIDDEN, BOTTLENECK)]
+        self.head = nn.Sequential(nn.BatchNorm1d(dim, affine=False), *head)
         self.prototypes = nn.Parameter(torch.randn(PROTOTYPES, BOTTLENECK))
 
     def forward(self, images: Tensor) -> Tensor:
         """Cosines (B, K, h, w) of normalised images (B, 3, H, W) with the prototypes."""
-        side = images.shape[-1] // self.vit.spec.patch
-        patches = self.vit.last_features(self.vit.tokens(images), (side, side))  # (B, D, h, w)
+        patches = last_features(self.vit, images)  # (B, D, h, w)
         rows = F.normalize(self.head(patches.permute(0, 2, 3, 1).flatten(0, 2)), dim=1)  # (B*h*w, bottleneck)
         cosines = rows @ F.normalize(self.prototypes, dim=1).T  # (B*h*w, K)
-        return cosines.view(len(images), side, side, -1).permute(0, 3, 1, 2)
+        return cosines.view(len(images), *patches.shape[2:], -1).permute(0, 3, 1, 2)
 
 
-@torch.no_grad()
-def initialise(vit: FrozenViT) -> None:
-    """Xavier weights and patch filters without their mean.
-
-    With timm's initial values, a small ViT is nearly linear, and its features are dominated by colour.
-    """
-    with seeded(SEED, "distillation start"):
-        for module in vit.blocks.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-    filters = vit.patch_embed.proj.weight  # (D, 3, patch, patch)
-    filters -= filters.mean(dim=(2, 3), keepdim=True)
+def last_features(vit: FrozenViT, images: Tensor) -> Tensor:
+    """Features (B, D, h, w) of normalised square images (B, 3, H, W)."""
+    side = images.shape[-1] // vit.spec.patch
+    return vit.last_features(vit.tokens(images), (side, side))
 
 
 def distil(vit: FrozenViT, scenes: Tensor, *, steps: int, batch_size: int) -> FrozenViT:
     """Trains a copy of a ViT on scenes (S, 3, H, W) uint8 and returns that of the teacher."""
-    with seeded(SEED, "distillation head"):
+    with seeded(0, "distillation head"):
         student = PatchClassifier(copy.deepcopy(vit)).to(scenes.device).requires_grad_(True)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    centre = torch.zeros(PROTOTYPES, device=scenes.device)  # (K,)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-    with trange(steps, desc="DINO self-distillation", unit="step") as bar:
-        for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = LR * schedule(step, steps)
-            crops = draw_crops(scenes, batch_size, generator(SEED, "distillation", step))
-            with torch.no_grad():
-                targets = [teacher(crop.images) for crop in crops[:2]]  # (B, K, h, w) each
-            loss = distillation_loss([student(crop.images) for crop in crops], targets, centre, crops)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(student.parameters(), GRAD_NORM)
-            optimizer.step()
-            centre.lerp_(torch.stack(targets).mean(dim=(0, 1, 3, 4)), 1 - CENTRE_MOMENTUM)
-            momentum = 1 - (1 - MOMENTUM) * (1 + math.cos(math.pi * step / steps)) / 2
-            with torch.no_grad():
-                for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
-                    slow.lerp_(fast, 1 - momentum)
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+    centre = torch.zeros(PROTOTYPES, device=scenes.device)  # (K,), running mean of the teacher's scores
+    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=WEIGHT_DECAY)
+    for step in trange(steps, desc="DINO self-distillation", unit="step"):
+        decay = (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP))) / 2
+        optimizer.param_groups[0]["lr"] = LR * ((step + 1) / WARMUP if step < WARMUP else decay)
+        crops = draw_crops(scenes, batch_size, generator(0, "distillation", step))
+        targets = [teacher(crop.images) for crop in crops[:2]]  # (B, K, h, w) each
+        loss = distillation_loss([student(crop.images) for crop in crops], targets, centre, crops)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), GRAD_NORM)
+        optimizer.step()
+        centre.lerp_(torch.stack(targets).mean(dim=(0, 1, 3, 4)), 1 - CENTRE_MOMENTUM)
+        momentum = 1 - (1 - MOMENTUM) * (1 + math.cos(math.pi * step / steps)) / 2
+        for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
+            slow.lerp_(fast.detach(), 1 - momentum)
     return teacher.vit
-
-
-def schedule(step: int, steps: int) -> float:
-    """Factor of the learning rate: linear warmup, then cosine decay to 0."""
-    if step < WARMUP:
-        return (step + 1) / WARMUP
-    return (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP))) / 2
 
 
 def distillation_loss(
     scores: list[Tensor], targets: list[Tensor], centre: Tensor, crops: list[Crop]
 ) -> Tensor:
-    """Mean cross-entropy of student patches with the teacher's predictions for their places, ().
-
-    Args:
-        scores: of the student, (B, K, h, w) for each crop.
-        targets: of the teacher, (B, K, h, w) for each of the first crops.
-        centre: running mean of the teacher's scores, (K,).
-        crops: their places.
-    """
+    """Mean cross-entropy of the student's patches with the teacher's predictions for their places."""
     total, patches = 0.0, 0.0
     for first, target in enumerate(targets):
         sharpened = ((target - centre[:, None, None]) / TEACHER_TEMPERATURE).softmax(dim=1)
@@ -156,8 +115,7 @@ def distillation_loss(
             inside = (there.abs() <= 1).all(dim=-1)  # (B, h, w)
             wanted = F.grid_sample(sharpened, there, padding_mode="border", align_corners=False)
             entropy = -(wanted * (score / STUDENT_TEMPERATURE).log_softmax(dim=1)).sum(dim=1)
-            total = total + (entropy * inside).sum()
-            patches = patches + inside.sum()
+            total, patches = total + (entropy * inside).sum(), patches + inside.sum()
     return total / patches
 
 
@@ -170,26 +128,23 @@ def positions(crop: Crop, other: Crop, *, side: int) -> Tensor:
 
 
 def draw_crops(scenes: Tensor, batch_size: int, rng: torch.Generator) -> list[Crop]:
-    """Crops of `CROP_SIDES` around one place in each scene of a batch, with different colours."""
+    """Mirrored and recoloured crops of `CROP_SIDES` around one place in each scene of a batch."""
     chosen = torch.randint(len(scenes), (batch_size,), generator=rng)
     images = scenes[chosen.to(scenes.device)].float() / 255  # (B, 3, H, W)
     around = 2 * torch.rand(batch_size, 2, generator=rng) - 1  # (B, 2)
-    return [draw_crop(images, around, side, rng) for side in CROP_SIDES]
-
-
-def draw_crop(images: Tensor, around: Tensor, side: int, rng: torch.Generator) -> Crop:
-    """A crop near a place (B, 2) of each image (B, 3, H, W) in [0, 1]."""
-    count, whole = len(images), images.shape[-1]
-    zoom = ZOOM ** (2 * torch.rand(count, 1, generator=rng) - 1)  # (B, 1)
-    reach = (side / whole / zoom).expand(-1, 2)  # (B, 2)
-    jitter = (2 * torch.rand(count, 2, generator=rng) - 1) * 2 * SPREAD / whole
-    centre = torch.minimum(torch.maximum(around + jitter, reach - 1), 1 - reach)  # (B, 2), inside the scene
-    mirrored = 1 - 2 * (torch.rand(count, 2, generator=rng) < 0.5).float()
-    scale, centre = (reach * mirrored).to(images), centre.to(images)
-    affine = torch.cat([torch.diag_embed(scale), centre[:, :, None]], dim=2)  # (B, 2, 3)
-    grid = F.affine_grid(affine, [count, 3, side, side], align_corners=False)
-    cut = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    return Crop(recolour(cut, rng), scale, centre)
+    crops, whole = [], images.shape[-1]
+    for side in CROP_SIDES:
+        zoom = ZOOM ** (2 * torch.rand(batch_size, 1, generator=rng) - 1)  # (B, 1)
+        reach = (side / whole / zoom).expand(-1, 2)  # (B, 2)
+        jitter = (2 * torch.rand(batch_size, 2, generator=rng) - 1) * 2 * SPREAD / whole
+        centre = torch.minimum(torch.maximum(around + jitter, reach - 1), 1 - reach)  # inside the scene
+        mirrored = 1 - 2 * (torch.rand(batch_size, 2, generator=rng) < 0.5).float()
+        scale, centre = (reach * mirrored).to(images), centre.to(images)
+        affine = torch.cat([torch.diag_embed(scale), centre[:, :, None]], dim=2)  # (B, 2, 3)
+        grid = F.affine_grid(affine, [batch_size, 3, side, side], align_corners=False)
+        cut = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+        crops.append(Crop(recolour(cut, rng), scale, centre))
+    return crops
 
 
 def recolour(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -198,8 +153,8 @@ def recolour(images: Tensor, rng: torch.Generator) -> Tensor:
     Only the edges of colours survive, so that the network learns textures.
     """
 
-    def uniform(*shape: int) -> Tensor:
-        return 2 * torch.rand(len(images), *shape, 1, 1, generator=rng).to(images) - 1
+    def uniform(channels: int) -> Tensor:
+        return 2 * torch.rand(len(images), channels, 1, 1, generator=rng).to(images) - 1
 
     order = uniform(3).argsort(dim=1)  # (B, 3, 1, 1)
     gain = CONTRAST ** uniform(1) * uniform(1).sign() * (1 + 0.3 * uniform(3))
@@ -210,44 +165,37 @@ def recolour(images: Tensor, rng: torch.Generator) -> Tensor:
     return normalise(255 * ((images - mean) * gain + 0.5 + 0.3 * uniform(3)).clamp(0, 1))
 
 
-@torch.no_grad()
-def remove_mean(vit: FrozenViT, scenes: Tensor) -> None:
-    """Subtracts `REMOVED_MEAN` of the mean patch feature from the bias of the last norm.
-
-    The batch norm of the head leaves the mean free, and it dominates cosines: their medians are 0.90 within a
-    class and 0.76 between classes. Without two thirds of it they are near 0.65 and 0.2, as those of real
-    self-supervised features, so that the paper's boundaries fit.
-    """
-    side = scenes.shape[-1] // vit.spec.patch
-    means = [
-        vit.last_features(vit.tokens(normalise(part)), (side, side)).mean(dim=(0, 2, 3))
-        for part in scenes.split(64)
-    ]  # (D,) each
-    vit.norm.bias -= REMOVED_MEAN * torch.stack(means).mean(dim=0)
-
-
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """Trains the backbone that demo.json describes and writes its weights."""
     parser = argparse.ArgumentParser(description="Make the weights of the demo's backbone.")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "model/weights/demo.safetensors")
     parser.add_argument("--scenes", type=int, default=2048, help="number of synthetic images to train on")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch_size", type=int, default=64)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     demo = find_option_file("demo.json")
     options = load_options(demo, {"dataset.train_images": arguments.scenes, "dataloader.batch_size": 1})
-    scene_set = build_data(options).train_set
-    scenes = torch.stack([scene_set[index].image for index in range(arguments.scenes)])  # (S, 3, H, W)
-    with seeded(SEED, "backbone"):
+    train_set = build_data(options).train_set
+    scenes = torch.stack([train_set[index].image for index in range(arguments.scenes)])  # (S, 3, H, W)
+    with seeded(0, "backbone"):
         vit = FrozenViT(backbone_spec(options))
-    initialise(vit)
-    device = build_trainer(options, hardware_settings(options)).strategy.root_device
-    steps, batch_size = arguments.steps, arguments.batch_size
-    vit = distil(vit.to(device), scenes.to(device), steps=steps, batch_size=batch_size).cpu()
-    remove_mean(vit, scenes[: load_options(demo).dataset.train_images])  # the images of the demo
+    # with timm's initial values, a small ViT is nearly linear, and its features are dominated by colour
+    with seeded(0, "distillation start"):
+        for module in vit.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+    filters = vit.patch_embed.proj.weight  # (D, 3, patch, patch)
+    filters -= filters.mean(dim=(2, 3), keepdim=True)
+    device, steps = accelerator(), arguments.steps
+    vit = distil(vit.to(device), scenes.to(device), steps=steps, batch_size=arguments.batch_size).cpu()
+    # The head leaves the mean feature free, which dominates cosines. Without two thirds of it they are like
+    # those of real self-supervised features, so that the paper's boundaries fit.
+    shown = scenes[: load_options(demo).dataset.train_images].split(64)  # the images of the demo
+    means = [last_features(vit, normalise(part)).mean(dim=(0, 2, 3)) for part in shown]  # (D,) each
+    vit.norm.bias -= REMOVED_MEAN * torch.stack(means).mean(dim=0)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     save_file(vit.state_dict(), arguments.out)
-    print(f"written: {arguments.out}, {arguments.out.stat().st_size / 1e6:.1f} MB")
+    print(f"written: {arguments.out}")
 
 
 if __name__ == "__main__":

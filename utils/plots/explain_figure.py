@@ -15,7 +15,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
@@ -24,97 +23,53 @@ from PIL import Image
 SETS = ("positives", "ambiguous", "negatives")
 POSITIVE, AMBIGUOUS, NEGATIVE, ANCHOR = range(4)  # values of `Explanation.zones`
 COLOURS = ("#0072b2", "#f0e442", "#d55e00")  # of SETS, distinct to the colour-blind (Okabe and Ito)
-LABELS = (
-    r"positives: $v_t \cdot f_j > \Phi_t$",
-    "ambiguous zone: left out",
-    r"negatives: $v_t \cdot f_j < \Psi_t$",
-)
-STYLE = {
-    "axes.titlesize": 10,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.frameon": False,
-}
-STAR = {"marker": "*", "markerfacecolor": "white", "markeredgecolor": "black"}
+LABELS = (r"positives: $v_t \cdot f_j > \Phi_t$", "ambiguous zone", r"negatives: $v_t \cdot f_j < \Psi_t$")
+STAR = {"marker": "*", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 15}
 OPACITY = 0.55  # of a set over its image
-DPI = 105
-WIDTH = 13.4  # inches, of all columns together
-HEAD = 1.15  # inches, of title, caption and legend
-BINS = 60
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The proxy of one anchor at t = 0..T in a bank of B images of h x w patches.
+    """The proxy of a patch of the first image at t = 0..T, in a bank of B images of h x w patches."""
 
-    Attributes:
-        anchor: (image, row, column) of the anchor's patch.
-        similarity: v_t . f_j, (T + 1, B, h, w) float32.
-        zones: (T + 1, B, h, w) uint8: POSITIVE, AMBIGUOUS, NEGATIVE, or ANCHOR, which is in no set.
-        phi: Phi_t, (T + 1,) float32.
-        psi: Psi_t, (T + 1,) float32.
-        moved: m_t, by how much v_t differs from v_{t-1}, (T + 1,) float32; 0 at t = 0.
-    """
-
-    anchor: tuple[int, int, int]
-    similarity: np.ndarray
-    zones: np.ndarray
-    phi: np.ndarray
-    psi: np.ndarray
-    moved: np.ndarray
-
-    @property
-    def steps(self) -> int:
-        """T."""
-        return len(self.phi) - 1
+    anchor: tuple[int, int]  # row and column of the patch
+    similarity: np.ndarray  # v_t . f_j, (T + 1, B, h, w) float32
+    zones: np.ndarray  # POSITIVE, AMBIGUOUS, NEGATIVE, or ANCHOR, which is in no set, (T + 1, B, h, w) uint8
+    phi: np.ndarray  # Phi_t, (T + 1,) float32
+    psi: np.ndarray  # Psi_t, (T + 1,) float32
+    moved: np.ndarray  # m_t, by how much v_t differs from v_{t-1}, (T + 1,) float32; 0 at t = 0
 
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w)."""
         return self.zones.shape[2:]
 
-    def counts(self, image: int | None = None) -> np.ndarray:
-        """Patches in each of `SETS` for t = 0..T, (T + 1, 3) int64, of one image or of the bank."""
-        zones = self.zones if image is None else self.zones[:, image]
-        flat = zones.reshape(len(zones), -1)  # (T + 1, patches)
-        return np.stack([(flat == zone).sum(axis=1) for zone in range(len(SETS))], axis=1)
+    def counts(self) -> np.ndarray:
+        """Patches in each of `SETS`, (T + 1, B, 3) int64."""
+        return np.stack([(self.zones == zone).sum(axis=(2, 3)) for zone in range(len(SETS))], axis=2)
 
     def nearest(self, count: int) -> list[int]:
         """The other images, sorted by the sum of v_T . f_j over their positives, then over all patches."""
-        similarity = self.similarity[-1].reshape(self.similarity.shape[1], -1)  # (B, h * w)
-        positive = self.zones[-1].reshape(similarity.shape) == POSITIVE
-        mass = np.where(positive, similarity, 0).sum(axis=1)  # (B,)
-        order = np.lexsort((-similarity.sum(axis=1), -mass)).tolist()
-        return [image for image in order if image != self.anchor[0]][:count]
+        similarity = self.similarity[-1]  # (B, h, w)
+        mass = np.where(self.zones[-1] == POSITIVE, similarity, 0).sum(axis=(1, 2))  # (B,)
+        order = np.lexsort((-similarity.sum(axis=(1, 2)), -mass)).tolist()
+        return [image for image in order if image > 0][:count]
 
     def numbers(self) -> list[dict[str, Any]]:
         """For t = 0..T: boundaries, m_t, and the sizes of the sets in the bank and in the anchor's image."""
-        bank, own = self.counts().tolist(), self.counts(self.anchor[0]).tolist()
+        rows = zip(self.phi.tolist(), self.psi.tolist(), self.moved.tolist(), self.counts(), strict=True)
         return [
-            {
-                "t": t,
-                "phi": self.phi[t].item(),
-                "psi": self.psi[t].item(),
-                "moved": self.moved[t].item(),
-                **dict(zip(SETS, bank[t], strict=True)),
-                "in_image": dict(zip(SETS, own[t], strict=True)),
-            }
-            for t in range(self.steps + 1)
+            {"t": t, "phi": phi, "psi": psi, "moved": moved}
+            | dict(zip(SETS, counts.sum(axis=0).tolist(), strict=True))
+            | {"in_image": dict(zip(SETS, counts[0].tolist(), strict=True))}
+            for t, (phi, psi, moved, counts) in enumerate(rows)
         ]
 
 
-@matplotlib.rc_context(STYLE)
 def draw_explanation(
-    path: Path,
-    found: Explanation,
-    *,
-    pictures: np.ndarray,
-    names: Sequence[str],
-    about: str,
-    neighbours: int = 3,
+    path: Path, found: Explanation, *, pictures: np.ndarray, names: Sequence[str], about: str
 ) -> None:
-    """One column per t; rows of similarities, sets, sets in other images, and histograms.
+    """One column per t; rows of similarities, sets, sets in the three nearest images, and histograms.
 
     Args:
         path: PNG to write.
@@ -122,128 +77,82 @@ def draw_explanation(
         pictures: images of the bank, (B, H, W, 3) uint8.
         names: of the images.
         about: description of the bank.
-        neighbours: number of other images, nearest first.
     """
-    others = found.nearest(neighbours)
-    columns, rows = found.steps + 2, len(others) + 3
-    side = max(1.9, min(WIDTH / columns, 3.6))  # inches
-    ratios = [1, 1, *[0.72] * len(others), 0.8]
-    height = side * sum(ratios) + 0.4 * rows
-    figure = plt.figure(figsize=(side * columns + 0.6, HEAD + height), layout="constrained", dpi=DPI)
-    head, body = figure.subfigures(2, 1, height_ratios=[HEAD, height])
-    _draw_head(head, found, name=names[found.anchor[0]], about=about)
-    axes = body.subplots(rows, columns, gridspec_kw={"height_ratios": ratios}, squeeze=False)
-    _draw_photograph(axes[0, 0], found, pictures[found.anchor[0]])
-    _draw_similarities(body, axes[0, 1:], found, side=pictures.shape[1])
-    _draw_shares(axes[1, 0], found)
-    for row, image in zip(axes[1:-1], [found.anchor[0], *others], strict=True):
-        _draw_zones(row, found, picture=pictures[image], image=image, name=names[image])
-    _draw_boundaries(axes[-1, 0], found)
+    shown = [0, *found.nearest(3)]
+    rows, columns = len(shown) + 2, len(found.phi) + 1
+    side = max(1.9, min(13.4 / columns, 3.6))  # inches
+    size = (side * columns + 0.6, (side + 0.3) * rows + 1)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", dpi=105)
+    row, column = found.anchor
+    title = f"Propagation of patch {row},{column} of {Path(names[0]).stem[:60]}"
+    figure.suptitle(f"{title}\n{about}, {found.zones[0].size:,} patches", fontsize=13, parse_math=False)
+    for axis in (*axes[:-1].flat, axes[-1, 0]):
+        axis.set_axis_off()
+    axes[0, 0].legend(handles=_legend(), loc="center", fontsize=10, frameon=False)
+    _draw_similarities(axes[0, 1:], found, side=pictures.shape[1])
+    for line, image in zip(axes[1:-1], shown, strict=True):
+        line[0].imshow(pictures[image])
+        line[0].set_title(Path(names[image]).stem[:32], fontsize=9, parse_math=False)
+        for t, axis in enumerate(line[1:]):
+            axis.imshow(painted(pictures[image], found.zones[t, image]))
+            _draw_counts(axis, found.counts()[t, image])
+    for axis in axes[:2].flat[1:]:
+        axis.plot(*_position(found, pictures.shape[1]), **STAR)
     _draw_histograms(axes[-1, 1:], found)
     figure.savefig(path)
     plt.close(figure)
 
 
-def _draw_head(head: SubFigure, found: Explanation, *, name: str, about: str) -> None:
-    _, row, column = found.anchor
-    height, width = found.grid
-    caption = f"{about}; {found.zones[0].size:,} patches, {height} x {width} an image"
-    title = f"Propagation of patch {row},{column} of {Path(name).stem[:60]}"
-    head.text(0.5, 0.8, title, ha="center", fontsize=15, parse_math=False)
-    head.text(0.5, 0.58, caption, ha="center", fontsize=11)
-    handles = [Patch(color=colour, label=label) for colour, label in zip(COLOURS, LABELS, strict=True)]
-    handles += [
-        Line2D([], [], linestyle="none", label="anchor", markersize=13, **STAR),
+def _legend() -> list[Patch | Line2D]:
+    return [
+        *(Patch(color=colour, label=label) for colour, label in zip(COLOURS, LABELS, strict=True)),
+        Line2D([], [], linestyle="none", label="anchor", **STAR),
         Line2D([], [], color="black", label=r"$\Phi_t$"),
         Line2D([], [], color="black", linestyle="dashed", label=r"$\Psi_t$"),
     ]
-    columns = len(handles) if found.steps else 3
-    head.legend(handles=handles, loc="lower center", ncol=columns, fontsize=11)
 
 
-def _draw_photograph(axis: Axes, found: Explanation, picture: np.ndarray) -> None:
-    axis.imshow(picture)
-    own = found.similarity[:, found.anchor[0]]  # (T + 1, h, w)
-    title = "the anchor"
-    for t, style in {0: "dotted", found.steps: "solid"}.items():
-        _contour(axis, own[t], found.phi[t], side=len(picture), style=style)
-        title += rf", $\Phi_{{{t}}}$ ({style})"
-    _star(axis, found, side=len(picture))
-    axis.set_title(title)
-    axis.set_axis_off()
+def _position(found: Explanation, side: int) -> tuple[float, float]:
+    """(x, y) of the anchor's centre in pixels."""
+    y, x = (side * (at + 0.5) / n - 0.5 for at, n in zip(found.anchor, found.grid, strict=True))
+    return x, y
 
 
-def _draw_similarities(figure: SubFigure, row: Sequence[Axes], found: Explanation, *, side: int) -> None:
-    own = found.similarity[:, found.anchor[0]]  # (T + 1, h, w)
+def _draw_similarities(row: Sequence[Axes], found: Explanation, *, side: int) -> None:
+    own = found.similarity[:, 0]  # (T + 1, h, w)
     for t, axis in enumerate(row):
-        shown = axis.imshow(
-            _upsampled(own[t], side), vmin=own.min().item(), vmax=own.max().item(), cmap="viridis"
-        )
-        _contour(axis, own[t], found.phi[t], side=side)
-        _star(axis, found, side=side)
-        moved = rf",  $m_{{{t}}}$ = {found.moved[t]:.4f}" if t else ""
+        fine = np.asarray(Image.fromarray(own[t]).resize((side, side), Image.Resampling.BILINEAR))
+        shown = axis.imshow(fine, vmin=own.min(), vmax=own.max())
+        if fine.min() < found.phi[t] < fine.max():  # else there is no line, and matplotlib warns
+            lines = axis.contour(fine, levels=[found.phi[t]], colors="white", linewidths=1.6)
+            lines.set_path_effects([withStroke(linewidth=3, foreground="black")])
         edges = rf"$\Phi_{{{t}}}$ = {found.phi[t]:.3f},  $\Psi_{{{t}}}$ = {found.psi[t]:.3f}"
-        axis.set_title(f"t = {t}{moved}\n{edges}")
-        axis.set_axis_off()
-    bar = figure.colorbar(shown, ax=list(row), fraction=0.03, pad=0.01, aspect=30)
-    bar.set_label(r"similarity $v_t \cdot f_j$")
-
-
-def _draw_zones(
-    row: Sequence[Axes], found: Explanation, *, picture: np.ndarray, image: int, name: str
-) -> None:
-    """The sets of one image for each t; its first column has the image, unless it is the anchor's."""
-    own = image == found.anchor[0]
-    if not own:
-        row[0].imshow(picture)
-        row[0].set_title(Path(name).stem[:32], fontsize=9, parse_math=False)
-        row[0].set_axis_off()
-    for t, axis in enumerate(row[1:]):
-        axis.imshow(painted(picture, found.zones[t, image]))
-        _counts_above(axis, found.counts(image)[t], with_numbers=own)
-        if own:
-            _star(axis, found, side=len(picture))
-        axis.set_axis_off()
+        axis.set_title(rf"t = {t},  $m_{{{t}}}$ = {found.moved[t]:.4f}" + f"\n{edges}", fontsize=10)
+    axis.figure.colorbar(shown, ax=list(row), fraction=0.03, pad=0.01, label=r"similarity $v_t \cdot f_j$")
 
 
 def _draw_histograms(row: Sequence[Axes], found: Explanation) -> None:
     """Similarities of the whole bank by set for each t, on shared axes."""
-    everything = found.similarity.reshape(found.steps + 1, -1)  # (T + 1, N)
-    zones = found.zones.reshape(found.steps + 1, -1)
-    bins = np.linspace(everything.min(), everything.max() + 1e-6, BINS + 1)
+    bins = np.linspace(found.similarity.min(), found.similarity.max() + 1e-6, 61)
     for t, axis in enumerate(row):
-        parts = [everything[t][zones[t] == zone] for zone in range(len(SETS))]
+        parts = [found.similarity[t][found.zones[t] == zone] for zone in range(len(SETS))]
         axis.hist(parts, bins=bins, stacked=True, color=COLOURS, log=True)
         for value, style in ((found.phi[t], "solid"), (found.psi[t], "dashed")):
             if bins[0] <= value <= bins[-1]:
-                axis.axvline(value, color="black", linestyle=style, linewidth=1.3)
-        _counts_above(axis, np.array([len(part) for part in parts]))
-        axis.set_xlabel("similarity")
-        axis.set_ylim(bottom=0.7)
-        if t:
-            axis.sharey(row[0])
-            axis.tick_params(labelleft=False)
+                axis.axvline(value, color="black", linestyle=style)
+        _draw_counts(axis, found.counts()[t].sum(axis=0))
+        axis.set(xlabel="similarity", ylim=(0.7, None))
+        axis.sharey(row[0])
     row[0].set_ylabel("patches of the bank")
 
 
-def _draw_boundaries(axis: Axes, found: Explanation) -> None:
-    steps = np.arange(found.steps + 1)
-    for values, symbol, style in ((found.phi, r"$\Phi_t$", "solid"), (found.psi, r"$\Psi_t$", "dashed")):
-        axis.plot(steps, values, color="black", linestyle=style, marker="o", markersize=4, label=symbol)
-    axis.set(xticks=steps, xlabel="t", title="boundaries")
-    axis.margins(y=0.25)
-    axis.legend(fontsize=9, loc="center right")
-
-
-def _draw_shares(axis: Axes, found: Explanation) -> None:
-    counts = found.counts()  # (T + 1, 3)
-    shares = 100 * counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
-    steps, below = np.arange(found.steps + 1), np.zeros(found.steps + 1)
-    for share, colour in zip(shares.T, COLOURS, strict=True):
-        axis.bar(steps, share, bottom=below, color=colour, width=0.6)
-        below += share
-    axis.set(xticks=steps, xlim=(-0.6, found.steps + 0.6), ylim=(0, 100))
-    axis.set(xlabel="t", ylabel="% of the patches of the bank")
+def _draw_counts(axis: Axes, counts: np.ndarray) -> None:
+    """Writes the sizes of the sets, (3,), and their shares above a panel, on their colours."""
+    for place, (count, colour) in enumerate(zip(counts, COLOURS, strict=True)):
+        text = f"{count:,}\n{count / max(1, counts.sum()):.0%}"
+        box = {"facecolor": colour, "alpha": 0.6, "edgecolor": "none", "boxstyle": "square,pad=0.2"}
+        where = {"transform": axis.transAxes, "ha": "center", "va": "bottom"}
+        axis.text((2 * place + 1) / 6, 1.03, text, fontsize=9, bbox=box, **where)
 
 
 def painted(picture: np.ndarray, zones: np.ndarray) -> np.ndarray:
@@ -254,37 +163,3 @@ def painted(picture: np.ndarray, zones: np.ndarray) -> np.ndarray:
     colours = np.array([*map(to_rgb, COLOURS), (1, 1, 1)])[np.asarray(zones)]  # (H, W, 3)
     opacity = np.where(np.asarray(zones) == ANCHOR, 0, OPACITY)[..., None]  # (H, W, 1)
     return (255 * ((1 - opacity) * grey + opacity * colours)).round().astype(np.uint8)
-
-
-def _upsampled(values: np.ndarray, side: int) -> np.ndarray:
-    """(h, w) float32, bilinearly to (side, side)."""
-    return np.asarray(Image.fromarray(values).resize((side, side), Image.Resampling.BILINEAR))
-
-
-def _contour(axis: Axes, values: np.ndarray, level: float, *, side: int, style: str = "solid") -> None:
-    fine = _upsampled(values, side)
-    if fine.min() < level < fine.max():  # else there is no line, and matplotlib warns
-        lines = axis.contour(fine, levels=[level], colors="white", linewidths=1.6, linestyles=style)
-        lines.set_path_effects([withStroke(linewidth=3, foreground="black")])
-
-
-def _star(axis: Axes, found: Explanation, *, side: int) -> None:
-    y, x = (side * (at + 0.5) / n - 0.5 for at, n in zip(found.anchor[1:], found.grid, strict=True))
-    axis.plot(x, y, markersize=15, clip_on=False, **STAR)
-
-
-def _counts_above(axis: Axes, counts: np.ndarray, *, with_numbers: bool = True) -> None:
-    """Writes the sizes of the sets, (3,), and their shares above a panel, on their colours."""
-    shares = counts / max(1, counts.sum())
-    for place, (count, share, colour) in enumerate(zip(counts, shares, COLOURS, strict=True)):
-        axis.text(
-            (2 * place + 1) / (2 * len(counts)),
-            1.03,
-            f"{count:,}\n{100 * share:.0f}%" if with_numbers else f"{100 * share:.0f}%",
-            transform=axis.transAxes,
-            ha="center",
-            va="bottom",
-            fontsize=9,
-            color="black" if place == AMBIGUOUS else "white",
-            bbox={"facecolor": colour, "edgecolor": "none", "boxstyle": "square,pad=0.25"},
-        )

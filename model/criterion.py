@@ -20,9 +20,6 @@ def register_loss(name: str, build: Callable[[Options], nn.Module]) -> None:
         name: not yet taken.
         build: from all options to a module that is called as `PPAPLoss` is: with z (N, D), the criterion
             features (B, D, h, w) and `generator`, giving a `PPAPLossOutput`.
-
-    Raises:
-        ValueError: the name is taken.
     """
     if name in LOSSES:
         raise ValueError(f"loss {name} is there already; take another name")

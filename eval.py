@@ -48,21 +48,15 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
     pictured = shown_indices(options.eval.pictures, len(data.validation_set))
     with nullcontext() if missing else open_refiner(options) as refiner:
         module = build_module(options, data.labels, checkpoint=stored, pictured=pictured, refiner=refiner)
-        evaluator = module.evaluator
         if len(data.validation_set):
             trainer = build_trainer(options, hardware_settings(options))
             with explained_errors(options):
                 trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)
-        if refiner is not None:
-            evaluator.finish_refining()
-    plain, refined = evaluator.compute(), None if missing else evaluator.compute(refined=True)
-    predictions = evaluator.predictions()
-    result = {
-        "checkpoint": str(stored.path),
-        "step": stored.about.get("step"),
-        **evaluation_result(plain, refined, names=data.labels.names),
-        "after_crf_missing": missing,
-    }
+        module.evaluator.finish_refining()
+    plain, predictions = module.evaluator.compute(), module.evaluator.predictions()
+    refined = None if missing else module.evaluator.compute(refined=True)
+    result = {"checkpoint": str(stored.path), "step": stored.about.get("step")}
+    result |= evaluation_result(plain, refined, names=data.labels.names) | {"after_crf_missing": missing}
     if is_rank_zero():
         write_json(folder / "metrics.json", result)
         write_pictures(folder, data.labels, predictions=predictions, plain=plain, refined=refined)
@@ -70,7 +64,6 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
 
 
 def _why_no_crf(options: Options, *, labelled: bool) -> str | None:
-    """Why an evaluation cannot score a CRF, or None."""
     if not options.eval.is_crf:
         return "eval.is_crf is false"
     if not labelled:
@@ -95,8 +88,6 @@ def study_sets(options: Options, arguments: Namespace) -> Any:
     flag = "--measure-sets" if arguments.measure_sets else "--explain"
     if (loss := options.training_coeff.loss) != "ppap":
         raise UserError(f"training_coeff.loss is {loss}, must be ppap with {flag}")
-    if options.trainer.world_size > 1:
-        raise UserError(f"trainer.devices x trainer.num_nodes must be 1 x 1 with {flag}")
     data, folder = build_data(options, train=False), results_folder(options)
     module = build_module(options, data.labels)
     if arguments.measure_sets:
@@ -117,16 +108,14 @@ def write_masks(options: Options, arguments: Namespace) -> dict[str, Any]:
     from model.predictor import predict_folder
     from utils.training.device import device_name
 
-    predictor = load_segmenter(
-        options.checkpoint,
-        opt=options,
-        labels=known_labels(options.dataset),
-        device=device_name(options),
-        res=arguments.res,
-        head=arguments.head or "cluster",
-        crf=arguments.crf,
-        tile=arguments.tile,
-    )
+    labels, device = known_labels(options.dataset), device_name(options)
+    flags = {
+        "res": arguments.res,
+        "head": arguments.head or "cluster",
+        "crf": arguments.crf,
+        "tile": arguments.tile,
+    }
+    predictor = load_segmenter(options.checkpoint, opt=options, labels=labels, device=device, **flags)
     return predict_folder(predictor, Path(arguments.images), Path(arguments.out), names=arguments.names)
 
 
@@ -139,25 +128,6 @@ def export_checkpoint(options: Options, path: Path) -> None:
     print(f"{found} written in the published format: {path}")
 
 
-def evaluate_all(jobs: Sequence[Any]) -> list[dict[str, Any]]:
-    """Evaluates the checkpoint of each job, and prints tables."""
-    from utils.plots.tables import class_table, metrics_table, sweep_table
-    from utils.training.device import check_backends
-
-    for job in jobs:  # all before the first one starts
-        find_checkpoint(job.options.checkpoint, job.options.output_dir)
-        check_backends(job.options)
-    results = []
-    for job in jobs:
-        name, folder = job.options.wandb.name, results_folder(job.options)
-        result = evaluate(job.options, checkpoint=job.options.checkpoint, folder=folder)
-        print(f"\n{class_table({name: result})}\n\n{metrics_table({name: result})}\n\nresults: {folder}")
-        results.append(result)
-    if len(jobs) > 1:
-        print("\n" + sweep_table([(job.setting, result) for job, result in zip(jobs, results, strict=True)]))
-    return results
-
-
 def main(argv: Sequence[str] | None = None) -> list[Any]:
     """Runs the command that the flags choose, once per job."""
     arguments = parse_arguments(argv, description="Evaluate a PPAP checkpoint.", training=False)
@@ -168,7 +138,21 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
         return [study_sets(job.options, arguments) for job in jobs]
     if arguments.images is not None:
         return [write_masks(job.options, arguments) for job in jobs]
-    return evaluate_all(jobs)
+    from utils.plots.tables import class_table, metrics_table, sweep_table
+    from utils.training.device import check_backends
+
+    for job in jobs:  # all before the first one starts
+        find_checkpoint(job.options.checkpoint, job.options.output_dir)
+        check_backends(job.options)
+    results = []
+    for job in jobs:
+        name, folder = job.options.wandb.name, results_folder(job.options)
+        results.append(evaluate(job.options, checkpoint=job.options.checkpoint, folder=folder))
+        table = {name: results[-1]}
+        print(f"\n{class_table(table)}\n\n{metrics_table(table)}\n\nresults: {folder}")
+    if len(jobs) > 1:
+        print("\n" + sweep_table([(job.setting, result) for job, result in zip(jobs, results, strict=True)]))
+    return results
 
 
 if __name__ == "__main__":

@@ -118,32 +118,15 @@ def run_job(job: Job) -> dict[str, dict[str, Any]]:
     options = as_baseline(job.options) if job.options.train.frozen else job.options
     name = options.wandb.name
     if job.evaluate_only:
-        checkpoint, folder = (
-            options.checkpoint or str(Path(options.output_dir) / name),
-            results_folder(options),
-        )
+        checkpoint, folder = options.checkpoint or f"{options.output_dir}/{name}", results_folder(options)
         print(f"{name}: evaluates {checkpoint}, results in {folder}")
         return {name: evaluate(options, checkpoint=checkpoint, folder=folder)}
-    runs = [options]
-    if options.train.compare_frozen and not options.train.frozen:
-        runs.insert(0, as_baseline(options))
+    compares = options.train.compare_frozen and not options.train.frozen
     results = {}
-    for options in runs:
-        print(f"\n{options.wandb.name}: {'frozen baseline' if options.train.frozen else 'PPAP'}")
-        results[options.wandb.name] = train_and_evaluate(options)
+    for each in [as_baseline(options), options] if compares else [options]:
+        print(f"\n{each.wandb.name}: {'frozen baseline' if each.train.frozen else 'PPAP'}")
+        results[each.wandb.name] = train_and_evaluate(each)
     return results
-
-
-def sweep_rows(job: Job, results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """(setting, result) of the run, its baseline, and the last step of each."""
-    rows = []
-    for name, result in results.items():
-        compared = len(results) > 1 and ("frozen" if name.endswith(FROZEN) else "PPAP")
-        setting = " ".join(filter(None, (job.setting, compared)))
-        rows.append((setting, result))
-        if "last_step" in result:
-            rows.append((f"{setting}, last step".removeprefix(", "), result["last_step"]))
-    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -164,8 +147,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 spent = f"{result['train_hours']:.2f} h, peak memory {result['peak_memory_gib']:.1f} GiB"
                 folder = Path(job.options.output_dir) / name
                 print(f"{name}: best at step {result['step']}, {spent}, results in {folder}")
-        finished.append(list(results.values())[-1])
-        rows += sweep_rows(job, results)
+            compared = len(results) > 1 and ("frozen" if name.endswith(FROZEN) else "PPAP")
+            setting = " ".join(filter(None, (job.setting, compared)))
+            rows.append((setting, result))
+            if "last_step" in result:
+                rows.append((f"{setting}, last step".removeprefix(", "), result["last_step"]))
+        finished.append(result)
         folder = Path(job.options.output_dir) / f"{job.base}-sweep"
         if len(jobs) > 1 and is_rank_zero():  # after each job: an interrupted sweep keeps its results
             if job is jobs[0]:

@@ -15,8 +15,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-INTERPOLATE_OFFSET = 0.1  # of the DINO rule: the scale is (h + 0.1) / h0
-
 
 @dataclass(frozen=True)
 class BackboneSpec:
@@ -93,10 +91,10 @@ class FrozenViT(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 of the weights, whatever file they came from."""
-        found = hashlib.sha256(repr(self.spec).encode())
+        digest = hashlib.sha256(repr(self.spec).encode())
         for name, value in self.state_dict().items():
-            found.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-        return found.hexdigest()
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def position_embedding(self, grid: tuple[int, int]) -> Tensor:
         """The stored embedding, resampled by the rule of DINO, or DINOv2 with registers; (1, 1 + h*w, D)."""
@@ -107,7 +105,7 @@ class FrozenViT(nn.Module):
         if self.spec.registers:
             patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=True)
         else:
-            scale = tuple((side + INTERPOLATE_OFFSET) / native for side in grid)
+            scale = tuple((side + 0.1) / native for side in grid)  # the offset is DINO's
             patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")  # (1, D, h, w)
         resampled = patches.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)  # (1, h*w, D)
         return torch.cat([self.pos_embed[:, :1], resampled], dim=1)

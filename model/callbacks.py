@@ -24,9 +24,7 @@ from utils.plots.wandb_media import confusion_table, iou_chart, prediction_table
 from utils.training.loggers import attach
 from utils.vision.labels import LabelSpace
 
-EXPLANATION = "explanation.png"
-FINAL_FILES = ("metrics.json", NAME)
-FINAL_PICTURES = ("predictions.png", "confusion.png", "class_iou.png", EXPLANATION)
+PICTURES = ("predictions.png", "confusion.png", "class_iou.png", "explanation.png")
 Shown = Sequence[tuple[str, Tensor]]  # name and (3, H, W) uint8 of the validation images that are shown
 
 
@@ -35,7 +33,7 @@ class WandbImages(Callback):
 
     Args:
         runs: the wandb run of this process, or none.
-        shown: the validation images that the module keeps predictions of.
+        shown: the images that the module keeps predictions of.
         best: largest sum of metrics before a resume.
     """
 
@@ -56,20 +54,14 @@ class WandbImages(Callback):
                 run.log(tables | {"iters": step}, step=step)
 
     def finish(self, result: dict[str, Any], *, folder: Path, artifact: Path | None) -> None:
-        """Sends summary, pictures and files of a finished run.
-
-        Args:
-            result: content of metrics.json.
-            folder: of the run.
-            artifact: checkpoint to upload, or None.
-        """
+        """Sends the content of metrics.json, pictures, files and, if given, a checkpoint as an artifact."""
         with errors_as_warnings():
             for run in self.runs:
                 run.summary.update(summary_of(result))
-                existing = [folder / name for name in FINAL_PICTURES if (folder / name).exists()]
+                existing = [folder / name for name in PICTURES if (folder / name).exists()]
                 pictures = {path.stem: wandb.Image(str(path)) for path in existing}
                 run.log(pictures | {"iters": result["step"]}, step=run.step + 1)
-                attach(run, folder, FINAL_FILES)
+                attach(run, folder, ("metrics.json", NAME))
                 if artifact is not None:
                     name = re.sub(r"[^\w.-]+", "_", f"{run.id}-best")
                     model = wandb.Artifact(name, type="model", metadata=summary_of(result))
@@ -87,15 +79,14 @@ class WandbImages(Callback):
             maps = [class_maps(prediction, labels, evaluation) for prediction in predictions]
             photographs = torch.stack(images).permute(0, 2, 3, 1).numpy()  # (P, H, W, 3)
             table = prediction_table(names, photographs, maps=maps, labels=labels)
-            tables["validation/predictions"] = table
+            tables |= {"validation/predictions": table}
         return tables
 
 
 class HtmlReport(Callback):
     """Keeps report.html up to date: metrics and curves after each validation, pictures at the end.
 
-    The first validation also draws what propagation does for one anchor of the first of the images `shown`:
-    it depends only on the frozen features.
+    The first validation also draws what propagation does for one anchor; it needs only frozen features.
     """
 
     def __init__(self, folder: Path, labels: LabelSpace, shown: Shown) -> None:
@@ -124,7 +115,7 @@ class HtmlReport(Callback):
             write_report(self.folder, labels=self.labels, state=state, result=result)
 
     def _explain(self, trainer: Trainer, module: PPAPModule) -> None:
-        path, propagates = self.folder / EXPLANATION, module.options.training_coeff.loss == "ppap"
+        path, propagates = self.folder / "explanation.png", module.options.training_coeff.loss == "ppap"
         if not self.shown or not propagates or module.frozen or path.exists():
             return
         names, images = zip(*self.shown, strict=True)

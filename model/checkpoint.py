@@ -67,8 +67,8 @@ def export(checkpoint: Checkpoint, path: Path) -> None:
             if name.startswith(ours)
         }
         content[part.replace("model", "optimizer")] = None  # as in the released files
-    content |= {"iter": about.get("step"), "best_iter": about.get("step")}
-    content |= {"epoch": about.get("epoch"), "best_epoch": about.get("epoch")}
+    for name, key in {"iter": "step", "best_iter": "step", "epoch": "epoch", "best_epoch": "epoch"}.items():
+        content[name] = about.get(key)
     write_torch_file(content | {"best": float(sum(about.get("metrics", {}).values()))}, path)
 
 
@@ -79,29 +79,11 @@ def n_classes(state: dict[str, torch.Tensor]) -> int:
 
 def restore(module: PPAPModule, checkpoint: Checkpoint) -> None:
     """Loads all parameters, strictly; a UserError names both sides if classes, keys or shapes differ."""
-    mistakes = []
     names, labels = checkpoint.about.get("class_names"), module.labels
     if names is not None and tuple(names) != labels.names:
-        mistakes.append(
-            f"it was trained on the {len(names)} classes {', '.join(names)}; the data set of the options "
-            f"({module.options.dataset.data_type}) has the {labels.n_classes} classes "
-            f"{', '.join(labels.names)}"
+        raise UserError(
+            f"{checkpoint.path}: trained on the {len(names)} classes {', '.join(names)}; the data set of the "
+            f"options ({module.options.dataset.data_type}) has the {labels.n_classes} classes "
+            f"{', '.join(labels.names)}; use the option file that the checkpoint was trained with"
         )
-    found, wanted = _described(checkpoint.state), _described(module.state_dict())
-    if found is not None and found != wanted:
-        mistakes.append(f"it holds {found}; the options describe {wanted}")
-    if mistakes:
-        hint = "use the option file that the checkpoint was trained with"
-        raise UserError([*mistakes, hint], f"{checkpoint.path}, which does not fit")
     load_strictly(module, checkpoint.state, str(checkpoint.path))
-
-
-def _described(state: dict[str, torch.Tensor]) -> str | None:
-    """The network that parameters under our names belong to; None if incomplete."""
-    blocks = len({name.split(".")[3] for name in state if name.startswith("segmenter.backbone.blocks.")})
-    try:
-        width, _, patch, _ = state["segmenter.backbone.patch_embed.proj.weight"].shape
-        probes = f"{n_classes(state)} classes and {len(state['cluster_probe.clusters'])} clusters"
-    except (KeyError, ValueError):
-        return None
-    return f"a ViT of width {width}, patch {patch} and {blocks} blocks with {probes}"

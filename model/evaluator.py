@@ -67,13 +67,10 @@ def open_refiner(options: Options) -> AbstractContextManager[Refiner]:
 
 
 class Evaluator(nn.Module):
-    """Collects an evaluation batch by batch, for validations while training and for the final evaluation.
-
-    With several ranks each adds its own batches; `compute` returns the scores of all.
+    """Collects an evaluation batch by batch; each rank adds its own batches, `compute` scores those of all.
 
     Args:
-        n_classes: number of classes.
-        n_clusters: K of the cluster probe.
+        n_classes, n_clusters: predictions of the linear and the cluster probe.
         is_direct: the code itself holds the cluster logits.
         with_linear: whether a linear probe was trained.
         pictured: indices of the images whose predictions are kept.
@@ -102,9 +99,7 @@ class Evaluator(nn.Module):
         """Clears all counts and kept predictions."""
         for metric in (*self.plain.values(), *self.refined.values()):
             metric.reset()
-        self.losses: list[Tensor] = []
-        self.images = 0
-        self._predictions: list[Prediction] = []
+        self.losses, self.images, self._predictions = [], 0, []
 
     @torch.no_grad()
     def update(
@@ -123,9 +118,8 @@ class Evaluator(nn.Module):
             code: (B, D, h, w).
             image: (B, 3, H, W) uint8; None if the network was given cached tokens.
             label: (B, H, W) int64; values outside [0, n_classes) are ignored.
-            linear: the linear probe.
-            cluster: the cluster probe.
-            first: index in the set of the batch's first image.
+            linear, cluster: the probes.
+            first: index of the batch's first image in the set.
         """
         size = label.shape[-2:]
         with torch.autocast(code.device.type, enabled=False):
@@ -138,11 +132,10 @@ class Evaluator(nn.Module):
             self.plain[name].update(predicted[name], label)
             if name == "cluster":
                 self.losses.append(-(largest if norm is None else largest / norm).mean())
-        for offset in self.pictured.intersection(range(first, first + len(label))):
-            row = offset - first
-            maps = {name: prediction[row].cpu() for name, prediction in predicted.items()}
-            shown = None if image is None else image[row].cpu()
-            self._predictions.append(Prediction(offset, shown, label[row].cpu(), **maps))
+        for index in self.pictured.intersection(range(first, first + len(label))):
+            maps = {name: prediction[index - first].cpu() for name, prediction in predicted.items()}
+            shown = None if image is None else image[index - first].cpu()
+            self._predictions.append(Prediction(index, shown, label[index - first].cpu(), **maps))
         self.images += len(label)
         if self.refiner is not None:
             self._refine(heads, norm, image=image, label=label)
@@ -165,22 +158,22 @@ class Evaluator(nn.Module):
             picture, cosine, divisor, linear = (None if t is None else t[row] for t in maps)
             given = [HeadLogits(cosine, divisor)] + ([] if linear is None else [HeadLogits(linear)])
             self.refiner.submit(picture, given, tag=label[row])
-        self.collect_refined()
+        self._count_refined()
 
-    def collect_refined(self, *, wait_for_one: bool = False) -> int:
-        """Counts what the CRF has finished; returns the number of images that it still has."""
+    def _count_refined(self, *, wait_for_one: bool = False) -> None:
         for label, predictions in self.refiner.finished(wait_for_one=wait_for_one):
             for metric, prediction in zip(self.refined.values(), predictions, strict=True):
                 device = metric.counts.device
                 metric.update(torch.as_tensor(prediction, device=device), label.to(device))
-        return len(self.refiner)
 
     def finish_refining(self) -> None:
         """Waits for the CRF, with a progress bar."""
+        if self.refiner is None:
+            return
         with tqdm(total=self.images, desc="CRF", unit="image", disable=not is_rank_zero()) as bar:
-            bar.update(self.images - len(self.refiner))
-            while waiting := len(self.refiner):
-                bar.update(waiting - self.collect_refined(wait_for_one=True))
+            while len(self.refiner):
+                self._count_refined(wait_for_one=True)
+                bar.update(self.images - len(self.refiner) - bar.n)
 
     def predictions(self) -> list[Prediction]:
         """The kept predictions of all ranks, in the order of the set. Must be called by all ranks."""
@@ -196,7 +189,7 @@ class Evaluator(nn.Module):
         totals = {name: sum(each[name] for each, _, _ in added) for name in counts}
         scores = {name: score(total, matched=name == "cluster") for name, total in totals.items()}
         return Evaluation(
-            {name: found for name, found in scores.items() if found is not None},
+            {name: found for name, found in scores.items() if found},
             valid_loss=float(torch.cat([each for _, each, _ in added]).mean()),  # NaN without images
             images=sum(images for _, _, images in added),
         )

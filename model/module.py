@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from model.criterion import build_criterion
-from model.evaluator import Evaluation, Evaluator, Refiner
+from model.evaluator import Evaluation, Evaluator
 from model.monitoring import NonFiniteGuard, Throughput
 from model.probes import ClusterProbe, LinearProbe
 from model.segmenter import Segmenter, criterion_dropout
@@ -31,8 +30,7 @@ class PPAPModule(LightningModule):
 
     Args:
         train_labelled: whether train items have labels; without them there is no linear probe.
-        pictured: indices of the validation images whose predictions are kept.
-        refiner: CRF that refines the predictions of a validation, or None.
+        evaluation: `pictured` and `refiner` of the `Evaluator`.
     """
 
     def __init__(
@@ -42,8 +40,7 @@ class PPAPModule(LightningModule):
         segmenter: Segmenter,
         *,
         train_labelled: bool = True,
-        pictured: Collection[int] = (),
-        refiner: Refiner | None = None,
+        **evaluation: Any,
     ) -> None:
         super().__init__()
         self.options, self.labels, self.train_labelled = options, labels, train_labelled
@@ -56,14 +53,8 @@ class PPAPModule(LightningModule):
         with seeded(options.train.seed, "cluster probe"):
             self.cluster_probe = ClusterProbe(dim, n_clusters)
         self.criterion = build_criterion(options)
-        self.evaluator = Evaluator(
-            labels.n_classes,
-            n_clusters,
-            is_direct=options.eval.is_direct,
-            with_linear=train_labelled,
-            pictured=pictured,
-            refiner=refiner,
-        )
+        heads = {"is_direct": options.eval.is_direct, "with_linear": train_labelled}
+        self.evaluator = Evaluator(labels.n_classes, n_clusters, **heads, **evaluation)
         self.last_evaluation: Evaluation | None = None
         self.score = float("-inf")
         self.metrics: dict[str, float] = {}
@@ -92,10 +83,7 @@ class PPAPModule(LightningModule):
         return world_size() * total
 
     def losses(self, batch: Any, *, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The losses by name, () each, whose sum is minimised; and statistics of PPAP's sets.
-
-        The probes read the code detached.
-        """
+        """The losses by name, () each, whose sum is minimised; and statistics of PPAP's sets."""
         seed, losses, statistics = self.options.train.seed, {}, {}
         tokens, grid = self.segmenter.tokens(batch.inputs), self.segmenter.grid(batch.label)
         if self.frozen:
@@ -121,10 +109,9 @@ class PPAPModule(LightningModule):
         ]
         groups = []
         for parameters, group in parts:
-            if parameters[0].requires_grad:
-                decay = group.weight_decay if group.name == "adamw" else 0.0
-                groups.append({"params": parameters, "lr": group.lr, "weight_decay": decay})
-        return torch.optim.AdamW(groups)
+            decay = group.weight_decay if group.name == "adamw" else 0.0
+            groups.append({"params": parameters, "lr": group.lr, "weight_decay": decay})
+        return torch.optim.AdamW([group for group in groups if group["params"][0].requires_grad])
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **_kwargs: Any) -> None:
         """Clips head and projection alone; Lightning calls this after unscaling."""
@@ -152,7 +139,6 @@ class PPAPModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Starts counting afresh."""
         self.guard.raise_if_found(self.trainer.datamodule)
-        self.throughput.pause()
         self.evaluator.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -175,8 +161,8 @@ class PPAPModule(LightningModule):
             self._write(self.metrics | {"valid_loss": self.last_evaluation.valid_loss})
 
     def on_validation_end(self) -> None:
-        """Checkpoints and pictures do not count as training time either."""
-        self.throughput.resume()
+        """Restarts the measurement of images per second."""
+        self.throughput.restart()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds classes, matching, options and versions, in plain containers."""

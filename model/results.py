@@ -28,14 +28,11 @@ def evaluation_result(
     plain: Evaluation, refined: Evaluation | None, *, names: Sequence[str]
 ) -> dict[str, Any]:
     """Images, losses, metrics, class IoU and matching, as metrics.json holds them."""
-    stages = {"before_crf": plain, "after_crf": refined}
-    return {
-        "images": plain.images,
-        "valid_loss": plain.valid_loss,
-        **{stage: found and (found.metrics() or None) for stage, found in stages.items()},
-        "class_iou": {stage: found and class_iou(found, names) for stage, found in stages.items()},
-        "assignment": plain.assignment,
-    }
+    result = {"images": plain.images, "valid_loss": plain.valid_loss, "class_iou": {}}
+    for stage, found in {"before_crf": plain, "after_crf": refined}.items():
+        result[stage] = found and (found.metrics() or None)
+        result["class_iou"][stage] = found and class_iou(found, names)
+    return result | {"assignment": plain.assignment}
 
 
 def class_maps(prediction: Prediction, labels: LabelSpace, plain: Evaluation) -> dict[str, np.ndarray]:
@@ -63,15 +60,7 @@ def write_pictures(
     plain: Evaluation,
     refined: Evaluation | None,
 ) -> None:
-    """Writes confusion.npz, confusion.png and class_iou.png of the scores, and predictions.png.
-
-    Args:
-        folder: to write to.
-        labels: class names and colours.
-        predictions: images to show.
-        plain: scores before CRF.
-        refined: scores after CRF, or None.
-    """
+    """Writes confusion.npz, confusion.png and class_iou.png of the scores, and predictions.png."""
     counts = {head: scores.confusion for head, scores in plain.scores.items()}
     if counts:
         draw_confusion(folder / "confusion.png", counts, labels=labels)

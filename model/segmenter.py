@@ -30,11 +30,9 @@ class SegmenterOutput(NamedTuple):
 
 
 class Segmenter(nn.Module):
-    """Frozen backbone, trainable head (a deep copy of its last block) and projection.
+    """Frozen backbone, trainable head (a copy of its last block, weights included) and projection.
 
-    Args:
-        backbone: the frozen ViT, with its weights loaded: the head is copied from them.
-        compile: passes backbone and head through torch.compile, for the shapes that occur.
+    With `compile`, backbone and head go through torch.compile for the shapes that occur.
     """
 
     def __init__(self, backbone: FrozenViT, *, compile: bool = False) -> None:
@@ -75,16 +73,13 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def criterion_dropout(crit: Tensor, *, probability: float, generator: torch.Generator) -> Tensor:
-    """Zeroes whole channels of an image, as Dropout2d does, with masks from an explicit CPU generator.
+    """Dropout2d of this rank's images (B, D, h, w) with masks from a CPU generator.
 
-    Args:
-        crit: (B, D, h, w), this rank's slice of the global batch.
-        probability: share of channels to zero; the others are scaled by 1 / (1 - probability).
-        generator: made for the step; row b of its draw belongs to image b of the global batch.
+    Row b of the draw belongs to image b of the global batch, so the result does not depend on the ranks.
     """
     if probability == 0:
         return crit
     images, channels = crit.shape[:2]
-    drawn = torch.rand(world_size() * images, channels, generator=generator)  # of the global batch
+    drawn = torch.rand(world_size() * images, channels, generator=generator)
     mask = (own_slice(drawn) >= probability) / (1 - probability)  # (B, D)
     return crit * mask.to(crit, non_blocking=True)[:, :, None, None]

@@ -1,17 +1,12 @@
 import csv
-import time
 
 import pytest
 import torch
 
 import run
-from dataset import DATA_SETS, build_data
-from dataset.base import Batch
+from dataset import build_data
 from model import PPAPModule, build_module
-from model.backbone import FrozenViT
-from model.segmenter import Segmenter
-from model.weights import backbone_spec
-from utils.config.loading import find_option_file, load_options, with_changes
+from utils.config.loading import with_changes
 from utils.errors import UserError
 from utils.training.randomness import generator
 from utils.training.run_dir import RunDir
@@ -201,46 +196,6 @@ def test_training__deterministic_gives_the_same_bits_on_cuda(tiny_options, tmp_p
         train(tiny_options(train__deterministic=True, train__epoch=4), tmp_path / name)
     assert loss_rows(tmp_path / "one") == loss_rows(tmp_path / "two")
     torch.use_deterministic_algorithms(False)
-
-
-def full_shape_step(options, device, dtype):
-    """Seconds and losses of one forward and backward pass at the options' shape, random weights."""
-    labels = DATA_SETS[options.dataset.data_type].labels(options.dataset)
-    with torch.device(device):
-        segmenter = Segmenter(FrozenViT(backbone_spec(options)))
-    module = PPAPModule(options, labels, segmenter).to(device)
-    optimizer, side = module.configure_optimizers(), options.dataset.res
-    batch = Batch(
-        torch.randint(256, (options.dataloader.batch_size, 3, side, side), dtype=torch.uint8, device=device),
-        torch.randint(0, labels.n_classes, (options.dataloader.batch_size, side, side), device=device),
-        torch.arange(options.dataloader.batch_size),
-    )
-    for step in (1, 2):  # the first warms up
-        start = time.perf_counter()
-        with torch.autocast(device, dtype=dtype):
-            losses, _ = module.losses(batch, step=step)
-        total = sum(losses.values())
-        total.backward()
-        module.configure_gradient_clipping(optimizer)
-        optimizer.step()
-        finite = bool(torch.isfinite(total))  # waits for the device
-        seconds = time.perf_counter() - start
-    assert finite
-    return seconds
-
-
-def test_step__at_a_small_shape(tiny_options):
-    assert full_shape_step(tiny_options(), "cpu", torch.bfloat16) > 0
-
-
-@pytest.mark.gpu
-def test_step__full_coco_shape_on_cuda(capsys):
-    options = load_options(find_option_file("cocostuff.json"))
-    seconds = full_shape_step(options, "cuda", torch.float16)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    with capsys.disabled():
-        print(f"\nCOCO ViT-S/8 step, batch 64, 224 pixels, fp16: {seconds:.3f} s, {peak:.1f} GiB at most")
-    assert peak < 80
 
 
 def test_channels__that_do_not_fit(made):

@@ -18,32 +18,24 @@ from utils.config.options import Options
 from utils.errors import UserError
 from utils.files import find_checkpoint
 from utils.training.launch import is_rank_zero
+from utils.vision.crf import crf_missing
 
 # Commands import torch when they start: a mistyped option is reported at once, and the processes of the CRF,
 # which import this file again, stay small.
 
 
 def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[str, Any]:
-    """Evaluates a checkpoint on the validation split; training ends with this too.
-
-    Writes metrics.json, confusion.npz, predictions.png, confusion.png and class_iou.png.
+    """Evaluates a checkpoint on the validation split; returns the content of metrics.json.
 
     Args:
         options: all options.
         checkpoint: a file, a folder, or a run below `output_dir`.
-        folder: for results.
-
-    Returns:
-        The content of metrics.json: `before_crf` and `after_crf` (the four metrics, or None), `class_iou`,
-        `valid_loss`, `images`, `assignment`, `step`, `checkpoint`, `after_crf_missing`.
-
-    Raises:
-        UserError: data or checkpoint are missing or do not fit.
+        folder: for metrics.json, confusion.npz, predictions.png, confusion.png and class_iou.png.
     """
     from dataset import build_data
     from model import build_module
     from model.checkpoint import read_checkpoint
-    from model.evaluator import no_refiner_reason, open_refiner
+    from model.evaluator import open_refiner
     from model.results import evaluation_result, shown_indices, write_pictures
     from utils.files import make_folder, write_json
     from utils.training.device import explained_errors, hardware_settings
@@ -52,82 +44,61 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
     data = build_data(options, train=False)
     stored = read_checkpoint(find_checkpoint(str(checkpoint), options.output_dir))
     make_folder(folder)
-    images = len(data.validation_set)
-    missing = no_refiner_reason(options, labelled=data.validation_labelled)
-    with open_refiner(options) if missing is None else nullcontext() as refiner:
-        module = build_module(
-            options,
-            data.labels,
-            checkpoint=stored,
-            pictured=shown_indices(options.eval.pictures, images),
-            refiner=refiner,
-        )
-        if images:
+    missing = _why_no_crf(options, labelled=data.validation_labelled)
+    pictured = shown_indices(options.eval.pictures, len(data.validation_set))
+    with nullcontext() if missing else open_refiner(options) as refiner:
+        module = build_module(options, data.labels, checkpoint=stored, pictured=pictured, refiner=refiner)
+        if len(data.validation_set):
             trainer = build_trainer(options, hardware_settings(options))
             with explained_errors(options):
                 trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)
         module.evaluator.finish_refining()
-    plain = module.evaluator.compute()
-    refined = module.evaluator.compute(refined=True) if missing is None else None
-    predictions = module.evaluator.predictions()
-    result = {
-        "checkpoint": str(stored.path),
-        "step": stored.about.get("step"),
-        **evaluation_result(plain, refined, names=data.labels.names),
-        "after_crf_missing": missing,
-    }
+    plain, predictions = module.evaluator.compute(), module.evaluator.predictions()
+    refined = None if missing else module.evaluator.compute(refined=True)
+    result = {"checkpoint": str(stored.path), "step": stored.about.get("step")}
+    result |= evaluation_result(plain, refined, names=data.labels.names) | {"after_crf_missing": missing}
     if is_rank_zero():
         write_json(folder / "metrics.json", result)
         write_pictures(folder, data.labels, predictions=predictions, plain=plain, refined=refined)
     return result
 
 
-def run_folder(options: Options) -> Path:
-    """<output_dir>/<wandb.name>, in every wandb mode."""
-    return Path(options.output_dir) / options.wandb.name
+def _why_no_crf(options: Options, *, labelled: bool) -> str | None:
+    if not options.eval.is_crf:
+        return "eval.is_crf is false"
+    if not labelled:
+        return "the validation split has no labels"
+    return crf_missing() if options.eval.crf_backend == "pydensecrf" else None
 
 
 def results_folder(options: Options) -> Path:
     """The run's folder, or its subfolder `evaluation` if a run was trained there: its results are kept."""
-    folder = run_folder(options)
+    folder = Path(options.output_dir) / options.wandb.name
     return folder / "evaluation" if (folder / "options.json").exists() else folder
 
 
-def measure_sets(options: Options) -> list[dict[str, float]]:
-    """--measure-sets: scores the sets of propagation on frozen features by the validation labels."""
-    from dataset import build_data
-    from model import build_module
-    from model.set_quality import measure_sets as measure
-    from utils.plots.tables import sets_table
-
-    require_ppap(options, "--measure-sets")
-    data, folder = build_data(options, train=False), results_folder(options)
-    rows = measure(build_module(options, data.labels), data, folder=folder)
-    print(f"\n{sets_table(rows)}\n\nresults: {folder}")
-    return rows
-
-
-def explain(options: Options, *, image: str, patch: tuple[int, int] | None) -> dict[str, Any]:
-    """--explain: plots what propagation does for one anchor of an image, on frozen features."""
+def study_sets(options: Options, arguments: Namespace) -> Any:
+    """--measure-sets scores the sets of propagation by labels, --explain plots those of one anchor."""
     from dataset import build_data
     from model import build_module
     from model.explain import explain_image
-    from utils.plots.tables import explanation_table
+    from model.set_quality import measure_sets
+    from utils.plots.tables import explanation_table, sets_table
 
-    require_ppap(options, "--explain")
-    data, folder = build_data(options, train=False), results_folder(options) / "explain"
-    result = explain_image(build_module(options, data.labels), data, image=image, patch=patch, folder=folder)
-    print(f"\n{explanation_table(result)}\n\nresults: {folder}")
-    return result
-
-
-def require_ppap(options: Options, flag: str) -> None:
-    """Raises a UserError unless the options choose the PPAP loss and a single process."""
+    flag = "--measure-sets" if arguments.measure_sets else "--explain"
     if (loss := options.training_coeff.loss) != "ppap":
         raise UserError(f"training_coeff.loss is {loss}, must be ppap with {flag}")
-    if options.trainer.world_size > 1:
-        spread = f"{options.trainer.devices} x {options.trainer.num_nodes}"
-        raise UserError(f"trainer.devices x trainer.num_nodes is {spread}, must be 1 x 1 with {flag}")
+    data, folder = build_data(options, train=False), results_folder(options)
+    module = build_module(options, data.labels)
+    if arguments.measure_sets:
+        result = measure_sets(module, data, folder=folder)
+        table = sets_table(result)
+    else:
+        folder, anchor = folder / "explain", {"image": arguments.explain, "patch": arguments.patch}
+        result = explain_image(module, data, folder=folder, **anchor)
+        table = explanation_table(result)
+    print(f"\n{table}\n\nresults: {folder}")
+    return result
 
 
 def write_masks(options: Options, arguments: Namespace) -> dict[str, Any]:
@@ -137,20 +108,18 @@ def write_masks(options: Options, arguments: Namespace) -> dict[str, Any]:
     from model.predictor import predict_folder
     from utils.training.device import device_name
 
-    predictor = load_segmenter(
-        options.checkpoint,
-        opt=options,
-        labels=known_labels(options.dataset),
-        device=device_name(options),
-        res=arguments.res,
-        head=arguments.head or "cluster",
-        crf=arguments.crf,
-        tile=arguments.tile,
-    )
+    labels, device = known_labels(options.dataset), device_name(options)
+    flags = {
+        "res": arguments.res,
+        "head": arguments.head or "cluster",
+        "crf": arguments.crf,
+        "tile": arguments.tile,
+    }
+    predictor = load_segmenter(options.checkpoint, opt=options, labels=labels, device=device, **flags)
     return predict_folder(predictor, Path(arguments.images), Path(arguments.out), names=arguments.names)
 
 
-def export(options: Options, path: Path) -> None:
+def export_checkpoint(options: Options, path: Path) -> None:
     """--export: writes a checkpoint in the published format."""
     from model.checkpoint import export, read_checkpoint
 
@@ -159,8 +128,16 @@ def export(options: Options, path: Path) -> None:
     print(f"{found} written in the published format: {path}")
 
 
-def evaluate_all(jobs: Sequence[Any]) -> list[dict[str, Any]]:
-    """Evaluates the checkpoint of each job, and prints tables."""
+def main(argv: Sequence[str] | None = None) -> list[Any]:
+    """Runs the command that the flags choose, once per job."""
+    arguments = parse_arguments(argv, description="Evaluate a PPAP checkpoint.", training=False)
+    jobs = plan_jobs(arguments)
+    if arguments.export:
+        return [export_checkpoint(jobs[0].options, Path(arguments.export))]
+    if arguments.measure_sets or arguments.explain is not None:
+        return [study_sets(job.options, arguments) for job in jobs]
+    if arguments.images is not None:
+        return [write_masks(job.options, arguments) for job in jobs]
     from utils.plots.tables import class_table, metrics_table, sweep_table
     from utils.training.device import check_backends
 
@@ -170,27 +147,12 @@ def evaluate_all(jobs: Sequence[Any]) -> list[dict[str, Any]]:
     results = []
     for job in jobs:
         name, folder = job.options.wandb.name, results_folder(job.options)
-        result = evaluate(job.options, checkpoint=job.options.checkpoint, folder=folder)
-        print(f"\n{class_table({name: result})}\n\n{metrics_table({name: result})}\n\nresults: {folder}")
-        results.append(result)
+        results.append(evaluate(job.options, checkpoint=job.options.checkpoint, folder=folder))
+        table = {name: results[-1]}
+        print(f"\n{class_table(table)}\n\n{metrics_table(table)}\n\nresults: {folder}")
     if len(jobs) > 1:
         print("\n" + sweep_table([(job.setting, result) for job, result in zip(jobs, results, strict=True)]))
     return results
-
-
-def main(argv: Sequence[str] | None = None) -> list[Any]:
-    """Runs the command that the flags choose, once per job."""
-    arguments = parse_arguments(argv, description="Evaluate a PPAP checkpoint.", training=False)
-    jobs = plan_jobs(arguments)
-    if arguments.export:
-        return [export(jobs[0].options, Path(arguments.export))]
-    if arguments.measure_sets:
-        return [measure_sets(job.options) for job in jobs]
-    if arguments.explain is not None:
-        return [explain(job.options, image=arguments.explain, patch=arguments.patch) for job in jobs]
-    if arguments.images is not None:
-        return [write_masks(job.options, arguments) for job in jobs]
-    return evaluate_all(jobs)
 
 
 if __name__ == "__main__":

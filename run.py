@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval import evaluate, results_folder, run_folder
+from eval import evaluate, results_folder
 from utils.config.cli import Job, guarded, parse_arguments, plan_jobs
 from utils.config.loading import with_changes
 from utils.config.options import FROZEN, Options
@@ -25,20 +25,12 @@ if TYPE_CHECKING:
 
 
 def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbImages]:
-    """Trains one run, or resumes it; writes options, scalars and checkpoints to its folder.
-
-    Returns:
-        Training time in seconds, and the callbacks that show the final results.
-
-    Raises:
-        UserError: data or weights are missing or do not fit.
-        Stopped: a signal asked the run to stop; everything is saved.
-    """
+    """Trains or resumes one run; returns its seconds and the callbacks that show its final results."""
     from dataset import build_data
     from model import build_module
     from model.callbacks import HtmlReport, WandbImages
     from model.checkpoint import read_checkpoint
-    from model.results import ShownImages, shown_indices
+    from model.results import shown_indices
     from utils.files import find_checkpoint
     from utils.training.checkpointing import CheckpointManager, Progress, read_progress
     from utils.training.device import explained_errors, hardware_settings
@@ -46,51 +38,45 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
     from utils.training.stopping import StopSignal
     from utils.training.trainer import build_trainer
 
-    hardware = hardware_settings(options)
-    data = build_data(options)
+    hardware, data = hardware_settings(options), build_data(options)
     start = options.checkpoint and read_checkpoint(find_checkpoint(options.checkpoint, options.output_dir))
-    module = build_module(
-        options,
-        data.labels,
-        checkpoint=start or None,
-        train_labelled=data.train_labelled,
-        pictured=shown_indices(options.eval.pictures, len(data.validation_set)),
-    )
-    if not data.train_labelled:
+    validation, labelled = data.validation_set, data.train_labelled
+    indices = shown_indices(options.eval.pictures, len(validation))
+    known = {"checkpoint": start or None, "train_labelled": labelled, "pictured": indices}
+    module = build_module(options, data.labels, **known)
+    if not labelled:
         print("train data has no labels: no linear probe")
     checkpoint = run_dir.resume_checkpoint(options)
     if checkpoint is None:
         run_dir.prepare(options, data.damaged)
     progress = Progress() if checkpoint is None else read_progress(checkpoint)
     loggers = build_loggers(options, run_dir.path, step=progress.step, wandb_id=progress.wandb_id)
-    shown = ShownImages.load(data.validation_set, options.eval.pictures)
-    images = WandbImages(options.wandb, run_dir.path, loggers=loggers, shown=shown, best=progress.best)
-    report = HtmlReport(run_dir.path, data.labels, shown=shown)
+    shown = [(validation.source.name(index), validation[index].image) for index in indices]
+    images = WandbImages(wandb_runs(loggers), shown, best=progress.best)
+    report = HtmlReport(run_dir.path, data.labels, shown)
     with StopSignal() as stop, explained_errors(options):
         checkpoints = CheckpointManager(
             run_dir.path,
             valid_freq=options.train.valid_freq,
             every=options.train.checkpoint_interval,
-            validates=len(data.validation_set) > 0,
+            validates=len(validation) > 0,
             stop=stop,
             progress=progress,
-            wandb_id=next((run.id for run in wandb_runs(loggers)), None),
+            wandb_id=next((run.id for run in images.runs), None),
         )
         trainer = build_trainer(options, hardware, loggers=loggers, callbacks=[images, report, checkpoints])
-        try:
-            if options.dataset.cache_features:
-                encode = partial(module.frozen_tokens, trainer=trainer)
-                precision = trainer.precision_plugin.precision
-                data = data.with_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        except BaseException:
-            images.close()
-            raise
+        if options.dataset.cache_features:
+            backbone, precision = module.segmenter.backbone, trainer.precision_plugin.precision
+            encode = partial(module.frozen_tokens, trainer=trainer)
+            data = data.with_tokens(encode, backbone=backbone, precision=precision)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return checkpoints.spent, report, images
 
 
 def train_and_evaluate(options: Options) -> dict[str, Any]:
     """One run from data to metrics.json and report.html; returns the content of metrics.json."""
+    import wandb
+
     from utils.training.device import peak_memory_gib, reset_peak_memory
     from utils.training.run_dir import RunDir
 
@@ -102,8 +88,8 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
                 print(f"{run_dir.path}: this run is finished")
                 return run_dir.read_metrics()
         reset_peak_memory()
-        seconds, report, images = train(options, run_dir)
         try:
+            seconds, report, images = train(options, run_dir)
             result = evaluate(options, checkpoint=run_dir.best, folder=run_dir.path)
             result |= {"train_hours": seconds / 3600, "peak_memory_gib": peak_memory_gib()}
             if options.eval.last_step:
@@ -112,9 +98,10 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
             run_dir.write_metrics(result)
             if is_rank_zero():
                 report.finish(result)
-                images.finish(result, checkpoint=run_dir.best)
+                artifact = run_dir.best if options.wandb.artifact else None
+                images.finish(result, folder=run_dir.path, artifact=artifact)
         finally:
-            images.close()
+            wandb.finish()  # so that the next run of a sweep gets its own
     return result
 
 
@@ -129,30 +116,17 @@ def as_baseline(options: Options) -> Options:
 def run_job(job: Job) -> dict[str, dict[str, Any]]:
     """Runs one job: a run, preceded by its frozen baseline with `train.compare_frozen`."""
     options = as_baseline(job.options) if job.options.train.frozen else job.options
+    name = options.wandb.name
     if job.evaluate_only:
-        checkpoint, folder = options.checkpoint or str(run_folder(options)), results_folder(options)
-        print(f"{options.wandb.name}: evaluates {checkpoint}, results in {folder}")
-        return {options.wandb.name: evaluate(options, checkpoint=checkpoint, folder=folder)}
-    runs = [options]
-    if options.train.compare_frozen and not options.train.frozen:
-        runs.insert(0, as_baseline(options))
+        checkpoint, folder = options.checkpoint or f"{options.output_dir}/{name}", results_folder(options)
+        print(f"{name}: evaluates {checkpoint}, results in {folder}")
+        return {name: evaluate(options, checkpoint=checkpoint, folder=folder)}
+    compares = options.train.compare_frozen and not options.train.frozen
     results = {}
-    for options in runs:
-        print(f"\n{options.wandb.name}: {'frozen baseline' if options.train.frozen else 'PPAP'}")
-        results[options.wandb.name] = train_and_evaluate(options)
+    for each in [as_baseline(options), options] if compares else [options]:
+        print(f"\n{each.wandb.name}: {'frozen baseline' if each.train.frozen else 'PPAP'}")
+        results[each.wandb.name] = train_and_evaluate(each)
     return results
-
-
-def sweep_rows(job: Job, results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """(setting, result) of the run, its baseline, and the last step of each."""
-    rows = []
-    for name, result in results.items():
-        compared = len(results) > 1 and ("frozen" if name.endswith(FROZEN) else "PPAP")
-        setting = " ".join(filter(None, (job.setting, compared)))
-        rows.append((setting, result))
-        if "last_step" in result:
-            rows.append((f"{setting}, last step".removeprefix(", "), result["last_step"]))
-    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -173,8 +147,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 spent = f"{result['train_hours']:.2f} h, peak memory {result['peak_memory_gib']:.1f} GiB"
                 folder = Path(job.options.output_dir) / name
                 print(f"{name}: best at step {result['step']}, {spent}, results in {folder}")
-        finished.append(list(results.values())[-1])
-        rows += sweep_rows(job, results)
+            compared = len(results) > 1 and ("frozen" if name.endswith(FROZEN) else "PPAP")
+            setting = " ".join(filter(None, (job.setting, compared)))
+            rows.append((setting, result))
+            if "last_step" in result:
+                rows.append((f"{setting}, last step".removeprefix(", "), result["last_step"]))
+        finished.append(result)
         folder = Path(job.options.output_dir) / f"{job.base}-sweep"
         if len(jobs) > 1 and is_rank_zero():  # after each job: an interrupted sweep keeps its results
             if job is jobs[0]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from model.backbone import BackboneSpec, FrozenViT
 from model.checkpoint import Checkpoint, n_classes, read_checkpoint, restore
 from model.criterion import register_loss
-from model.evaluator import Refiner
 from model.module import PPAPModule
 from model.predictor import Predictor
 from model.segmenter import Segmenter
@@ -47,48 +45,33 @@ def build_module(
     *,
     checkpoint: Checkpoint | None = None,
     train_labelled: bool | None = None,
-    pictured: Collection[int] = (),
-    refiner: Refiner | None = None,
+    **evaluation: Any,
 ) -> PPAPModule:
     """Builds the network and loads it, from a checkpoint or from the backbone's weights.
 
     Args:
-        options: all options.
-        labels: classes of the data set.
+        options, labels: of the run, and the classes of its data set.
         checkpoint: where all parameters come from; None loads the backbone's weights only.
         train_labelled: whether train items have labels; None takes what the checkpoint says.
-        pictured: see `PPAPModule`.
-        refiner: see `PPAPModule`.
-
-    Raises:
-        UserError: weights or checkpoint are missing, damaged or do not fit.
+        evaluation: see `PPAPModule`.
     """
     with seeded(options.train.seed, "backbone"):
         backbone = build_backbone(options)
-    check_channels(options, n_classes=labels.n_classes, dim=backbone.spec.dim)
+    _check_channels(options, n_classes=labels.n_classes, dim=backbone.spec.dim)
     if train_labelled is None:
         train_labelled = checkpoint is None or checkpoint.about.get("train_labelled", True)
-    if checkpoint is None:
-        source = load_backbone(backbone, options.model.pretrained.pretrained_weights)
-    else:
-        source = str(checkpoint.path)
+    weights = options.model.pretrained.pretrained_weights
+    source = load_backbone(backbone, weights) if checkpoint is None else checkpoint.path
     with seeded(options.train.seed, "projection"):
         segmenter = Segmenter(backbone, compile=options.train.compile)
-    module = PPAPModule(
-        options, labels, segmenter, train_labelled=train_labelled, pictured=pictured, refiner=refiner
-    )
+    module = PPAPModule(options, labels, segmenter, train_labelled=train_labelled, **evaluation)
     if checkpoint is not None:
         restore(module, checkpoint)
     print(f"backbone: {options.model.arch}, {backbone.spec.depth} blocks, from {source}")
     return module
 
 
-def check_channels(options: Options, *, n_classes: int, dim: int) -> None:
-    """Checks that the options agree with the backbone's width D.
-
-    Raises:
-        UserError: they differ, or `eval.is_direct` without one channel per cluster.
-    """
+def _check_channels(options: Options, *, n_classes: int, dim: int) -> None:
     wanted, key = options.model.dim, "model.dim"
     if not options.model.continuous:
         wanted, key = n_classes, "model.continuous: false asks for D = n_classes, which"

@@ -1,7 +1,7 @@
 """The frozen vision transformer, built from timm's parts at its native grid.
 
-timm's own rule for position embeddings at other sizes is not DINO's (0.2 off in the features), and it may
-resample a stored embedding while loading; so the tokens are put together here, and timm gives the blocks.
+timm resamples position embeddings differently from DINO (the features differ by 0.2), so the tokens are
+assembled here from timm's blocks.
 """
 
 from __future__ import annotations
@@ -15,40 +15,23 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-INTERPOLATE_OFFSET = 0.1  # of the DINO rule: the scale is (h + 0.1) / h0
-
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A ViT by its dimensions.
+    """A ViT by its dimensions."""
 
-    Attributes:
-        dim: D, width of a token.
-        depth: number of blocks kept.
-        heads: attention heads.
-        patch: pixels of a patch's side.
-        native_res: pixels of the square that the stored position embedding belongs to.
-        registers: number of register tokens (DINOv2's variants: 4).
-        layer_scale: whether the blocks have LayerScale (DINOv2).
-        published: name of its weights in `model.weights.BACKBONES`, or None.
-    """
-
-    dim: int
-    depth: int
+    dim: int  # D, width of a token
+    depth: int  # number of blocks kept
     heads: int
-    patch: int
-    native_res: int
-    registers: int = 0
-    layer_scale: bool = False
-    published: str | None = None
+    patch: int  # pixels of a patch's side
+    native_res: int  # pixels of the square that the stored position embedding belongs to
+    registers: int = 0  # number of register tokens (4 in DINOv2's variants)
+    layer_scale: bool = False  # as in DINOv2
+    published: str | None = None  # name of its weights in `model.weights.BACKBONES`
 
 
 class FrozenViT(nn.Module):
-    """A ViT without gradients that gives the tokens before and after its last block.
-
-    Its parameters are named as in DINO's files (`cls_token`, `pos_embed`, `patch_embed.proj`, `blocks.N`,
-    `norm`); `train()` leaves it in evaluation mode.
-    """
+    """A ViT without gradients, always in evaluation mode; its parameters are named as in DINO's files."""
 
     def __init__(self, spec: BackboneSpec) -> None:
         super().__init__()
@@ -78,23 +61,11 @@ class FrozenViT(nn.Module):
         return super().train(False)
 
     def tokens(self, image: Tensor) -> Tensor:
-        """Tokens of the second-last block. No parameter requires a gradient, so there is no graph.
+        """Second-last block's tokens, (B, 1 + R + h*w, D), of a normalised (B, 3, H, W) image.
 
-        Args:
-            image: (B, 3, H, W), normalised; H and W multiples of the patch.
-
-        Returns:
-            (B, 1 + registers + h*w, D).
-
-        Raises:
-            ValueError: H or W is no multiple of the patch.
+        H and W must be multiples of the patch.
         """
-        height, width = image.shape[-2:]
-        if height % self.spec.patch or width % self.spec.patch:
-            raise ValueError(
-                f"image is {height} x {width}, must be multiples of the patch ({self.spec.patch})"
-            )
-        grid = (height // self.spec.patch, width // self.spec.patch)
+        grid = (image.shape[-2] // self.spec.patch, image.shape[-1] // self.spec.patch)
         tokens = self.patch_embed(image)  # (B, h*w, D)
         cls = self.cls_token.expand(len(tokens), -1, -1)  # (B, 1, D)
         tokens = torch.cat([cls, tokens], dim=1) + self.position_embedding(grid)  # (B, 1 + h*w, D)
@@ -120,17 +91,13 @@ class FrozenViT(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 of the weights, whatever file they came from."""
-        found = hashlib.sha256(repr(self.spec).encode())
+        digest = hashlib.sha256(repr(self.spec).encode())
         for name, value in self.state_dict().items():
-            found.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-        return found.hexdigest()
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def position_embedding(self, grid: tuple[int, int]) -> Tensor:
-        """The stored embedding at its native grid, resampled by the DINO rule at another, (1, 1 + h*w, D).
-
-        Bicubic with scale (h + 0.1) / h0; variants with registers resample with antialiasing to the exact
-        size, as DINOv2 does.
-        """
+        """The stored embedding, resampled by the rule of DINO, or DINOv2 with registers; (1, 1 + h*w, D)."""
         native = self.spec.native_res // self.spec.patch
         if grid == (native, native):
             return self.pos_embed
@@ -138,7 +105,7 @@ class FrozenViT(nn.Module):
         if self.spec.registers:
             patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=True)
         else:
-            scale = tuple((side + INTERPOLATE_OFFSET) / native for side in grid)
+            scale = tuple((side + 0.1) / native for side in grid)  # the offset is DINO's
             patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")  # (1, D, h, w)
         resampled = patches.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)  # (1, h*w, D)
         return torch.cat([self.pos_embed[:, :1], resampled], dim=1)

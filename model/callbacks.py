@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,139 +11,85 @@ from typing import Any
 import torch
 import wandb
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.loggers import Logger
+from torch import Tensor
 
-from model.evaluator import Prediction
 from model.explain import explain_images
 from model.module import PPAPModule
-from model.results import ShownImages, class_iou, class_maps
-from utils.config.options import WandbOptions
+from model.results import class_iou, class_maps
 from utils.errors import first_line
 from utils.plots.explain_figure import draw_explanation
 from utils.plots.report import NAME, write_report
 from utils.plots.tables import METRICS, STAGES
 from utils.plots.wandb_media import confusion_table, iou_chart, prediction_table
-from utils.training.loggers import attach, wandb_runs
+from utils.training.loggers import attach
 from utils.vision.labels import LabelSpace
 
-EXPLANATION = "explanation.png"
-FINAL_FILES = ("metrics.json", NAME)
-FINAL_PICTURES = ("predictions.png", "confusion.png", "class_iou.png", EXPLANATION)
-TABLES_SHARE = 0.05  # of the training time that wandb's tables may take
+PICTURES = ("predictions.png", "confusion.png", "class_iou.png", "explanation.png")
+Shown = Sequence[tuple[str, Tensor]]  # name and (3, H, W) uint8 of the validation images that are shown
 
 
 class WandbImages(Callback):
-    """Sends tables and images of validations to wandb, and finally the results.
-
-    Tables follow the first validation, the last one, and others as long as they take at most `TABLES_SHARE`
-    of the time.
+    """Sends tables, images and the best metrics so far to wandb after each validation, and the results.
 
     Args:
-        options: wandb's options.
-        folder: of the run.
-        loggers: of the run.
-        shown: validation images to show, those that the module keeps predictions of; None shows none.
+        runs: the wandb run of this process, or none.
+        shown: the images that the module keeps predictions of.
         best: largest sum of metrics before a resume.
     """
 
-    def __init__(
-        self,
-        options: WandbOptions,
-        folder: Path,
-        *,
-        loggers: Sequence[Logger],
-        shown: ShownImages | None,
-        best: float = float("-inf"),
-    ) -> None:
-        self.options, self.folder, self.shown, self.best = options, folder, shown, best
-        self._runs = wandb_runs(loggers)  # none on other ranks than zero
-        self._predictions: list[Prediction] = []
-        self._step = self._sent_step = 0
-        self._next_tables = 0.0  # time from which tables may be sent again
+    def __init__(self, runs: Sequence[wandb.Run], shown: Shown, *, best: float) -> None:
+        self.runs, self.shown, self.best = runs, shown, best
 
     def on_validation_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
-        """Sends the best metrics so far, and tables if they are due."""
-        if self.options.mode == "disabled":
-            return
-        self._step = pl_module.global_step
-        self._predictions = pl_module.evaluator.predictions()  # on all ranks
-        self._send_best(pl_module)
-        if time.perf_counter() >= self._next_tables:
-            self._send_tables(pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
-        """Sends the tables of the last validation."""
-        if self._sent_step != self._step:
-            self._send_tables(pl_module)
-
-    def close(self) -> None:
-        """Ends the wandb run, so that the next run of a sweep gets its own."""
-        for run in self._runs:
-            run.finish()
-
-    def finish(self, result: dict[str, Any], *, checkpoint: Path) -> None:
-        """Sends summary, pictures, files and, if `wandb.artifact` is set, the checkpoint.
-
-        Args:
-            result: content of metrics.json.
-            checkpoint: the best.
-        """
+        """Sends tables, and the metrics if they are the best."""
+        evaluation, step = pl_module.last_evaluation, pl_module.global_step
+        predictions = pl_module.evaluator.predictions()  # gathered on all ranks
+        improved, self.best = pl_module.score > self.best, max(pl_module.score, self.best)
         with errors_as_warnings():
-            for run in self._runs:
+            for run in self.runs:
+                if improved:
+                    run.summary.update(summary_of({"step": step, "before_crf": evaluation.metrics()}))
+                tables = self._tables(pl_module, predictions)
+                # with the run's step: wandb would count a call without one as a step, and drop the next point
+                run.log(tables | {"iters": step}, step=step)
+
+    def finish(self, result: dict[str, Any], *, folder: Path, artifact: Path | None) -> None:
+        """Sends the content of metrics.json, pictures, files and, if given, a checkpoint as an artifact."""
+        with errors_as_warnings():
+            for run in self.runs:
                 run.summary.update(summary_of(result))
-                existing = [self.folder / name for name in FINAL_PICTURES if (self.folder / name).exists()]
+                existing = [folder / name for name in PICTURES if (folder / name).exists()]
                 pictures = {path.stem: wandb.Image(str(path)) for path in existing}
                 run.log(pictures | {"iters": result["step"]}, step=run.step + 1)
-                attach(run, self.folder, FINAL_FILES)
-                if self.options.artifact:
-                    run.log_artifact(checkpoint_artifact(checkpoint, run.id, result=result))
+                attach(run, folder, ("metrics.json", NAME))
+                if artifact is not None:
+                    name = re.sub(r"[^\w.-]+", "_", f"{run.id}-best")
+                    model = wandb.Artifact(name, type="model", metadata=summary_of(result))
+                    model.add_file(str(artifact))
+                    run.log_artifact(model)
 
-    def _send_best(self, module: PPAPModule) -> None:
-        """Updates the summary after the first validation with the largest sum of metrics, as in best.ckpt."""
-        metrics = module.last_evaluation.metrics()
-        if metrics and sum(metrics.values()) > self.best:
-            self.best = sum(metrics.values())
-            for run in self._runs:
-                run.summary.update(summary_of({"step": self._step, "before_crf": metrics}))
-
-    def _send_tables(self, module: PPAPModule) -> None:
-        start = time.perf_counter()
-        with errors_as_warnings():
-            for run in self._runs:
-                # with the run's step: a call without one would count as a step, and wandb drop the next point
-                run.log(self._tables(module) | {"iters": self._step}, step=self._step)
-        now = time.perf_counter()
-        self._next_tables = now + (now - start) / TABLES_SHARE
-        self._sent_step = self._step
-
-    def _tables(self, module: PPAPModule) -> dict[str, Any]:
-        evaluation, labels = module.last_evaluation, module.labels
-        tables: dict[str, Any] = {}
-        for head, scores in evaluation.heads().items():
-            tables[f"validation/confusion_{head}"] = confusion_table(scores.confusion, labels)
-            iou = dict(zip(labels.names, scores.iou, strict=True))
+    def _tables(self, module: PPAPModule, predictions: Sequence[Any]) -> dict[str, Any]:
+        evaluation, labels, tables = module.last_evaluation, module.labels, {}
+        for head, iou in class_iou(evaluation, labels.names).items():
+            confusion = evaluation.scores[head].confusion
+            tables[f"validation/confusion_{head}"] = confusion_table(confusion, labels)
             tables[f"validation/iou_{head}"] = iou_chart(iou, title=f"IoU per class, {head} probe (%)")
-        if self.shown is not None:
-            maps = [class_maps(prediction, labels, evaluation) for prediction in self._predictions]
-            tables["validation/predictions"] = prediction_table(
-                self.shown.names, self.shown.pictures(), maps=maps, labels=labels
-            )
+        if self.shown:
+            names, images = zip(*self.shown, strict=True)
+            maps = [class_maps(prediction, labels, evaluation) for prediction in predictions]
+            photographs = torch.stack(images).permute(0, 2, 3, 1).numpy()  # (P, H, W, 3)
+            table = prediction_table(names, photographs, maps=maps, labels=labels)
+            tables |= {"validation/predictions": table}
         return tables
 
 
 class HtmlReport(Callback):
     """Keeps report.html up to date: metrics and curves after each validation, pictures at the end.
 
-    The first validation also draws what propagation does for one anchor: it depends only on the frozen
-    features, which never change.
-
-    Args:
-        folder: of the run.
-        labels: class names and colours.
-        shown: validation images that are searched for the anchor's patches; None draws nothing.
+    The first validation also draws what propagation does for one anchor; it needs only frozen features.
     """
 
-    def __init__(self, folder: Path, labels: LabelSpace, *, shown: ShownImages | None) -> None:
+    def __init__(self, folder: Path, labels: LabelSpace, shown: Shown) -> None:
         self.folder, self.labels, self.shown = folder, labels, shown
 
     def on_validation_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
@@ -155,11 +100,8 @@ class HtmlReport(Callback):
             logger.save()  # the page shows metrics.csv
         evaluation, step = pl_module.last_evaluation, pl_module.global_step
         total = trainer.max_epochs * trainer.num_training_batches
-        result = {
-            "step": step,
-            "before_crf": evaluation.metrics(),
-            "class_iou": {"before_crf": class_iou(evaluation, self.labels.names)},
-        }
+        iou = {"before_crf": class_iou(evaluation, self.labels.names)}
+        result = {"step": step, "before_crf": evaluation.metrics(), "class_iou": iou}
         state = f"Training: step {step:,} of {total:,}. Pictures and CRF follow at the end."
         with errors_as_warnings():
             self._explain(trainer, pl_module)
@@ -172,19 +114,15 @@ class HtmlReport(Callback):
         with errors_as_warnings():
             write_report(self.folder, labels=self.labels, state=state, result=result)
 
-    @torch.no_grad()
     def _explain(self, trainer: Trainer, module: PPAPModule) -> None:
-        propagates = module.options.training_coeff.loss == "ppap" and not module.frozen
-        path = self.folder / EXPLANATION
-        if self.shown is None or not propagates or path.exists():
+        path, propagates = self.folder / "explanation.png", module.options.training_coeff.loss == "ppap"
+        if not self.shown or not propagates or module.frozen or path.exists():
             return
-        draw_explanation(
-            path,
-            explain_images(module, self.shown.images, patch=None, trainer=trainer),
-            pictures=self.shown.pictures(),
-            names=self.shown.names,
-            about=f"bank: {len(self.shown.images)} validation images",
-        )
+        names, images = zip(*self.shown, strict=True)
+        stacked, about = torch.stack(images), f"bank: {len(images)} validation images"  # (P, 3, H, W)
+        with torch.no_grad():
+            found = explain_images(module, stacked, patch=None, trainer=trainer)
+        draw_explanation(path, found, pictures=stacked.permute(0, 2, 3, 1).numpy(), names=names, about=about)
 
 
 @contextmanager
@@ -192,10 +130,8 @@ def errors_as_warnings() -> Iterator[None]:
     """Prints an error of wandb or the disk in one line: it must not end the run."""
     try:
         yield
-    except wandb.errors.Error as error:
-        print(f"wandb: {first_line(error)}; the run continues without it")
-    except OSError as error:
-        print(f"{error.filename or NAME}: {error.strerror}; the run continues without it")
+    except (wandb.errors.Error, OSError) as error:
+        print(f"{type(error).__name__}: {first_line(error)}; the run continues without it")
 
 
 def summary_of(result: dict[str, Any]) -> dict[str, float]:
@@ -205,11 +141,3 @@ def summary_of(result: dict[str, Any]) -> dict[str, float]:
         metrics = result.get(stage) or {}
         summary |= {f"best_{name}{suffix}": metrics[name] for name in METRICS if name in metrics}
     return summary | {name: result[name] for name in ("train_hours", "peak_memory_gib") if name in result}
-
-
-def checkpoint_artifact(path: Path, run: str, *, result: dict[str, Any]) -> wandb.Artifact:
-    """A checkpoint as wandb's model artifact, with its metrics."""
-    name = re.sub(r"[^\w.-]+", "_", f"{run}-best")
-    artifact = wandb.Artifact(name, type="model", metadata=summary_of(result))
-    artifact.add_file(str(path))
-    return artifact

@@ -10,6 +10,10 @@ from torch import nn
 from loss import PPAPLoss
 from utils.config.options import LOSSES, Options
 
+COEFFICIENTS = (
+    *("initialcrit_pos", "initialcrit_amb", "prop_iter", "sigma_pos", "sigma_amb"),
+    *("trainpatchsplit", "tau", "group_size", "chunk_size"),
+)
 _registered: dict[str, Callable[[Options], nn.Module]] = {}
 
 
@@ -20,9 +24,6 @@ def register_loss(name: str, build: Callable[[Options], nn.Module]) -> None:
         name: not yet taken.
         build: from all options to a module that is called as `PPAPLoss` is: with z (N, D), the criterion
             features (B, D, h, w) and `generator`, giving a `PPAPLossOutput`.
-
-    Raises:
-        ValueError: the name is taken.
     """
     if name in LOSSES:
         raise ValueError(f"loss {name} is there already; take another name")
@@ -35,15 +36,5 @@ def build_criterion(options: Options) -> nn.Module:
     chosen = options.training_coeff
     if chosen.loss in _registered:
         return _registered[chosen.loss](options)
-    return PPAPLoss(
-        initialcrit_pos=chosen.initialcrit_pos,
-        initialcrit_amb=chosen.initialcrit_amb,
-        prop_iter=chosen.prop_iter,
-        sigma_pos=chosen.sigma_pos,
-        sigma_amb=chosen.sigma_amb,
-        trainpatchsplit=chosen.trainpatchsplit,
-        tau=chosen.tau,
-        group_size=chosen.group_size,
-        chunk_size=chosen.chunk_size,
-        similarity_dtype=getattr(torch, chosen.similarity_dtype),
-    )
+    coefficients = {name: getattr(chosen, name) for name in COEFFICIENTS}
+    return PPAPLoss(**coefficients, similarity_dtype=getattr(torch, chosen.similarity_dtype))

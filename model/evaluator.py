@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from model.probes import ClusterProbe, LinearProbe, read_both
 from utils.config.options import Options
 from utils.training.distributed import all_gather_object
 from utils.training.launch import cores, is_rank_zero
-from utils.vision.crf import CrfPool, HeadLogits, crf_missing, resolve_backend
+from utils.vision.crf import CrfPool, HeadLogits, resolve_backend
 from utils.vision.mean_field import MeanField
 from utils.vision.metrics import ConfusionMatrix, Scores, score
 from utils.vision.transforms import normalise, to_eight_bit
@@ -23,65 +22,40 @@ from utils.vision.upsampling import upsampled_argmax, upsampled_norm
 
 HEADS = ("cluster", "linear")
 CLUSTER_ALPHA = 2.0  # scale of the cosines whose softmax is the CRF's unary term
+Refiner = CrfPool | MeanField
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One evaluated image, uint8 (3, H, W), with its label and class or cluster maps (H, W).
+    """One evaluated image with its label and the maps of its heads, (H, W); cluster ids are unmatched."""
 
-    Cluster ids are unmatched; the image is None if the network was given cached tokens; `index` is that in
-    the set.
-    """
-
-    index: int
-    image: Tensor | None
+    index: int  # in the set
+    image: Tensor | None  # (3, H, W) uint8; None if the network was given cached tokens
     label: Tensor
     cluster: Tensor
-    linear: Tensor | None
+    linear: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a whole set; None for a head that was not trained or a set without labels.
+    """Scores of a whole set."""
 
-    Attributes:
-        cluster: the cluster probe, matched by the Hungarian method.
-        linear: the linear probe.
-        valid_loss: mean over batches of the cluster loss on the upsampled code.
-        images: how many were seen.
-    """
-
-    cluster: Scores | None
-    linear: Scores | None
-    valid_loss: float
+    scores: dict[str, Scores]  # by head; without a head that was not trained, or a set without labels
+    valid_loss: float  # mean over batches of the cluster loss on the upsampled code
     images: int
 
-    def heads(self) -> dict[str, Scores]:
-        """The scores that exist, by head."""
-        both = {"cluster": self.cluster, "linear": self.linear}
-        return {head: scores for head, scores in both.items() if scores is not None}
+    @property
+    def assignment(self) -> list[int] | None:
+        """Class of each cluster, -1 for none; None without labels."""
+        return list(self.scores["cluster"].assignment) if "cluster" in self.scores else None
 
     def metrics(self) -> dict[str, float]:
-        """The four metrics under their published names, of those that exist."""
+        """The four metrics under their published names, of the heads that have scores."""
         found = {}
-        for head, scores in self.heads().items():
+        for head, scores in self.scores.items():
             name = head.capitalize()
             found |= {f"{name}_mIoU": scores.miou, f"{name}_Accuracy": scores.accuracy}
         return found
-
-
-class Refiner(Protocol):
-    """CRF refinement of single images: `utils.vision.crf.CrfPool` or `utils.vision.mean_field.MeanField`."""
-
-    on_device: bool  # whether images and logits stay tensors on the network's device
-
-    def submit(self, image: Any, heads: Sequence[HeadLogits], tag: Any) -> None:
-        """Queues an image (H, W, 3) uint8 with the logits of its heads."""
-
-    def finished(self, *, wait_for_one: bool = False) -> Iterator[tuple[Any, Sequence[Any]]]:
-        """(tag, predictions (H, W) per head) of the images that are done."""
-
-    def __len__(self) -> int: ...
 
 
 def open_refiner(options: Options) -> AbstractContextManager[Refiner]:
@@ -92,23 +66,11 @@ def open_refiner(options: Options) -> AbstractContextManager[Refiner]:
     return CrfPool(options.eval.crf_workers or share)
 
 
-def no_refiner_reason(options: Options, *, labelled: bool) -> str | None:
-    """Why an evaluation cannot score a CRF, or None."""
-    if not options.eval.is_crf:
-        return "eval.is_crf is false"
-    if not labelled:
-        return "the validation split has no labels"
-    return crf_missing() if options.eval.crf_backend == "pydensecrf" else None
-
-
 class Evaluator(nn.Module):
-    """Collects an evaluation batch by batch, for validations while training and for the final evaluation.
-
-    With several ranks each adds its own batches; `compute` returns the scores of all.
+    """Collects an evaluation batch by batch; each rank adds its own batches, `compute` scores those of all.
 
     Args:
-        n_classes: number of classes.
-        n_clusters: K of the cluster probe.
+        n_classes, n_clusters: predictions of the linear and the cluster probe.
         is_direct: the code itself holds the cluster logits.
         with_linear: whether a linear probe was trained.
         pictured: indices of the images whose predictions are kept.
@@ -128,7 +90,7 @@ class Evaluator(nn.Module):
         super().__init__()
         self.is_direct, self.with_linear = is_direct, with_linear
         self.pictured, self.refiner = frozenset(pictured), refiner
-        shapes = {"cluster": n_clusters, "linear": n_classes}
+        shapes = {"cluster": n_clusters} | ({"linear": n_classes} if with_linear else {})
         self.plain = nn.ModuleDict({name: ConfusionMatrix(n_classes, k) for name, k in shapes.items()})
         self.refined = nn.ModuleDict({name: ConfusionMatrix(n_classes, k) for name, k in shapes.items()})
         self.reset()
@@ -137,9 +99,7 @@ class Evaluator(nn.Module):
         """Clears all counts and kept predictions."""
         for metric in (*self.plain.values(), *self.refined.values()):
             metric.reset()
-        self.losses: list[Tensor] = []
-        self.images = 0
-        self._predictions: list[Prediction] = []
+        self.losses, self.images, self._predictions = [], 0, []
 
     @torch.no_grad()
     def update(
@@ -158,22 +118,24 @@ class Evaluator(nn.Module):
             code: (B, D, h, w).
             image: (B, 3, H, W) uint8; None if the network was given cached tokens.
             label: (B, H, W) int64; values outside [0, n_classes) are ignored.
-            linear: the linear probe.
-            cluster: the cluster probe.
-            first: index in the set of the batch's first image.
+            linear, cluster: the probes.
+            first: index of the batch's first image in the set.
         """
         size = label.shape[-2:]
         with torch.autocast(code.device.type, enabled=False):
             code = code.float()
             heads = self.heads(code, linear=linear, cluster=cluster)
             norm = None if self.is_direct else upsampled_norm(code, size)  # (B, H, W)
-        best = {name: upsampled_argmax(logits, size) for name, logits in heads.items()}
-        predicted = {name: indices for name, (_, indices) in best.items()}
-        for name, prediction in predicted.items():
-            self.plain[name].update(prediction, label)
-        largest, _ = best["cluster"]
-        self.losses.append(-(largest if norm is None else largest / norm).mean())
-        self._keep_predictions(predicted, image=image, label=label, first=first)
+        predicted = {}
+        for name, logits in heads.items():
+            largest, predicted[name] = upsampled_argmax(logits, size)  # (B, H, W)
+            self.plain[name].update(predicted[name], label)
+            if name == "cluster":
+                self.losses.append(-(largest if norm is None else largest / norm).mean())
+        for index in self.pictured.intersection(range(first, first + len(label))):
+            maps = {name: prediction[index - first].cpu() for name, prediction in predicted.items()}
+            shown = None if image is None else image[index - first].cpu()
+            self._predictions.append(Prediction(index, shown, label[index - first].cpu(), **maps))
         self.images += len(label)
         if self.refiner is not None:
             self._refine(heads, norm, image=image, label=label)
@@ -185,15 +147,6 @@ class Evaluator(nn.Module):
         heads = {"cluster": code if self.is_direct else cluster.inner(code)}
         return heads | ({"linear": linear(code)} if self.with_linear else {})
 
-    def _keep_predictions(
-        self, predicted: dict[str, Tensor], *, image: Tensor | None, label: Tensor, first: int
-    ) -> None:
-        for offset in range(len(label)):
-            if first + offset in self.pictured:
-                maps = [predicted[name][offset].cpu() if name in predicted else None for name in HEADS]
-                shown = None if image is None else image[offset].cpu()
-                self._predictions.append(Prediction(first + offset, shown, label[offset].cpu(), *maps))
-
     def _refine(self, heads: dict[str, Tensor], norm: Tensor | None, *, image: Tensor, label: Tensor) -> None:
         shown = to_eight_bit(normalise(image)).permute(0, 2, 3, 1)  # (B, H, W, 3)
         scale = 1.0 if norm is None else CLUSTER_ALPHA
@@ -201,30 +154,26 @@ class Evaluator(nn.Module):
         if not self.refiner.on_device:
             maps = [None if t is None else t.cpu().numpy() for t in maps]
             label = label.cpu()
-        for offset in range(len(label)):
-            picture, cosine, divisor, linear = (None if t is None else t[offset] for t in maps)
-            given = [HeadLogits(cosine, divisor)]
-            if linear is not None:
-                given.append(HeadLogits(linear))
-            self.refiner.submit(picture, given, tag=label[offset])
-        self.collect_refined()
+        for row in range(len(label)):
+            picture, cosine, divisor, linear = (None if t is None else t[row] for t in maps)
+            given = [HeadLogits(cosine, divisor)] + ([] if linear is None else [HeadLogits(linear)])
+            self.refiner.submit(picture, given, tag=label[row])
+        self._count_refined()
 
-    def collect_refined(self, *, wait_for_one: bool = False) -> int:
-        """Counts what the CRF has finished; returns the number of images that it still has."""
+    def _count_refined(self, *, wait_for_one: bool = False) -> None:
         for label, predictions in self.refiner.finished(wait_for_one=wait_for_one):
-            for name, prediction in zip(HEADS, predictions, strict=False):
-                metric = self.refined[name]
-                metric.update(*(t.to(metric.counts.device) for t in (torch.as_tensor(prediction), label)))
-        return len(self.refiner)
+            for metric, prediction in zip(self.refined.values(), predictions, strict=True):
+                device = metric.counts.device
+                metric.update(torch.as_tensor(prediction, device=device), label.to(device))
 
     def finish_refining(self) -> None:
         """Waits for the CRF, with a progress bar."""
         if self.refiner is None:
             return
         with tqdm(total=self.images, desc="CRF", unit="image", disable=not is_rank_zero()) as bar:
-            bar.update(self.images - len(self.refiner))
-            while waiting := len(self.refiner):
-                bar.update(waiting - self.collect_refined(wait_for_one=True))
+            while len(self.refiner):
+                self._count_refined(wait_for_one=True)
+                bar.update(self.images - len(self.refiner) - bar.n)
 
     def predictions(self) -> list[Prediction]:
         """The kept predictions of all ranks, in the order of the set. Must be called by all ranks."""
@@ -237,10 +186,10 @@ class Evaluator(nn.Module):
         counts = {name: metric.compute().cpu() for name, metric in metrics.items()}
         losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
         added = all_gather_object((counts, losses, self.images))
-        counts = {name: sum(each[name] for each, _, _ in added) for name in counts}
+        totals = {name: sum(each[name] for each, _, _ in added) for name in counts}
+        scores = {name: score(total, matched=name == "cluster") for name, total in totals.items()}
         return Evaluation(
-            cluster=score(counts["cluster"], matched=True),
-            linear=score(counts["linear"], matched=False) if self.with_linear else None,
+            {name: found for name, found in scores.items() if found},
             valid_loss=float(torch.cat([each for _, each, _ in added]).mean()),  # NaN without images
             images=sum(images for _, _, images in added),
         )

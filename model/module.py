@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from model.criterion import build_criterion
-from model.evaluator import Evaluation, Evaluator, Refiner
-from model.monitoring import NonFiniteGuard, Throughput, to_floats
+from model.evaluator import Evaluation, Evaluator
+from model.monitoring import NonFiniteGuard, Throughput
 from model.probes import ClusterProbe, LinearProbe
 from model.segmenter import Segmenter, criterion_dropout
 from utils.config.loading import as_tree
@@ -30,12 +29,8 @@ class PPAPModule(LightningModule):
     The initial state depends on `train.seed` alone, so that a run and its frozen baseline start equal.
 
     Args:
-        options: all options.
-        labels: class names and colours, stored in checkpoints.
-        segmenter: the network with its backbone's weights loaded.
         train_labelled: whether train items have labels; without them there is no linear probe.
-        pictured: indices of the validation images whose predictions are kept.
-        refiner: CRF that refines the predictions of a validation, or None.
+        evaluation: `pictured` and `refiner` of the `Evaluator`.
     """
 
     def __init__(
@@ -45,44 +40,33 @@ class PPAPModule(LightningModule):
         segmenter: Segmenter,
         *,
         train_labelled: bool = True,
-        pictured: Collection[int] = (),
-        refiner: Refiner | None = None,
+        **evaluation: Any,
     ) -> None:
         super().__init__()
         self.options, self.labels, self.train_labelled = options, labels, train_labelled
-        self.segmenter = segmenter
-        self.frozen = options.train.frozen
+        self.segmenter, self.frozen = segmenter, options.train.frozen
+        if self.frozen:
+            self.segmenter.requires_grad_(False)
         dim, n_clusters = segmenter.backbone.spec.dim, labels.n_classes + options.model.extra_clusters
         with seeded(options.train.seed, "linear probe"):
-            self.linear_probe = LinearProbe(dim, labels.n_classes)
+            self.linear_probe = LinearProbe(dim, labels.n_classes).requires_grad_(train_labelled)
         with seeded(options.train.seed, "cluster probe"):
             self.cluster_probe = ClusterProbe(dim, n_clusters)
         self.criterion = build_criterion(options)
-        self.evaluator = Evaluator(
-            labels.n_classes,
-            n_clusters,
-            is_direct=options.eval.is_direct,
-            with_linear=train_labelled,
-            pictured=pictured,
-            refiner=refiner,
-        )
-        if self.frozen:
-            self.segmenter.requires_grad_(False)
-        self.linear_probe.requires_grad_(train_labelled)
+        heads = {"is_direct": options.eval.is_direct, "with_linear": train_labelled}
+        self.evaluator = Evaluator(labels.n_classes, n_clusters, **heads, **evaluation)
         self.last_evaluation: Evaluation | None = None
         self.score = float("-inf")
-        self.assignment: list[int] | None = None
         self.metrics: dict[str, float] = {}
-        self.guard = NonFiniteGuard(skip=options.train.skip_nonfinite)
-        self.throughput = Throughput()
+        self.assignment: list[int] | None = None
         self.scalars: dict[str, Tensor] = {}
+        self.guard, self.throughput = NonFiniteGuard(skip=options.train.skip_nonfinite), Throughput()
         self._grad_norm = torch.tensor(0.0)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step on a batch; returns the total loss, (), with a graph.
 
-        Each rank has its slice of the global batch; the loss is scaled by the number of ranks, as DDP takes
-        the mean of their gradients.
+        The loss is scaled by the number of ranks, as DDP takes the mean of their gradients.
         """
         step = self.global_step + 1
         seed_globally(self.options.train.seed, "step", step)
@@ -94,29 +78,21 @@ class PPAPModule(LightningModule):
         self.scalars = {"total_loss": total.detach(), "train_loss": probes, **detached, **statistics}
         self.throughput.add(world_size() * len(batch.label))
         self.guard.observe(detached, step=step)
-        if total.device.type == "cpu" or self._logs(batch_idx):
-            self.guard.raise_if_found(self._image_names)  # waits for a GPU, so not at each step
+        if total.device.type == "cpu" or batch_idx % self.options.train.print_freq == 0:
+            self.guard.raise_if_found(self.trainer.datamodule)  # waits for a GPU, so not at each step
         return world_size() * total
 
     def losses(self, batch: Any, *, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The losses by name, () each, whose sum is minimised; and statistics of PPAP's sets without a graph.
-
-        The probes read the code detached.
-        """
-        seed, statistics = self.options.train.seed, {}
+        """The losses by name, () each, whose sum is minimised; and statistics of PPAP's sets."""
+        seed, losses, statistics = self.options.train.seed, {}, {}
         tokens, grid = self.segmenter.tokens(batch.inputs), self.segmenter.grid(batch.label)
-        losses = {}
         if self.frozen:
             code = self.segmenter.code(tokens, grid)  # (B, D, h, w)
         else:
-            output = self.segmenter(tokens, grid)
-            code = output.code
-            crit = criterion_dropout(
-                output.crit,
-                probability=self.options.model.criterion_dropout,
-                generator=generator(seed, "criterion dropout", step),
-            )
-            ppap = self.criterion(output.z, crit, generator=generator(seed, "anchors", step))
+            code, crit, z = self.segmenter(tokens, grid)
+            share, drawn = self.options.model.criterion_dropout, generator(seed, "criterion dropout", step)
+            crit = criterion_dropout(crit, probability=share, generator=drawn)
+            ppap = self.criterion(z, crit, generator=generator(seed, "anchors", step))
             losses["supcon_loss"], statistics = ppap.loss, ppap.statistics()
         if self.train_labelled:
             losses["linear_loss"] = self.linear_probe.loss(code.detach(), batch.label)
@@ -126,59 +102,43 @@ class PPAPModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One AdamW with three parameter groups; Adam is AdamW without decay."""
         chosen = self.options.optimizer
-        groups = [
+        parts = [
             (self.segmenter.trainable(), chosen.net),
             (list(self.linear_probe.parameters()), chosen.linear),
             (list(self.cluster_probe.parameters()), chosen.cluster),
         ]
-        return torch.optim.AdamW(
-            [
-                {
-                    "params": parameters,
-                    "lr": group.lr,
-                    "weight_decay": group.weight_decay if group.name == "adamw" else 0.0,
-                }
-                for parameters, group in groups
-                if parameters[0].requires_grad
-            ]
-        )
+        groups = []
+        for parameters, group in parts:
+            decay = group.weight_decay if group.name == "adamw" else 0.0
+            groups.append({"params": parameters, "lr": group.lr, "weight_decay": decay})
+        return torch.optim.AdamW([group for group in groups if group["params"][0].requires_grad])
 
-    def configure_gradient_clipping(
-        self, optimizer: torch.optim.Optimizer, *_: Any, **_keywords: Any
-    ) -> None:
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **_kwargs: Any) -> None:
         """Clips head and projection alone; Lightning calls this after unscaling."""
         if self.guard.skips_step():
             optimizer.zero_grad(set_to_none=True)  # the optimizer then changes nothing
         if not self.frozen:
-            self._grad_norm = torch.nn.utils.clip_grad_norm_(
-                self.segmenter.trainable(), self.options.train.grad_norm
-            )
+            largest = self.options.train.grad_norm
+            self._grad_norm = torch.nn.utils.clip_grad_norm_(self.segmenter.trainable(), largest)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Logs the published scalars, and some more, every `print_freq` steps."""
-        if not self._logs(batch_idx):
+        if batch_idx % self.options.train.print_freq:
             return
-        scalars = {
-            "epoch": self.current_epoch,
-            "iters": self.global_step,
-            "net_lr": self.options.optimizer.net.lr,
-            **self.scalars,
-        }
+        tensors = dict(self.scalars)
         if not self.frozen:
             trainable = [parameter.detach() for parameter in self.segmenter.trainable()]
-            scalars |= {
-                "grad_norm": self._grad_norm,
-                "param_norm": torch.nn.utils.get_total_norm(trainable),
-            }
+            tensors |= {"grad_norm": self._grad_norm, "param_norm": torch.nn.utils.get_total_norm(trainable)}
+        stacked = torch.stack([value.to(self.device, torch.float32) for value in tensors.values()])
+        scalars = dict(zip(tensors, stacked.tolist(), strict=True))  # waits for a GPU once
+        scalars |= {"epoch": self.current_epoch, "net_lr": self.options.optimizer.net.lr}
         if self.guard.skip:
             scalars["skipped_steps"] = self.guard.skipped
-        floats = to_floats(scalars)  # waits for a GPU, which makes the throughput exact
-        self._write(floats | self.throughput.scalars(self.device))
+        self._write(scalars | self.throughput.scalars(self.device))
 
     def on_validation_epoch_start(self) -> None:
         """Starts counting afresh."""
-        self.guard.raise_if_found(self._image_names)
-        self.throughput.pause()
+        self.guard.raise_if_found(self.trainer.datamodule)
         self.evaluator.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -187,31 +147,22 @@ class PPAPModule(LightningModule):
         number = batches.number(batch_idx)
         if number >= batches.total:
             return
-        tokens, grid = self.segmenter.tokens(batch.inputs), self.segmenter.grid(batch.label)
-        self.evaluator.update(
-            self.segmenter.code(tokens, grid),
-            batch.image,
-            batch.label,
-            linear=self.linear_probe,
-            cluster=self.cluster_probe,
-            first=number * batches.batch_size,
-        )
+        code = self.segmenter.code(self.segmenter.tokens(batch.inputs), self.segmenter.grid(batch.label))
+        probes = {"linear": self.linear_probe, "cluster": self.cluster_probe}
+        self.evaluator.update(code, batch.image, batch.label, first=number * batches.batch_size, **probes)
 
     def on_validation_epoch_end(self) -> None:
         """Scores the set; `score`, the sum of the metrics that exist, chooses the best checkpoint."""
         self.last_evaluation = self.evaluator.compute()
-        self.metrics = self.last_evaluation.metrics()
-        matched = self.last_evaluation.cluster
-        self.assignment = list(matched.assignment) if matched else None
+        self.metrics, self.assignment = self.last_evaluation.metrics(), self.last_evaluation.assignment
         # without labels the newest checkpoint is the best
         self.score = sum(self.metrics.values()) if self.metrics else float(self.global_step)
         if self.trainer.state.fn == "fit":
-            valid_loss = self.last_evaluation.valid_loss
-            self._write({**self.metrics, "iters": self.global_step, "valid_loss": valid_loss})
+            self._write(self.metrics | {"valid_loss": self.last_evaluation.valid_loss})
 
     def on_validation_end(self) -> None:
-        """Checkpoints and pictures do not count as training time either."""
-        self.throughput.resume()
+        """Restarts the measurement of images per second."""
+        self.throughput.restart()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds classes, matching, options and versions, in plain containers."""
@@ -232,28 +183,23 @@ class PPAPModule(LightningModule):
         """Restores the last scores of a run that is resumed."""
         entry = checkpoint[CHECKPOINT_ENTRY]
         self.assignment, self.metrics = entry["assignment"], entry["metrics"]
-        self.guard.restore(entry.get("skipped_steps", 0))
+        self.guard = NonFiniteGuard(skip=self.guard.skip, skipped=entry.get("skipped_steps", 0))
 
+    @torch.no_grad()
     def frozen_tokens(self, image: Tensor, trainer: Trainer) -> Tensor:
         """Tokens (B, T, D) of uint8 images (B, 3, H, W), on the device and in the precision of a trainer."""
-        device = trainer.strategy.root_device
-        self.segmenter.backbone.to(device)
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            return self.segmenter.tokens(image.to(device))
+        self.segmenter.backbone.to(trainer.strategy.root_device)
+        with trainer.precision_plugin.forward_context():
+            return self.segmenter.tokens(image.to(trainer.strategy.root_device))
 
+    @torch.no_grad()
     def frozen_features(self, image: Tensor, trainer: Trainer) -> Tensor:
         """Criterion features (B, D, h, w) without dropout, likewise."""
         tokens = self.frozen_tokens(image, trainer)
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context():
             return self.segmenter.features(tokens, self.segmenter.grid(image))
 
-    def _logs(self, batch_idx: int) -> bool:
-        """Whether the scalars of a batch of an epoch, from 0, are logged."""
-        return batch_idx % self.options.train.print_freq == 0
-
-    def _image_names(self, step: int) -> list[str]:
-        return self.trainer.datamodule.image_names(step)
-
     def _write(self, scalars: dict[str, float]) -> None:
+        scalars["iters"] = self.global_step
         for logger in self.loggers:
             logger.log_metrics(scalars, step=self.global_step)

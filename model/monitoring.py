@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,100 +11,67 @@ from torch import Tensor
 from utils.errors import NotFinite, listed
 from utils.training.device import peak_memory_gib
 
-PARTS = ("supcon_loss", "linear_loss", "cluster_loss")
+PARTS = {"supcon_loss": "PPAP", "linear_loss": "linear", "cluster_loss": "cluster"}
 
 
 class NonFiniteGuard:
     """Watches the losses of all steps without waiting for the device.
 
-    Args:
-        skip: `train.skip_nonfinite`: skip such steps and count them instead of stopping.
-        skipped: steps skipped before a resume.
+    With `skip` (`train.skip_nonfinite`) it skips steps that are not finite and counts them.
     """
 
-    def __init__(self, *, skip: bool) -> None:
-        self.skip, self.skipped = skip, 0
-        self._first: Tensor | None = None  # (4,) step, PPAP, linear and cluster loss; step 0: none so far
+    def __init__(self, *, skip: bool, skipped: int = 0) -> None:
+        self.skip, self.skipped = skip, skipped
+        self._first: Tensor | None = None  # step and losses of the first such step; step 0: none so far
+        self._parts: list[str] = []  # names of these losses
 
     def observe(self, losses: dict[str, Tensor], *, step: int) -> None:
         """Checks the losses of a step, on their device."""
-        total = losses["cluster_loss"]
-        parts = [losses[name] if name in losses else total.new_zeros(()) for name in PARTS]
-        here = torch.stack([total.new_full((), step), *parts])  # (4,)
+        values = torch.stack([loss.float() for loss in losses.values()])
+        here = torch.cat([values.new_full((1,), step), values])
         if self._first is None or self.skip:
-            self._first = torch.zeros_like(here)
-        found = (self._first[0] == 0) & ~torch.isfinite(here).all()
+            self._first, self._parts = torch.zeros_like(here), list(losses)
+        found = (self._first[0] == 0) & ~torch.isfinite(values).all()
         self._first = torch.where(found, here, self._first)
 
-    def raise_if_found(self, names: Callable[[int], list[str]]) -> None:
-        """Stops the run if a step was not finite and such steps are not skipped; waits for the device.
-
-        Args:
-            names: maps a step to the images of its batch.
-
-        Raises:
-            NotFinite: names the step, the parts of the loss and the images.
-        """
+    def raise_if_found(self, data: Any) -> None:
+        """Raises NotFinite for the first such step, with its images in `data`; waits for the device."""
         if self.skip or self._first is None or not self._first[0]:
             return
-        step, ppap, linear, cluster = self._first.tolist()
-        raise NotFinite(
-            listed(
-                f"the loss is not finite at step {int(step)} (PPAP {ppap:g}, linear {linear:g}, cluster "
-                f"{cluster:g}); lower optimizer.*.lr, set train.precision=fp32, or skip such steps with "
-                "train.skip_nonfinite=true. The images of that step",
-                names(int(step)),
-            )
+        step, *losses = self._first.tolist()
+        parts = [f"{PARTS[name]} {loss:g}" for name, loss in zip(self._parts, losses, strict=True)]
+        mistake = (
+            f"the loss is not finite at step {int(step)} ({', '.join(parts)}); lower optimizer.*.lr, set "
         )
+        mistake += (
+            "train.precision=fp32, or skip such steps with train.skip_nonfinite=true. Images of that step"
+        )
+        raise NotFinite(listed(mistake, data.image_names(int(step))))
 
     def skips_step(self) -> bool:
-        """Whether to skip the current step, and counts it; waits for the device only if steps are skipped."""
+        """Whether to skip the current step, which is then counted; waits for the device if `skip`."""
         skips = self.skip and bool(self._first[0])
         self.skipped += skips
         return skips
-
-    def restore(self, skipped: int) -> None:
-        """Continues the count of a resumed run."""
-        self.skipped = skipped
 
 
 class Throughput:
     """Images per second between two logged steps, validations excluded."""
 
     def __init__(self) -> None:
-        self.images = 0
-        self._since: float | None = None
-        self._paused = 0.0
+        self._images, self._since = 0, 0.0
 
     def add(self, images: int) -> None:
         """Counts the images of a step."""
-        self.images += images
+        self._images += images
 
-    def pause(self) -> None:
-        """Stops the clock."""
-        self._paused = time.perf_counter()
-
-    def resume(self) -> None:
-        """Restarts the clock."""
-        if self._since is not None:
-            self._since += time.perf_counter() - self._paused
+    def restart(self) -> None:
+        """Starts a new measurement."""
+        self._images, self._since = 0, time.perf_counter()
 
     def scalars(self, device: torch.device) -> dict[str, float]:
-        """`images_per_s` since the last call (from the second on), and on CUDA the peak memory in GiB."""
-        now, found = time.perf_counter(), {}
-        if self._since is not None:
-            found["images_per_s"] = self.images / (now - self._since)
-        self.images, self._since = 0, now
-        if device.type == "cuda":
-            found["gpu_memory_gib"] = peak_memory_gib()
-        return found
-
-
-def to_floats(scalars: dict[str, Any]) -> dict[str, float]:
-    """Tensors and numbers as Python floats, with one wait for the device."""
-    tensors = {name: value for name, value in scalars.items() if isinstance(value, Tensor)}
-    if tensors:
-        device = next(iter(tensors.values())).device
-        stacked = torch.stack([value.detach().to(device, torch.float32) for value in tensors.values()])
-        scalars = scalars | dict(zip(tensors, stacked.tolist(), strict=True))
-    return {name: float(value) for name, value in scalars.items()}
+        """`images_per_s` of the measurement, if one was started, and on CUDA the peak memory in GiB."""
+        seconds = time.perf_counter() - self._since
+        found = {"images_per_s": self._images / seconds} if self._since else {}
+        self.restart()
+        return found | ({"gpu_memory_gib": peak_memory_gib()} if device.type == "cuda" else {})

@@ -11,12 +11,7 @@ from utils.vision.labels import IGNORE
 
 
 class LinearProbe(nn.Module):
-    """A 1x1 convolution from the code to class logits.
-
-    Args:
-        dim: D, channels of the code.
-        n_classes: number of classes.
-    """
+    """A 1x1 convolution from the code (D channels) to class logits."""
 
     def __init__(self, dim: int, n_classes: int) -> None:
         super().__init__()
@@ -29,8 +24,7 @@ class LinearProbe(nn.Module):
     def loss(self, code: Tensor, label: Tensor) -> Tensor:
         """Cross-entropy over valid pixels of the logits upsampled to the label, () float32.
 
-        Without a valid pixel it is 0 with a graph. With several processes the mean is over the pixels of all
-        (see `utils.training.distributed`).
+        The mean is over the valid pixels of all processes; without any it is 0 with a graph.
 
         Args:
             code: (B, D, h, w), detached by the caller.
@@ -39,27 +33,24 @@ class LinearProbe(nn.Module):
         logits = F.interpolate(self(code), size=label.shape[-2:], mode="bilinear").float()  # (B, C, H, W)
         ignored = (label < 0) | (label >= logits.shape[1])
         target = label.masked_fill(ignored, IGNORE)
-        if logits.is_cuda and torch.are_deterministic_algorithms_enabled():  # of which maps have none
+        # the loss of maps has no deterministic kernel on CUDA
+        if logits.is_cuda and torch.are_deterministic_algorithms_enabled():
             logits, target = logits.permute(0, 2, 3, 1).flatten(0, 2), target.flatten()  # (B*H*W, C)
         total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
         return all_reduce(total) / all_reduce((~ignored).sum()).clamp_min(1)
 
 
 class ClusterProbe(nn.Module):
-    """Centroids that the code is assigned to by cosine similarity.
-
-    Args:
-        dim: D, channels of the code.
-        n_clusters: K, number of classes plus extra clusters.
-    """
+    """K centroids that the code is assigned to by cosine similarity."""
 
     def __init__(self, dim: int, n_clusters: int) -> None:
         super().__init__()
         self.clusters = nn.Parameter(torch.randn(n_clusters, dim))
 
     def inner(self, code: Tensor) -> Tensor:
-        """code . normalised centroid, (B, D, h, w) -> (B, K, h, w): linear in the code, so that it commutes
-        with bilinear upsampling, and with the same argmax as the cosine.
+        """code . normalised centroid, (B, D, h, w) -> (B, K, h, w).
+
+        It has the argmax of the cosine but is linear in the code, so it commutes with bilinear upsampling.
         """
         return F.conv2d(code, F.normalize(self.clusters, dim=1)[:, :, None, None].to(code.dtype))
 
@@ -67,31 +58,13 @@ class ClusterProbe(nn.Module):
         """Cosine similarities, (B, D, h, w) -> (B, K, h, w)."""
         return self.inner(F.normalize(code, dim=1))
 
-    def loss(self, code: Tensor, *, alpha: float | None = None) -> Tensor:
-        """Minus the mean similarity to the nearest centroid, () float32, over the patches of all processes.
-
-        Args:
-            code: (B, D, h, w), detached by the caller.
-            alpha: None assigns each patch to its nearest centroid alone; a number weighs all centroids by
-                the softmax of alpha * similarity.
-        """
-        similarity = self(code).float()  # (B, K, h, w)
-        if alpha is None:
-            return -all_reduce_mean(similarity.amax(dim=1).mean())
-        return -all_reduce_mean(((similarity * alpha).softmax(dim=1) * similarity).sum(dim=1).mean())
+    def loss(self, code: Tensor) -> Tensor:
+        """Minus the mean similarity to the nearest centroid, () float32, over all processes."""
+        return -all_reduce_mean(self(code).float().amax(dim=1).mean())
 
 
 def read_both(code: Tensor, *, linear: LinearProbe, cluster: ClusterProbe) -> dict[str, Tensor]:
-    """What both probes say of a code, in one product.
-
-    Args:
-        code: (B, D, h, w) float32.
-        linear: gives `linear`.
-        cluster: gives `cluster`, its `inner`.
-
-    Returns:
-        Logits on the patch grid, (B, K, h, w) and (B, C, h, w).
-    """
+    """`cluster.inner` (B, K, h, w) and `linear` (B, C, h, w) of a float32 code, in one product."""
     weights = [F.normalize(cluster.clusters, dim=1), linear.classifier.weight.flatten(1)]
     both = torch.cat(weights) @ code.flatten(2)  # (B, K + C, h*w)
     inner, logits = both.unflatten(2, code.shape[2:]).split([len(part) for part in weights], dim=1)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,27 +21,18 @@ from utils.training.distributed import own_slice, world_size
 from utils.vision.transforms import normalise
 
 
-@dataclass(frozen=True)
-class SegmenterOutput:
-    """Output for a batch of images.
+class SegmenterOutput(NamedTuple):
+    """Output for a batch of images."""
 
-    Attributes:
-        code: head output after the final LayerNorm, (B, D, h, w).
-        crit: criterion features without dropout, (B, D, h, w), no gradient.
-        z: normalised projections, (B*h*w, D), rows in (image, row, column) order.
-    """
-
-    code: Tensor
-    crit: Tensor
-    z: Tensor
+    code: Tensor  # head output after the final LayerNorm, (B, D, h, w)
+    crit: Tensor  # criterion features without dropout, (B, D, h, w), no gradient
+    z: Tensor  # normalised projections, (B*h*w, D), rows in (image, row, column) order
 
 
 class Segmenter(nn.Module):
-    """Frozen backbone, trainable head (a deep copy of its last block) and projection.
+    """Frozen backbone, trainable head (a copy of its last block, weights included) and projection.
 
-    Args:
-        backbone: the frozen ViT, with its weights loaded: the head is copied from them.
-        compile: passes backbone and head through torch.compile, for the shapes that occur.
+    With `compile`, backbone and head go through torch.compile for the shapes that occur.
     """
 
     def __init__(self, backbone: FrozenViT, *, compile: bool = False) -> None:
@@ -50,9 +40,9 @@ class Segmenter(nn.Module):
         self.backbone = backbone
         self.head = copy.deepcopy(backbone.blocks[-1]).requires_grad_(True)
         self.projection = nn.Linear(backbone.spec.dim, backbone.spec.dim)
-        wrap = compiled if compile else lambda function: function
-        self._encode, self._features = wrap(backbone.tokens), wrap(backbone.last_features)
-        self._code = wrap(self._head_features)
+        wrap = _compiled if compile else lambda function: function
+        self._encode, self.features = wrap(backbone.tokens), wrap(backbone.last_features)
+        self.code = wrap(self._head_features)  # (B, D, h, w)
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """(h, w), the patch grid of a batch of images or labels (..., H, W)."""
@@ -65,20 +55,8 @@ class Segmenter(nn.Module):
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> SegmenterOutput:
         """All that training needs, from (B, T, D) tokens of the second-last block."""
         code = self.code(tokens, grid)  # (B, D, h, w)
-        return SegmenterOutput(code, self.features(tokens, grid), self.project(code))
-
-    def features(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Criterion features without dropout, (B, D, h, w), no gradient."""
-        return self._features(tokens, grid)
-
-    def code(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The code alone, (B, D, h, w), for evaluation and the frozen baseline."""
-        return self._code(tokens, grid)
-
-    def project(self, code: Tensor) -> Tensor:
-        """(B, D, h, w) -> z, (B*h*w, D), unit length."""
         rows = code.permute(0, 2, 3, 1).flatten(0, 2)  # (B*h*w, D)
-        return F.normalize(self.projection(rows), dim=1)
+        return SegmenterOutput(code, self.features(tokens, grid), F.normalize(self.projection(rows), dim=1))
 
     def trainable(self) -> list[nn.Parameter]:
         """Parameters of head and projection: the net's optimizer group, and the ones that are clipped."""
@@ -88,24 +66,20 @@ class Segmenter(nn.Module):
         return self.backbone.to_map(self.head(tokens), grid)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile; what cannot be compiled runs eagerly, with a warning."""
     torch._dynamo.config.suppress_errors = True
     return torch.compile(function, dynamic=False)
 
 
 def criterion_dropout(crit: Tensor, *, probability: float, generator: torch.Generator) -> Tensor:
-    """Zeroes whole channels of an image, as Dropout2d does, with masks from an explicit CPU generator.
+    """Dropout2d of this rank's images (B, D, h, w) with masks from a CPU generator.
 
-    Args:
-        crit: (B, D, h, w), this rank's slice of the global batch.
-        probability: share of channels to zero; the others are scaled by 1 / (1 - probability).
-        generator: made for the step; row b of its draw belongs to image b of the global batch.
+    Row b of the draw belongs to image b of the global batch, so the result does not depend on the ranks.
     """
     if probability == 0:
         return crit
     images, channels = crit.shape[:2]
-    drawn = torch.rand(world_size() * images, channels, generator=generator)  # of the global batch
-    kept = own_slice(drawn) >= probability  # (B, D)
-    mask = (kept / (1 - probability)).to(crit, non_blocking=True)
-    return crit * mask[:, :, None, None]
+    drawn = torch.rand(world_size() * images, channels, generator=generator)
+    mask = (own_slice(drawn) >= probability) / (1 - probability)  # (B, D)
+    return crit * mask.to(crit, non_blocking=True)[:, :, None, None]

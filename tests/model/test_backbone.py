@@ -64,7 +64,7 @@ def test_tokens__equal_timm_at_the_native_grid(registers):
 
 
 def test_tokens__size_that_is_no_multiple():
-    with pytest.raises(ValueError, match="multiples of the patch"):
+    with pytest.raises(AssertionError, match="divisible by patch size"):
         FrozenViT(SPEC).tokens(image(18, 16))
 
 

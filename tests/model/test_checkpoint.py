@@ -58,10 +58,8 @@ def test_published_format__round_trip(tiny_options, tmp_path):
 def test_published_format__other_number_of_classes_names_both_shapes(tiny_options, tmp_path):
     torch.save(published(build_module(tiny_options(), LABELS)), tmp_path / "ckpt.pth")
     two = LabelSpace.with_spread_colours(("a", "b"))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"ckpt\.pth, which does not fit(.|\n)*\[?3, 24.*\[?2, 24"):
         build_module(tiny_options(), two, checkpoint=read_checkpoint(tmp_path / "ckpt.pth"))
-    assert "3 classes and 3 clusters; the options describe" in str(error.value)
-    assert "2 classes and 2 clusters" in str(error.value)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -119,26 +117,6 @@ def test_restore__other_classes_are_named(tiny_options):
         restore(module, Checkpoint(Path("best.ckpt"), module.state_dict(), about))
 
 
-@pytest.mark.parametrize(
-    ("change", "theirs", "ours"),
-    [
-        ({"model__dim": 12}, "width 12, patch 8 and 2 blocks", "width 24, patch 8 and 2 blocks"),
-        ({"model__pretrained__depth": 3}, "3 blocks with 3 classes", "2 blocks with 3 classes"),
-        ({"model__pretrained__dino_patch_size": 4}, "patch 4", "patch 8"),
-        ({"model__extra_clusters": 2, "eval__extra_clusters": 2}, "and 5 clusters", "and 3 clusters"),
-    ],
-)
-def test_restore__other_network_is_told_in_words(tiny_options, tmp_path, change, theirs, ours):
-    """Both sides, in either format."""
-    other = build_module(tiny_options(**change), LABELS)
-    torch.save(published(other), tmp_path / "ckpt.pth")
-    with pytest.raises(UserError) as error:
-        build_module(tiny_options(), LABELS, checkpoint=read_checkpoint(tmp_path / "ckpt.pth"))
-    found, wanted = str(error.value).split("; the options describe ")
-    assert theirs in found
-    assert ours in wanted
-
-
 def test_export__round_trip_is_exact(tiny_file, tmp_path, capsys):
     """Ours, written in the published format: the same parameters, the same metrics."""
     path = tiny_file(eval__is_crf=False)
@@ -174,10 +152,3 @@ def test_export__has_the_entries_of_the_released_files(shared, tmp_path):
     ]
     for part in ("net_model_state_dict", "linear_model_state_dict", "cluster_model_state_dict"):
         assert {key: list(value.shape) for key, value in content[part].items()} == listed[part]
-
-
-def test_export__place_that_cannot_be_written(tmp_path, tiny_options):
-    module = build_module(tiny_options(), LABELS)
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"ckpt\.pth: cannot be written"):
-        export(Checkpoint(Path("x"), module.state_dict(), {}), tmp_path / "file" / "ckpt.pth")

@@ -69,7 +69,6 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
     with StopSignal() as stop, explained_errors(options):
         checkpoints = CheckpointManager(
             run_dir.path,
-            valid_freq=options.train.valid_freq,
             every=options.train.checkpoint_interval,
             validates=len(data.validation_set) > 0,
             stop=stop,

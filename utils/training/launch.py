@@ -1,7 +1,4 @@
-"""How this process was launched, read from the environment. Imports no torch.
-
-torchrun, SLURM or Lightning starts one process per device; each runs the same program.
-"""
+"""How torchrun, SLURM or Lightning launched this process, read from the environment. Imports no torch."""
 
 from __future__ import annotations
 
@@ -37,23 +34,19 @@ def in_slurm_job() -> bool:
 def launch_mistake(wanted: TrainerOptions) -> str | None:
     """What to change if torchrun or srun started other processes than the options ask for, or None."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        starter, started = "torchrun", int(os.environ["WORLD_SIZE"])
-        nodes = started // int(os.environ["LOCAL_WORLD_SIZE"])
+        starter, per_node, on_nodes = "torchrun", "--nproc-per-node", "--nnodes"
+        started, each = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = started // each
     elif in_slurm_job():
-        starter, started = "srun", int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+        starter, per_node, on_nodes = "srun", "--ntasks-per-node", "--nodes"
         nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+        each = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) // nodes
     else:
         return None
-    each = started // nodes
     if (each, nodes) == (wanted.devices, wanted.num_nodes):
         return None
-    asked = f"trainer.devices x trainer.num_nodes is {wanted.devices} x {wanted.num_nodes}"
-    if (starter, started) == ("srun", 1):
-        return (
-            f"{asked}, but this is the only task: in a SLURM job, start the program with srun "
-            f"--nodes={wanted.num_nodes} --ntasks-per-node={wanted.devices}"
-        )
     return (
-        f"{asked}, but {starter} started {each} x {nodes} processes: set trainer.devices={each} "
-        f"trainer.num_nodes={nodes}"
+        f"trainer.devices x trainer.num_nodes is {wanted.devices} x {wanted.num_nodes}, but {each} x {nodes} "
+        f"processes were started: set trainer.devices={each} trainer.num_nodes={nodes}, or use "
+        f"{starter} {per_node}={wanted.devices} {on_nodes}={wanted.num_nodes}"
     )

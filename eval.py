@@ -162,11 +162,9 @@ def export(options: Options, path: Path) -> None:
 def evaluate_all(jobs: Sequence[Any]) -> list[dict[str, Any]]:
     """Evaluates the checkpoint of each job, and prints tables."""
     from utils.plots.tables import class_table, metrics_table, sweep_table
-    from utils.training.device import check_backends
 
     for job in jobs:  # all before the first one starts
         find_checkpoint(job.options.checkpoint, job.options.output_dir)
-        check_backends(job.options)
     results = []
     for job in jobs:
         name, folder = job.options.wandb.name, results_folder(job.options)

@@ -6,49 +6,29 @@ import copy
 import shutil
 import signal
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from utils.errors import NotFinite, UserError
+from utils.errors import UserError
 from utils.files import replacing
 from utils.training.distributed import Agreement
 from utils.training.launch import in_slurm_job
+from utils.training.loggers import wandb_runs
+from utils.training.run_dir import BEST, LAST, Progress
 from utils.training.stopping import Stopped, StopSignal, requeue
-from utils.training.torch_files import read_torch_file, write_torch_file
-
-BEST, LAST = "best.ckpt", "last.ckpt"
+from utils.training.torch_files import write_torch_file
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Progress of a run: the entry `progress` of a checkpoint."""
-
-    step: int = 0  # last trained step, from 1
-    validated: bool = True  # False if the validation that follows this step is still to be done
-    best: float = float("-inf")  # largest sum of metrics so far
-    seconds: float = 0.0  # training time
-    wandb_id: str | None = None
-
-
-def read_progress(path: Path) -> Progress:
-    """The progress stored in a checkpoint."""
-    return Progress(**read_torch_file(path, "checkpoint")["progress"])
-
-
-class CheckedCheckpointIO(TorchCheckpointIO):
-    """Lightning's reader and writer of checkpoints: atomic writes, integrity-checked reads."""
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's reader and writer of checkpoints, with atomic writes."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
         """Writes a checkpoint, completely or not at all."""
         write_torch_file(checkpoint, Path(path))
-
-    def load_checkpoint(self, path: str, *_arguments: Any, **_keywords: Any) -> dict[str, Any]:
-        """Reads a checkpoint onto the CPU."""
-        return read_torch_file(Path(path), "checkpoint")
 
 
 class CheckpointManager(Callback):
@@ -64,8 +44,7 @@ class CheckpointManager(Callback):
         every: (steps, seconds) between checkpoints; at most one is not None.
         validates: whether there are validation images.
         stop: notes stop signals.
-        progress: what the run resumes from.
-        wandb_id: of the run, or None.
+        progress: at the start, of the checkpoint that the run resumes from.
     """
 
     def __init__(
@@ -76,11 +55,9 @@ class CheckpointManager(Callback):
         validates: bool,
         stop: StopSignal,
         progress: Progress,
-        wandb_id: str | None = None,
     ) -> None:
-        self.folder, self.validates, self.stop = folder, validates, stop
+        self.folder, self.validates, self.stop, self.progress = folder, validates, stop, progress
         self.steps, self.seconds = every
-        self.progress = replace(progress, wandb_id=wandb_id)
         self._loops: dict[str, Any] = {}
         self._agreement = Agreement()
         self._saved_step, self._saved = progress.step, time.perf_counter()
@@ -115,7 +92,7 @@ class CheckpointManager(Callback):
         validated = not self.validates or trainer.val_check_batch != batch_idx + 1  # see ValidationSteps
         self.progress = replace(self.progress, step=trainer.global_step, validated=validated)
         self._loops = _resumable_loops(trainer)
-        self._agreement.start(self.stop.requested, self._due(trainer))
+        self._agreement.start(self.stop.requested, self._due())
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Leaves an unfinished validation on request; the resumed run starts it again."""
@@ -129,16 +106,16 @@ class CheckpointManager(Callback):
         self.progress = replace(self.progress, validated=True, best=best)
         self._save(trainer, best=improved)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the last step if no validation has saved it."""
-        if self._saved_step < self.progress.step:
-            self._save(trainer)
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves if there are no validations, which otherwise do so."""
+        if not self.validates:
+            self._save(trainer, best=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves if a system error ends the run; several ranks cannot save without each other."""
-        system_error = isinstance(exception, UserError) and not isinstance(exception, (Stopped, NotFinite))
-        system_error = system_error or "DataLoader worker (pid" in str(exception)
-        if system_error and trainer.world_size == 1 and self._saved_step < self.progress.step:
+        """Saves if an image or a worker ends the run; several ranks cannot save without each other."""
+        unforeseen = isinstance(exception, UserError) and not exception.common
+        unforeseen |= "DataLoader worker (pid" in str(exception)
+        if unforeseen and trainer.world_size == 1 and self._saved_step < self.progress.step:
             self._save(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
@@ -147,24 +124,22 @@ class CheckpointManager(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
         """Adds the progress, and the position between two steps instead of the one inside a hook."""
-        checkpoint["progress"] = asdict(replace(self.progress, seconds=self.spent))
+        wandb_id = next((run.id for run in wandb_runs(trainer.loggers)), None)
+        checkpoint["progress"] = asdict(replace(self.progress, seconds=self.spent, wandb_id=wandb_id))
         checkpoint["loops"]["fit_loop"] = self._loops
 
-    def _due(self, trainer: Trainer) -> bool:
-        step = self.progress.step
-        if not self.validates and step % trainer.num_training_batches == 0:
-            return True
+    def _due(self) -> bool:
         if self.steps is not None:
-            return step % self.steps == 0
+            return self.progress.step % self.steps == 0
         return self.seconds is not None and time.perf_counter() - self._saved >= self.seconds
 
     def _save(self, trainer: Trainer, *, best: bool = False) -> None:
         for logger in trainer.loggers:
             logger.save()  # first, so that no checkpoint is ahead of metrics.csv
-        trainer.save_checkpoint(self.folder / LAST)
-        if trainer.is_global_zero and (best or not self.validates):
-            with replacing(self.folder / BEST, sync=True) as temporary:
-                shutil.copyfile(self.folder / LAST, temporary)
+        trainer.save_checkpoint(self.folder / (BEST if best else LAST))
+        if best and trainer.is_global_zero:  # last.ckpt second: it never names a best that is not on disk
+            with replacing(self.folder / LAST, sync=True) as temporary:
+                shutil.copyfile(self.folder / BEST, temporary)
         trainer.strategy.barrier()  # every rank may read them from here on
         self._saved_step, self._saved = self.progress.step, time.perf_counter()
 

@@ -13,7 +13,7 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 
 from utils.config.options import Options
 from utils.errors import UserError, first_line
-from utils.training.launch import launch_mistake
+from utils.training.launch import check_launch
 
 LOSS_SCALE, GROWTH_INTERVAL = 2048.0, 1000  # as published
 
@@ -32,15 +32,10 @@ def hardware_settings(options: Options) -> dict[str, Any]:
 
 
 def device_settings(options: Options) -> dict[str, Any]:
-    """The Trainer's accelerator, devices, nodes and strategy.
-
-    Raises:
-        UserError: `gpu_ids` or `trainer.*` do not fit this machine or the processes that were launched.
-    """
+    """The Trainer's accelerator, devices, nodes and strategy, checked against machine and launcher."""
     wanted, found = options.trainer, accelerator()
+    check_launch(wanted)
     devices: int | list[int] = wanted.devices
-    if mistake := launch_mistake(wanted):
-        raise UserError(mistake)
     if found == "cuda":
         available, devices = torch.cuda.device_count(), list(options.gpu_ids)
         if devices == [0]:
@@ -87,12 +82,6 @@ def precision_settings(options: Options, accelerator: str) -> dict[str, Any]:
         scaler = torch.amp.GradScaler("cuda", init_scale=scale, growth_interval=GROWTH_INTERVAL)
         return {"plugins": [MixedPrecision("16-mixed", "cuda", scaler=scaler)]}
     return {"precision": {"bf16": "bf16-mixed", "fp32": "32-true"}[chosen]}
-
-
-def check_backends(options: Options) -> None:
-    """Raises a UserError if the CRF cannot be computed on this machine as the options say."""
-    if options.eval.is_crf and options.eval.crf_backend == "torch" and accelerator() == "mps":
-        raise UserError("eval.crf_backend is torch, must be pydensecrf on mps, which lacks an operation")
 
 
 @contextmanager

@@ -52,7 +52,11 @@ def all_gather(rows: Tensor) -> Tensor:
 
 def all_reduce(values: Tensor) -> Tensor:
     """Sum over the ranks; the gradient on a rank is that of its own term."""
-    return values if world_size() == 1 else _AllReduce.apply(values)
+    if world_size() == 1:
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total + (values - values.detach())
 
 
 def all_reduce_mean(value: Tensor) -> Tensor:
@@ -69,17 +73,14 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 class Agreement:
-    """Lets the ranks agree on two booleans without blocking a step: any rank's True counts.
-
-    `start` sends this rank's booleans on a CPU process group; `result` reads the answer before the next step.
-    """
+    """Lets the ranks agree on two booleans without blocking a step: any rank's True counts."""
 
     def __init__(self) -> None:
         self._group: dist.ProcessGroup | None = None
         self._flags, self._work = torch.zeros(2, dtype=torch.int32), None
 
     def start(self, *flags: bool) -> None:
-        """Begins to exchange this rank's booleans."""
+        """Begins to exchange this rank's booleans, on a CPU process group."""
         self._flags = torch.tensor(flags, dtype=torch.int32)
         if world_size() > 1:
             self._group = self._group or dist.new_group(backend="gloo")
@@ -105,16 +106,3 @@ class _AllGather(Function):
         own = grad.new_empty(len(grad) // world_size(), *grad.shape[1:])
         dist.reduce_scatter_tensor(own, grad.contiguous())
         return own
-
-
-class _AllReduce(Function):
-    @staticmethod
-    def forward(ctx, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad

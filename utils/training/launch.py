@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from utils.config.options import TrainerOptions
+from utils.errors import UserError
 
 
 def cores() -> int:
@@ -31,22 +32,16 @@ def in_slurm_job() -> bool:
     return "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
-def launch_mistake(wanted: TrainerOptions) -> str | None:
-    """What to change if torchrun or srun started other processes than the options ask for, or None."""
+def check_launch(wanted: TrainerOptions) -> None:
+    """Raises a UserError if torchrun or srun started another number of processes than the options ask for."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        starter, per_node, on_nodes = "torchrun", "--nproc-per-node", "--nnodes"
-        started, each = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = started // each
+        started = int(os.environ["WORLD_SIZE"])
     elif in_slurm_job():
-        starter, per_node, on_nodes = "srun", "--ntasks-per-node", "--nodes"
-        nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
-        each = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) // nodes
+        started = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     else:
-        return None
-    if (each, nodes) == (wanted.devices, wanted.num_nodes):
-        return None
-    return (
-        f"trainer.devices x trainer.num_nodes is {wanted.devices} x {wanted.num_nodes}, but {each} x {nodes} "
-        f"processes were started: set trainer.devices={each} trainer.num_nodes={nodes}, or use "
-        f"{starter} {per_node}={wanted.devices} {on_nodes}={wanted.num_nodes}"
-    )
+        return
+    if started != wanted.world_size:
+        raise UserError(
+            f"trainer.devices x trainer.num_nodes is {wanted.devices} x {wanted.num_nodes}, but processes "
+            f"started: {started}; change the options, or start as many with torchrun or srun"
+        )

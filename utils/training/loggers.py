@@ -38,14 +38,8 @@ def build_loggers(
 ) -> list[Logger]:
     """metrics.csv and, if enabled, wandb on rank zero; no loggers on the other ranks.
 
-    wandb never blocks a run: without login or network the run is recorded offline. A resumed offline run
-    writes another offline file with the points after the resume.
-
-    Args:
-        options: all options.
-        folder: of the run.
-        step: the step that the run resumes after; 0 for a new run.
-        wandb_id: the wandb run to continue, unless `wandb.id` names one.
+    wandb never blocks a run: without login or network the run is recorded offline. `step` and `wandb_id` are
+    of the run that is resumed; `wandb.id` comes first.
     """
     if not is_rank_zero():
         return []
@@ -53,7 +47,8 @@ def build_loggers(
     loggers: list[Logger] = [csv_logger(folder, step=step)]
     if mode == "online":
         problem = "not logged in (wandb login)"
-        if _logged_in():
+        server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+        if os.environ.get("WANDB_API_KEY") or get_netrc_auth(server):  # else wandb asks on the terminal
             try:
                 return [*loggers, _start_wandb(options, folder, run_id, mode="online")]
             except wandb.errors.Error as error:
@@ -80,20 +75,9 @@ def csv_logger(folder: Path, *, step: int) -> CSVLogger:
     return logger
 
 
-def _logged_in() -> bool:
-    """Whether there are credentials for wandb, which would otherwise ask for them on a terminal."""
-    address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(address))
-
-
 def _start_wandb(options: Options, folder: Path, run_id: str | None, *, mode: str) -> WandbLogger:
-    chosen = options.wandb
     run = wandb.init(
-        project=chosen.project,
-        entity=chosen.entity,
-        name=chosen.name,
-        tags=chosen.tags,
-        notes=chosen.notes,
+        **options.wandb.model_dump(include={"project", "entity", "name", "tags", "notes"}),
         id=run_id,
         resume="allow" if run_id is not None and mode == "online" else None,
         reinit="finish_previous",

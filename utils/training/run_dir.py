@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -24,23 +25,26 @@ from utils.files import make_folder, move_aside, read_json_object, write_json
 from utils.training.launch import cores, is_rank_zero
 from utils.training.torch_files import read_torch_file
 
+BEST, LAST = "best.ckpt", "last.ckpt"
 MAY_DIFFER = (  # on resume: keys and sections that change where and how fast a run computes, not its result
-    "checkpoint",
-    "dataloader.num_workers",
-    "dataset.check_files",
-    "dataset.data_path",
-    "eval.crf_workers",
-    "gpu_ids",
-    "output_dir",
-    "resume",
-    "train.checkpoint_every",
-    "trainer.",
-    "wandb.",
-)
+    "checkpoint", "dataloader.num_workers", "dataset.check_files", "dataset.data_path", "eval.crf_workers",
+    "gpu_ids", "output_dir", "resume", "train.checkpoint_every", "trainer.", "wandb.",
+)  # fmt: skip
 PACKAGES = (
     "torch", "torchvision", "pytorch-lightning", "torchmetrics", "timm", "numpy", "scipy", "pydensecrf2",
     "wandb",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Progress of a run: the entry `progress` of a checkpoint."""
+
+    step: int = 0  # last trained step, from 1
+    validated: bool = True  # False if the validation that follows this step is still to be done
+    best: float = float("-inf")  # largest sum of metrics so far
+    seconds: float = 0.0  # training time
+    wandb_id: str | None = None
 
 
 class RunDir:
@@ -48,7 +52,7 @@ class RunDir:
 
     def __init__(self, options: Options) -> None:
         self.path = Path(options.output_dir) / options.wandb.name
-        self.best, self.last = self.path / "best.ckpt", self.path / "last.ckpt"
+        self.best, self.last = self.path / BEST, self.path / LAST
         self._metrics = self.path / "metrics.json"
 
     @contextmanager
@@ -94,7 +98,7 @@ class RunDir:
             print(f"moved the earlier run in {self.path} to {earlier}")
         make_folder(self.path)
         write_json(self.path / "options.json", as_tree(options))
-        write_json(self.path / "provenance.json", provenance() | {"hardware": hardware()})
+        write_json(self.path / "provenance.json", provenance())
         if damaged:
             write_json(self.path / "left_out.json", list(damaged))
 
@@ -113,25 +117,25 @@ class RunDir:
             fix = "use the options of that run, or start a new run under another wandb.name"
             raise UserError([*differing, fix], f"{path}, the run to resume")
 
-    def resume_checkpoint(self, options: Options) -> Path | None:
-        """The checkpoint to resume from: last.ckpt, best.ckpt if that is damaged, None to start anew."""
+    def resume_point(self, options: Options) -> tuple[Path | None, Progress]:
+        """The checkpoint to resume from and its progress: best.ckpt if last.ckpt is damaged, None if new."""
         if options.resume is None:
-            return None
+            return None, Progress()
         for path in filter(Path.exists, (self.last, self.best)):
             try:
-                step = read_torch_file(path, "checkpoint")["progress"]["step"]
+                progress = Progress(**read_torch_file(path, "checkpoint")["progress"])
             except UserError as error:
                 print(f"{error}; skipping this checkpoint")
                 continue
-            print(f"resuming after step {step:,} from {path}")
-            return path
+            print(f"resuming after step {progress.step:,} from {path}")
+            return path, progress
         print(f"{self.path}: no checkpoint to resume from, starting a new run")
-        return None
+        return None, Progress()
 
 
 @cache
 def provenance() -> dict[str, Any]:
-    """{'git_sha', 'versions', 'date'}; '-dirty' marks uncommitted changes, 'unknown' is no checkout."""
+    """{'git_sha', 'versions', 'date', 'hardware'}; '-dirty' marks uncommitted changes."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -143,17 +147,13 @@ def provenance() -> dict[str, Any]:
         sha = subprocess.check_output(describe, cwd=Path(__file__).parent, text=True, stderr=subprocess.PIPE)
     except (OSError, subprocess.SubprocessError):
         sha = "unknown"
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"git_sha": sha.strip(), "versions": versions, "date": date}
-
-
-def hardware() -> dict[str, Any]:
-    """{'system', 'cpu', 'cores', 'gpu'}; None if unknown."""
     info = Path("/proc/cpuinfo")  # on Linux `platform.processor()` is often empty
     model = re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8")) if info.exists() else None
-    return {
+    hardware = {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": model[1] if model else platform.processor() or None,
         "cores": cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"git_sha": sha.strip(), "versions": versions, "date": date, "hardware": hardware}

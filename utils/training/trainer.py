@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 
 from utils.config.options import Options
-from utils.training.checkpointing import CheckedCheckpointIO
+from utils.training.checkpointing import AtomicCheckpointIO
 
 
 class ValidationSteps(Callback):
@@ -75,7 +75,7 @@ def build_trainer(
         warnings.filterwarnings("ignore", module=library)
     refresh_rate = options.train.print_freq if hardware["accelerator"] == "cuda" else 1
     return Trainer(
-        **hardware | {"plugins": [*hardware.get("plugins", []), CheckedCheckpointIO()]},
+        **hardware | {"plugins": [*hardware.get("plugins", []), AtomicCheckpointIO()]},
         max_epochs=options.train.epoch,
         deterministic=options.train.deterministic,
         logger=loggers or False,

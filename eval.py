@@ -139,11 +139,9 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
     if arguments.images is not None:
         return [write_masks(job.options, arguments) for job in jobs]
     from utils.plots.tables import class_table, metrics_table, sweep_table
-    from utils.training.device import check_backends
 
     for job in jobs:  # all before the first one starts
         find_checkpoint(job.options.checkpoint, job.options.output_dir)
-        check_backends(job.options)
     results = []
     for job in jobs:
         name, folder = job.options.wandb.name, results_folder(job.options)

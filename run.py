@@ -32,7 +32,7 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
     from model.checkpoint import read_checkpoint
     from model.results import shown_indices
     from utils.files import find_checkpoint
-    from utils.training.checkpointing import CheckpointManager, Progress, read_progress
+    from utils.training.checkpointing import CheckpointManager
     from utils.training.device import explained_errors, hardware_settings
     from utils.training.loggers import build_loggers, wandb_runs
     from utils.training.stopping import StopSignal
@@ -46,10 +46,9 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
     module = build_module(options, data.labels, **known)
     if not labelled:
         print("train data has no labels: no linear probe")
-    checkpoint = run_dir.resume_checkpoint(options)
+    checkpoint, progress = run_dir.resume_point(options)
     if checkpoint is None:
         run_dir.prepare(options, data.damaged)
-    progress = Progress() if checkpoint is None else read_progress(checkpoint)
     loggers = build_loggers(options, run_dir.path, step=progress.step, wandb_id=progress.wandb_id)
     shown = [(validation.source.name(index), validation[index].image) for index in indices]
     images = WandbImages(wandb_runs(loggers), shown, best=progress.best)
@@ -57,12 +56,10 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
     with StopSignal() as stop, explained_errors(options):
         checkpoints = CheckpointManager(
             run_dir.path,
-            valid_freq=options.train.valid_freq,
             every=options.train.checkpoint_interval,
             validates=len(validation) > 0,
             stop=stop,
             progress=progress,
-            wandb_id=next((run.id for run in images.runs), None),
         )
         trainer = build_trainer(options, hardware, loggers=loggers, callbacks=[images, report, checkpoints])
         if options.dataset.cache_features:
@@ -134,10 +131,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     jobs = plan_jobs(parse_arguments(argv, description="Train PPAP and evaluate it.", training=True))
     from utils.files import move_aside
     from utils.plots.tables import class_table, metrics_table, sweep_table, write_sweep
-    from utils.training.device import check_backends
 
-    for job in jobs:
-        check_backends(job.options)
     finished, rows = [], []
     for job in jobs:
         results = run_job(job)

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from functools import partialmethod
 from pathlib import Path
 
@@ -21,13 +22,14 @@ from tqdm import tqdm
 import run
 from loss import PPAPLossOutput
 from model import criterion, register_loss
+from model.callbacks import HtmlReport
 from model.module import PPAPModule
 from tests.conftest import write_tiny
 from utils.config.cli import guarded
 from utils.config.options import LOSSES
 from utils.errors import UserError
-from utils.training.checkpointing import BEST, LAST, CheckpointManager, read_progress, validation_due
-from utils.training.run_dir import locked
+from utils.training.checkpointing import CheckpointManager
+from utils.training.run_dir import BEST, LAST, RunDir
 from utils.training.stopping import Stopped, StopSignal
 
 TIMES = {"images_per_s", "train_hours", "peak_memory_gib", "checkpoint"}
@@ -40,8 +42,12 @@ def rows_of(folder):
         return [{key: cell for key, cell in row.items() if key not in TIMES} for row in csv.DictReader(file)]
 
 
+def progress_of(path):
+    return torch.load(path, weights_only=True)["progress"]
+
+
 def same(value, other):
-    """Equal to the last bit, tensors too; times do not count."""
+    """Whether two values, possibly nested and of tensors, are equal, times excepted."""
     if isinstance(value, dict):
         return value.keys() == other.keys() and all(same(value[k], other[k]) for k in value if k not in TIMES)
     if isinstance(value, (list, tuple)):
@@ -57,30 +63,62 @@ def assert_same_run(folder, whole):
         contents = [torch.load(place / name, weights_only=True) for place in (folder, whole)]
         for entry in ("state_dict", "optimizer_states"):
             assert same(*(content[entry] for content in contents)), (name, entry)
-        assert same(*({"step": content["progress"]["step"]} for content in contents))
+        assert same(*(content["progress"]["step"] for content in contents))
+
+
+@contextmanager
+def without_pictures():
+    """Skips the figures, which take longer than these runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.results.write_pictures", lambda *_, **__: None)
+        patch.setattr(HtmlReport, "_explain", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast():
+    with without_pictures():
+        yield
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a run that was never stopped."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     run.main(["--opt", write_tiny(folder, **LONG)])
     return folder / "output/tiny"
 
 
+@pytest.fixture(scope="module")
+def sevens(tmp_path_factory):
+    """Folders of uninterrupted runs of two epochs of seven steps, by valid_freq."""
+    folders = {}
+    for valid_freq, expected in ((3, [3, 6, 7, 10, 13, 14]), (100, [7, 14])):
+        folder = tmp_path_factory.mktemp("seven")
+        run.main(["--opt", write_tiny(folder, **SEVEN), f"train.valid_freq={valid_freq}"])
+        folders[valid_freq] = folder / "output/tiny"
+        rows = rows_of(folders[valid_freq])
+        assert [int(row["iters"]) for row in rows if row["valid_loss"]] == expected
+    return folders
+
+
 @pytest.fixture
-def stopping(monkeypatch):
-    def stop_in(step, *, hook="training_step", signum=signal.SIGTERM, only=lambda module: True):
-        """Signals this process while it computes a step, or the validation after it."""
+def stop_in(monkeypatch):
+    def stop_in(step, words, *, hook="training_step", signum=signal.SIGTERM, seed=0):
+        """Runs until a signal stops the run in a step, or in the validation after it; returns the error."""
         plain = getattr(PPAPModule, hook)
 
         def signalled(module, *arguments):
-            if module.global_step + (hook == "training_step") == step and only(module):
+            now = module.global_step + (hook == "training_step")
+            if now == step and module.options.train.seed == seed:
                 os.kill(os.getpid(), signum)
             return plain(module, *arguments)
 
-        monkeypatch.setattr(PPAPModule, hook, signalled)
-        return monkeypatch.undo
+        with monkeypatch.context() as patch:
+            patch.setattr(PPAPModule, hook, signalled)
+            with pytest.raises(Stopped) as stopped:
+                run.main(words)
+        return stopped.value
 
     return stop_in
 
@@ -88,65 +126,37 @@ def stopping(monkeypatch):
 @pytest.mark.parametrize(
     ("step", "hook", "signum"),
     [
-        (2, "training_step", signal.SIGTERM),
-        (5, "training_step", signal.SIGINT),
+        (2, "training_step", signal.SIGINT),
         (7, "validation_step", signal.SIGTERM),  # a validation that is half done
         (8, "training_step", signal.SIGTERM),  # the last of an epoch
         (12, "validation_step", signal.SIGINT),  # the last of all
     ],
 )
-def test_signal__saves_leaves_and_goes_on(tiny_file, tmp_path, whole, stopping, step, hook, signum):
-    path, folder = tiny_file(**LONG), tmp_path / "output/tiny"
-    undo, before = stopping(step, hook=hook, signum=signum), set(tqdm._instances)
-    with pytest.raises(Stopped, match=rf"saved in {folder}/last\.ckpt; resume with: .*--resume") as stopped:
-        run.main(["--opt", path])
-    undo()
-    assert stopped.value.status == 128 + signum
+def test_signal__saves_stops_and_resumes(tiny_file, tmp_path, whole, stop_in, step, hook, signum):
+    words, folder = ["--opt", tiny_file(**LONG)], tmp_path / "output/tiny"
+    before = set(tqdm._instances)
+    stopped = stop_in(step, words, hook=hook, signum=signum)
+    assert f"at step {step} of 12, saved in {folder}/last.ckpt" in str(stopped)
+    assert stopped.status == 128 + signum
     assert set(tqdm._instances) <= before, "an open bar writes whenever it is collected"
-    reached = read_progress(folder / LAST)
-    assert (reached.step, reached.validated) == (step, hook == "training_step" and step % 4 not in (0, 3))
-    run.main(["--opt", path, "--resume"])
+    reached = progress_of(folder / LAST)
+    assert (reached["step"], reached["validated"]) == (step, step == 2)
+    run.main([*words, "--resume"])
     assert_same_run(folder, whole)
 
 
-@pytest.mark.parametrize("valid_freq", [3, 100])
 @pytest.mark.parametrize(
-    ("step", "hook"),
-    [
-        (3, "training_step"),
-        (5, "training_step"),
-        (7, "training_step"),
-        (7, "validation_step"),
-        (14, "training_step"),
-    ],
+    ("valid_freq", "step", "hook"),
+    [(3, 7, "validation_step"), (3, 14, "training_step"), (100, 5, "training_step")],
 )
-def test_resume__of_an_epoch_of_seven_steps(tiny_file, tmp_path, sevens, stopping, valid_freq, step, hook):
-    """Before, at and after validations that `valid_freq` or the end of an epoch asks for; twice in a row."""
+def test_resume__of_an_epoch_of_seven_steps(tiny_file, tmp_path, sevens, stop_in, valid_freq, step, hook):
+    """Before and after validations due by `valid_freq` or an epoch's end; stopped twice in a row."""
     words = ["--opt", tiny_file(**SEVEN), f"train.valid_freq={valid_freq}"]
-    undo = stopping(step, hook=hook)
-    with pytest.raises(Stopped):
-        run.main(words)
-    undo()
-    if step < 10:
-        undo = stopping(11)
-        with pytest.raises(Stopped):
-            run.main([*words, "--resume"])
-        undo()
+    stop_in(step, words, hook=hook)
+    if step < 11:
+        stop_in(11, [*words, "--resume"])
     run.main([*words, "--resume"])
     assert_same_run(tmp_path / "output/tiny", sevens[valid_freq])
-
-
-@pytest.fixture(scope="module")
-def sevens(tmp_path_factory):
-    """Folders of uninterrupted runs of two epochs of seven steps, by valid_freq."""
-    folders = {}
-    for valid_freq in (3, 100):
-        folder = tmp_path_factory.mktemp("seven")
-        run.main(["--opt", write_tiny(folder, **SEVEN), f"train.valid_freq={valid_freq}"])
-        folders[valid_freq] = folder / "output/tiny"
-        due = [int(row["iters"]) for row in rows_of(folders[valid_freq]) if row["valid_loss"]]
-        assert due == {3: [3, 6, 7, 10, 13, 14], 100: [7, 14]}[valid_freq]
-    return folders
 
 
 class Drawing(nn.Module):
@@ -158,14 +168,11 @@ class Drawing(nn.Module):
         return PPAPLossOutput((weights * z[:, 0]).mean(), one, one)
 
 
-def test_resume__a_loss_that_draws_from_global_generators(tiny_file, tmp_path, stopping):
+def test_resume__a_loss_that_draws_from_global_generators(tiny_file, tmp_path, stop_in):
     register_loss("drawing", lambda options: Drawing())
     try:
-        words = ["--opt", tiny_file(**LONG), "training_coeff.loss=drawing"]
-        undo = stopping(6)
-        with pytest.raises(Stopped):
-            run.main(words)
-        undo()
+        words = ["--opt", tiny_file(**LONG | {"train__epoch": 2}), "training_coeff.loss=drawing"]
+        stop_in(6, words)
         torch.manual_seed(5)
         run.main([*words, "--resume"])
         run.main([*words, "wandb.name=whole"])
@@ -175,12 +182,7 @@ def test_resume__a_loss_that_draws_from_global_generators(tiny_file, tmp_path, s
     assert_same_run(tmp_path / "output/tiny", tmp_path / "output/whole")
 
 
-def test_validation_due__every_valid_freq_and_at_the_end():
-    assert [step + 1 for step in range(7) if validation_due(step, 7, 3)] == [3, 6, 7]
-    assert [step + 1 for step in range(7) if validation_due(step, 7, 100)] == [7]
-
-
-def test_signal__puts_the_handlers_back():
+def test_signal__restores_the_handlers():
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -189,11 +191,13 @@ def test_signal__puts_the_handlers_back():
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_signal__a_second_ctrl_c_leaves_at_once(tiny_file, tmp_path, start):
+def test_signal__a_second_ctrl_c_exits_at_once(tiny_file, tmp_path, start):
     """The first one waits for a step that never ends."""
     process = start(["--opt", tiny_file(**LONG)], stuck_in_step=3)
     try:
-        await_file(tmp_path / "output/tiny/stuck", process)
+        while not (tmp_path / "output/tiny/stuck").exists():
+            assert process.is_alive()
+            time.sleep(0.05)
         for _ in range(2):
             os.kill(process.pid, signal.SIGINT)
             time.sleep(0.3)
@@ -203,7 +207,7 @@ def test_signal__a_second_ctrl_c_leaves_at_once(tiny_file, tmp_path, start):
         process.kill()
 
 
-def test_signal__in_a_slurm_job_requeues_it(tiny_file, tmp_path, stopping, monkeypatch):
+def test_signal__requeues_a_slurm_job(tiny_file, tmp_path, stop_in, monkeypatch):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
     scontrol.chmod(0o755)
@@ -211,159 +215,103 @@ def test_signal__in_a_slurm_job_requeues_it(tiny_file, tmp_path, stopping, monke
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_JOB_NAME", "ppap")
     monkeypatch.setattr("pytorch_lightning.plugins.environments.SLURMEnvironment.detect", lambda: False)
-    stopping(2, signum=signal.SIGUSR1)
-    with pytest.raises(Stopped, match=r"step 2 of 12.*SLURM job 77 is requeued; resume with"):
-        run.main(["--opt", tiny_file(**LONG)])
+    stopped = stop_in(2, ["--opt", tiny_file(**LONG)], signum=signal.SIGUSR1)
+    assert "SLURM job 77 is requeued" in str(stopped)
     assert (tmp_path / "asked").read_text() == "requeue 77\n"
 
 
-def test_resume__where_nothing_is_validated(tiny_file, tmp_path, stopping):
+def test_resume__without_validation_images(tiny_file, tmp_path, stop_in):
     (tmp_path / "photos").mkdir()
     for number in range(16):
         pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"photos/{number}.png")
-    path = tiny_file(
-        **LONG,
-        dataset__data_type="directory",
-        dataset__data_path=str(tmp_path / "photos"),
-        dataset__n_classes=5,
-    )
-    undo = stopping(7)
-    with pytest.raises(Stopped):
-        run.main(["--opt", path])
-    undo()
-    run.main(["--opt", path, "--resume"])
-    run.main(["--opt", path, "wandb.name=whole"])
+    photos = {"data_type": "directory", "data_path": str(tmp_path / "photos"), "n_classes": 5}
+    changed = {f"dataset__{key}": value for key, value in photos.items()}
+    words = ["--opt", tiny_file(**LONG | changed | {"train__epoch": 2})]
+    stop_in(3, words)
+    run.main([*words, "--resume"])
+    run.main([*words, "wandb.name=whole"])
     assert_same_run(tmp_path / "output/tiny", tmp_path / "output/whole")
-    assert read_progress(tmp_path / "output/tiny" / BEST).step == 12
+    assert progress_of(tmp_path / "output/tiny" / BEST)["step"] == 8
 
 
-def test_resume__a_sweep_goes_on_with_the_run_that_was_left(tiny_file, tmp_path, stopping, capsys):
-    words = ["--opt", tiny_file(**LONG), "train.seed=0,1,2"]
-    undo = stopping(4, only=lambda module: module.options.train.seed == 1)
-    with pytest.raises(Stopped):
-        run.main(words)
-    undo()
+def test_resume__continues_a_sweep(tiny_file, tmp_path, stop_in, capsys):
+    words = ["--opt", tiny_file(**LONG | {"train__epoch": 1}), "train.seed=0,1,2"]
+    stop_in(2, words, seed=1)
     capsys.readouterr()
-    results = run.main([*words, "--resume"])
-    told = capsys.readouterr().out
-    assert len(results) == 3
-    assert "tiny-seed=0: this run is finished" in told
-    assert "going on after step 4" in told
-    assert "tiny-seed=2 holds nothing to go on from" in told
+    assert len(run.main([*words, "--resume"])) == 3
+    printed = capsys.readouterr().out
+    assert "tiny-seed=0: this run is finished" in printed
+    assert "resuming after step 2" in printed
+    assert "tiny-seed=2: no checkpoint to resume from" in printed
     assert (tmp_path / "output/tiny-sweep").is_dir()
 
 
-def test_resume__finished_is_not_run_again(tiny_file, capsys, monkeypatch):
-    path = tiny_file()
-    (result,) = run.main(["--opt", path])
+def test_resume__a_finished_run_or_other_options(whole, capsys, monkeypatch):
     monkeypatch.setattr(run, "train", lambda *_: pytest.fail("it was trained again"))
-    (again,) = run.main(["--opt", path, "resume=auto"])
-    assert same(result, again)
+    words = ["--opt", str(whole.parent.parent / "tiny.json"), "--resume"]
+    (result,) = run.main(words)
+    assert same(result, json.loads((whole / "metrics.json").read_text()))
     assert "this run is finished" in capsys.readouterr().out
-
-
-def test_resume__nothing_there_starts(tiny_file, tmp_path, capsys):
-    run.main(["--opt", tiny_file(), "--resume"])
-    assert "holds nothing to go on from: the run starts" in capsys.readouterr().out
-    assert (tmp_path / "output/tiny/metrics.json").exists()
-
-
-def test_resume__other_options_are_refused(tiny_file, stopping, tmp_path):
-    path = tiny_file(**LONG)
-    undo = stopping(2)
-    with pytest.raises(Stopped):
-        run.main(["--opt", path])
-    undo()
     with pytest.raises(UserError, match=r"training_coeff\.tau was 0\.8, is 0\.5") as error:
-        run.main(["--opt", path, "--resume", "training_coeff.tau=0.5", "dataloader.num_workers=1"])
+        run.main([*words, "training_coeff.tau=0.5", "dataloader.num_workers=1"])
     assert "num_workers" not in str(error.value)
-    assert read_progress(tmp_path / "output/tiny" / LAST).step == 2
 
 
-def test_resume__names_a_damaged_checkpoint_and_uses_the_best(tiny_file, tmp_path, whole, stopping, capsys):
-    path, folder = tiny_file(**LONG), tmp_path / "output/tiny"
-    undo = stopping(9)
-    with pytest.raises(Stopped):
-        run.main(["--opt", path])
-    undo()
+def test_resume__skips_a_damaged_checkpoint(tiny_file, tmp_path, whole, stop_in, capsys):
+    words, folder = ["--opt", tiny_file(**LONG)], tmp_path / "output/tiny"
+    stop_in(9, words)
     content = bytearray((folder / LAST).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / LAST).write_bytes(content)
-    run.main(["--opt", path, "--resume"])
+    run.main([*words, "--resume"])
     assert "last.ckpt: not a readable checkpoint" in capsys.readouterr().out
     assert_same_run(folder, whole)
 
 
-def test_checkpoints__come_every_so_many_steps(tiny_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [("0.00001 min", [1, 2, 3, 4, 5, 6, 7, 8]), ("null", [4, 8]), ("3", [3, 4, 6, 8])],
+)
+def test_checkpoint_every__steps_or_minutes(tiny_file, tmp_path, monkeypatch, every, expected):
     saved, plain = [], CheckpointManager._save
 
     def noted(manager, *arguments, **keywords):
-        saved.append(manager._now.step)
+        saved.append(manager.progress.step)
         plain(manager, *arguments, **keywords)
 
     monkeypatch.setattr(CheckpointManager, "_save", noted)
-    seldom = tiny_file(**LONG | {"train__valid_freq": 100})
-    run.main(["--opt", seldom, "train.checkpoint_every=0.00001 min", "wandb.name=minutes"])
-    assert saved == list(range(1, 13))  # less than a millisecond
-    saved.clear()
-    run.main(["--opt", seldom, "train.checkpoint_every=null", "wandb.name=none"])
-    assert saved == [4, 8, 12]  # those of validations
-    saved.clear()
-    run.main(["--opt", seldom, "train.checkpoint_every=2"])
-    assert saved == [2, 4, 6, 8, 10, 12]  # each once
-    there = {path.name for path in (tmp_path / "output/tiny").glob("*.ckpt")}
-    assert there == {BEST, LAST}
+    path = tiny_file(**LONG | {"train__valid_freq": 100, "train__epoch": 2})
+    run.main(["--opt", path, f"train.checkpoint_every={every}"])
+    assert saved == expected  # each once, and those of validations
+    assert {path.name for path in (tmp_path / "output/tiny").glob("*.ckpt")} == {BEST, LAST}
 
 
-@pytest.mark.parametrize("every", ["0", "15 hours", "1.5", "-3", "min"])
+@pytest.mark.parametrize("every", ["0", "15 hours", "1.5"])
 def test_checkpoint_every__that_is_no_interval(tiny_options, every):
     with pytest.raises(UserError, match=r"train\.checkpoint_every is .*must be a number of steps"):
         tiny_options(train__checkpoint_every=every)
 
 
-def hold(folder):
-    """Has the lock of a run's folder until it is killed, and tells by a file."""
-    with locked(folder):
-        (folder.parent / "held").touch()
-        time.sleep(600)
-
-
-def test_lock__two_runs_into_one_folder(tiny_file, tmp_path, forkserver):
-    path, folder = tiny_file(), tmp_path / "output/tiny"
-    holder = forkserver.Process(target=hold, args=(folder,))
-    holder.start()
-    try:
-        await_file(folder.parent / "held", holder)
-        with pytest.raises(UserError, match=r"another run is writing there .*tiny\.lock.*wandb\.name"):
-            run.main(["--opt", path])
-        assert not folder.exists()
-    finally:
-        holder.kill()
-        holder.join()
-    run.main(["--opt", path])  # the lock has fallen with its process
-
-
-def await_file(path, process):
-    while not path.exists():
-        assert process.is_alive()
-        time.sleep(0.05)
+def test_lock__two_runs_in_one_folder(tiny_file, tmp_path, tiny_options):
+    with (
+        RunDir(tiny_options()).lock(),
+        pytest.raises(UserError, match=r"another run is writing .*tiny\.lock.*wandb\.name"),
+    ):
+        run.main(["--opt", tiny_file()])
+    assert not (tmp_path / "output/tiny").exists()
 
 
 def stay(module, batch, batch_idx, *, step, step_of):
-    """A training step that never ends where it is the one that is asked for."""
+    """A training step that never ends if it is the chosen one."""
     if batch_idx + 1 == step:
         (Path(module.options.output_dir) / module.options.wandb.name / "stuck").touch()
-        while True:
-            time.sleep(0.1)
+        time.sleep(600)
     return step_of(module, batch, batch_idx)
 
 
 def run_until(argv, *, renames=None, stuck_in_step=None):
-    """run.py in a process of its own.
-
-    It kills itself instead of renaming a file for the n-th time, or never ends a step, with a file to tell.
-    """
+    """run.py in its own process, which kills itself after `renames` files, or never ends a step."""
     multiprocessing.set_start_method("fork", force=True)  # of its loaders, as on the command line
     plain, left = os.replace, [renames]
 
@@ -378,32 +326,28 @@ def run_until(argv, *, renames=None, stuck_in_step=None):
         os.replace = counted
     if stuck_in_step is not None:
         PPAPModule.training_step = partialmethod(stay, step=stuck_in_step, step_of=PPAPModule.training_step)
-    sys.exit(guarded(lambda: run.main(argv)))
+    with without_pictures():
+        sys.exit(guarded(lambda: run.main(argv)))
 
 
 @pytest.fixture(scope="module")
-def forkserver():
-    """Starts processes that have torch imported already."""
+def start():
+    """Starts run.py in a process that has torch imported already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "model", "dataset"])
-    return context
 
-
-@pytest.fixture
-def start(forkserver):
     def start(argv, **chosen):
-        """Starts run.py."""
-        process = forkserver.Process(target=run_until, args=(argv,), kwargs=chosen)
+        process = context.Process(target=run_until, args=(argv,), kwargs=chosen)
         process.start()
         return process
 
     return start
 
 
-def test_kill__before_any_rename_of_a_run(tiny_file, tmp_path, whole, start):
-    """One run, killed before its 1st, 5th, 9th ... rename, goes on each time from what it has."""
+def test_kill__before_renames(tiny_file, tmp_path, whole, start):
+    """Kills one run before its 1st, 4th, 7th ... rename; it resumes each time."""
     path, kills = tiny_file(**LONG), 0
-    for renames in range(0, 60, 4):
+    for renames in range(0, 60, 3):
         process = start(["--opt", path, "--resume", "train.checkpoint_every=2"], renames=renames)
         process.join(120)
         if process.exitcode == 0:
@@ -414,33 +358,19 @@ def test_kill__before_any_rename_of_a_run(tiny_file, tmp_path, whole, start):
     assert_same_run(tmp_path / "output/tiny", whole)
 
 
-def cut_short(start, folder, *, kills, seed):
-    """Kills runs at random moments of their whole length until `kills` is reached; the finished ones."""
-    drawn, finished = random.Random(seed), []
-    path, begun = write_tiny(folder, **LONG, dataloader__num_workers=1), time.perf_counter()
-    start(["--opt", path]).join(300)
-    length = time.perf_counter() - begun
-    while kills > 0:
-        name = f"cut{len(finished)}"
-        while True:
-            process = start(["--opt", path, "--resume", f"wandb.name={name}", "train.checkpoint_every=2"])
-            process.join(drawn.uniform(0, length) if kills > 0 else 300)
-            if process.exitcode is not None:
-                break
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill__at_random_moments(tmp_path, whole, start, kills):
+    drawn, finished = random.Random(kills), 0
+    path = write_tiny(tmp_path, **LONG, dataloader__num_workers=1)
+    words = ["--opt", path, "--resume", "train.checkpoint_every=2"]
+    while kills > 0 or not finished:
+        process = start([*words, f"wandb.name=cut{finished}"])
+        process.join(drawn.uniform(0, 5) if kills > 0 else 300)
+        if process.exitcode is None:
             process.kill()
             process.join()
             kills -= 1
+            continue
         assert process.exitcode == 0
-        finished.append(folder / "output" / name)
-    return finished
-
-
-def test_kill__at_random_moments(tmp_path, whole, start):
-    for folder in cut_short(start, tmp_path, kills=4, seed=0):
-        assert_same_run(folder, whole)
-
-
-@pytest.mark.slow
-def test_kill__at_twenty_random_moments(tmp_path, whole, start):
-    for folder in cut_short(start, tmp_path, kills=20, seed=1):
-        assert_same_run(folder, whole)
+        assert_same_run(tmp_path / f"output/cut{finished}", whole)
+        finished += 1

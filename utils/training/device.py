@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 
 from utils.config.options import Options
 from utils.errors import UserError, first_line
-from utils.training.launch import launch_mistake
+from utils.training.launch import check_launch
 
 LOSS_SCALE, GROWTH_INTERVAL = 2048.0, 1000  # as published
 
@@ -25,44 +25,28 @@ def accelerator() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def chosen_precision(options: Options, accelerator: str) -> str:
-    """The precision that `train.precision` means on a device: "fp16", "bf16" or "fp32".
-
-    Raises:
-        UserError: float16 without CUDA.
-    """
-    chosen = options.train.precision
-    if chosen == "auto":
-        return "fp16" if accelerator == "cuda" else "fp32"
-    if chosen == "fp16" and accelerator != "cuda":
-        raise UserError(f"train.precision is fp16, must be auto, fp32 or bf16 on {accelerator}")
-    return chosen
-
-
 def hardware_settings(options: Options) -> dict[str, Any]:
-    """The Trainer's arguments for device and precision.
-
-    Raises:
-        UserError: `gpu_ids`, `trainer.*` or `train.precision` do not fit this machine.
-    """
+    """The Trainer's arguments for device and precision."""
     device = device_settings(options)
     return device | precision_settings(options, device["accelerator"])
 
 
 def device_settings(options: Options) -> dict[str, Any]:
-    """Accelerator, devices, nodes and strategy.
-
-    Raises:
-        UserError: `gpu_ids` or `trainer.*` do not fit this machine or the processes that were launched.
-    """
-    wanted = options.trainer
-    if mistake := launch_mistake(wanted):
-        raise UserError(mistake)
-    found, devices = accelerator(), wanted.devices
+    """The Trainer's accelerator, devices, nodes and strategy, checked against machine and launcher."""
+    wanted, found = options.trainer, accelerator()
+    check_launch(wanted)
+    devices: int | list[int] = wanted.devices
     if found == "cuda":
-        devices = cuda_devices(options)
+        available, devices = torch.cuda.device_count(), list(options.gpu_ids)
+        if devices == [0]:
+            devices = list(range(wanted.devices))
+        if len(set(devices)) != wanted.devices or not set(devices) <= set(range(available)):
+            raise UserError(
+                f"gpu_ids is {list(options.gpu_ids)}, must be {wanted.devices} (trainer.devices) different "
+                f"CUDA devices of the {available} on this machine, numbered from 0"
+            )
     elif found == "mps" and wanted.devices > 1:
-        raise UserError(f"trainer.devices is {wanted.devices}, must be 1 on mps, which is a single device")
+        raise UserError(f"trainer.devices is {wanted.devices}, must be 1 on mps")
     else:
         print(f"device: {found} (no CUDA device; gpu_ids {list(options.gpu_ids)} ignored)")
     spread = {"num_nodes": wanted.num_nodes, "strategy": wanted.strategy}
@@ -76,32 +60,21 @@ def device_name(options: Options) -> str:
     return settings["accelerator"] + index
 
 
-def cuda_devices(options: Options) -> list[int]:
-    """The device indices that `gpu_ids` and `trainer.devices` select on this machine.
-
-    Raises:
-        UserError: there are no such devices, or the two options disagree.
-    """
-    wanted, available = options.trainer.devices, torch.cuda.device_count()
-    if wanted > available:
-        raise UserError(f"trainer.devices is {wanted}, must be at most {available}, the CUDA devices here")
-    chosen = list(options.gpu_ids)
-    if chosen == [0]:
-        chosen = list(range(wanted))
-    if len(chosen) != wanted or not set(chosen) <= set(range(available)) or len(set(chosen)) != wanted:
-        devices = "one device" if wanted == 1 else f"{wanted} different devices (trainer.devices)"
-        raise UserError(f"gpu_ids is {chosen}, must be {devices} from 0 to {available - 1} on this machine")
+def chosen_precision(options: Options, accelerator: str) -> str:
+    """The precision that `train.precision` means on a device: "fp16", "bf16" or "fp32"."""
+    chosen = options.train.precision
+    if chosen == "auto":
+        return "fp16" if accelerator == "cuda" else "fp32"
+    if chosen == "fp16" and accelerator != "cuda":
+        raise UserError(f"train.precision is fp16, must be auto, fp32 or bf16 on {accelerator}")
     return chosen
 
 
 def precision_settings(options: Options, accelerator: str) -> dict[str, Any]:
-    """Autocast as `train.precision` says; float16 with the published loss scale.
+    """The Trainer's argument for `train.precision`; float16 with the published loss scale.
 
     The module multiplies the loss by the number of processes, because DDP averages gradients; the scale is
     divided by it, so that activations see the gradients of a single process.
-
-    Raises:
-        UserError: float16 without CUDA.
     """
     chosen = chosen_precision(options, accelerator)
     if chosen == "fp16":
@@ -111,51 +84,28 @@ def precision_settings(options: Options, accelerator: str) -> dict[str, Any]:
     return {"precision": {"bf16": "bf16-mixed", "fp32": "32-true"}[chosen]}
 
 
-def check_backends(options: Options) -> None:
-    """Raises a UserError if the CRF cannot be computed on this machine as the options say."""
-    if options.eval.is_crf and options.eval.crf_backend == "torch" and accelerator() == "mps":
-        raise UserError(
-            "eval.crf_backend is torch, must be pydensecrf on mps, which lacks an operation that it needs"
-        )
-
-
 @contextmanager
 def explained_errors(options: Options) -> Iterator[None]:
-    """Turns exhausted memory and killed DataLoader workers into errors that say what to change.
-
-    Raises:
-        UserError: one of these happened in the block.
-    """
+    """Turns exhausted memory and killed DataLoader workers into a UserError that says what to change."""
     try:
         yield
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
-        reason = first_line(error)
+        reason, batches = first_line(error), options.dataloader
         # the last is the message of the CPU's allocator
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:
-            raise UserError(f"out of memory ({reason}); {memory_advice(options)}") from error
+            raise UserError(
+                f"out of memory ({reason}); lower dataloader.val_batch_size (now {batches.val_batch_size}), "
+                "training_coeff.chunk_size or dataloader.batch_size (affects the result), or set "
+                "train.precision=bf16 or dataset.cache_features=disk"
+            ) from error
         killed = "DataLoader worker (pid" in str(error) or "shared memory" in str(error)
         if killed or isinstance(error, (ConnectionError, EOFError)):  # of a pipe that a worker wrote to
             raise UserError(
                 f"a DataLoader worker was killed ({reason}), usually because memory or /dev/shm is full: "
-                f"lower dataloader.num_workers (now {options.dataloader.num_workers}) or enlarge /dev/shm "
+                f"lower dataloader.num_workers (now {batches.num_workers}) or enlarge /dev/shm "
                 "(docker run --shm-size), then rerun with --resume"
             ) from error
         raise
-
-
-def memory_advice(options: Options) -> str:
-    """The options to change, those that do not affect the result first."""
-    batches, chunk = options.dataloader, options.training_coeff.chunk_size
-    changes = [
-        f"dataloader.val_batch_size (now {batches.val_batch_size})",
-        f"training_coeff.chunk_size (now {chunk or 'chosen by device'})",
-        f"then dataloader.batch_size (now {batches.batch_size}; affects the result)",
-    ]
-    if options.train.precision == "fp32":
-        changes.append("or set train.precision=bf16")
-    if options.dataset.cache_features == "ram":
-        changes.append("or set dataset.cache_features=disk")
-    return f"lower {', '.join(changes)}"
 
 
 def reset_peak_memory() -> None:
@@ -168,9 +118,5 @@ def peak_memory_gib() -> float:
     """Peak memory in GiB: of the GPU since `reset_peak_memory`, or of this process since its start."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -37,11 +37,9 @@ def own_slice(rows: Rows) -> Rows:
 
 def own_groups(groups: Tensor) -> Tensor:
     """This rank's share of (G, A_max) anchor groups; every rank gets as many, padded with -1."""
-    if world_size() == 1:
-        return groups
     each = -(-len(groups) // world_size())
     padded = F.pad(groups, (0, 0, 0, each * world_size() - len(groups)), value=-1)  # (world_size*each, A_max)
-    return padded.split(each)[rank()]
+    return own_slice(padded)
 
 
 def all_gather(rows: Tensor) -> Tensor:
@@ -54,7 +52,11 @@ def all_gather(rows: Tensor) -> Tensor:
 
 def all_reduce(values: Tensor) -> Tensor:
     """Sum over the ranks; the gradient on a rank is that of its own term."""
-    return values if world_size() == 1 else _AllReduce.apply(values)
+    if world_size() == 1:
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total + (values - values.detach())
 
 
 def all_reduce_mean(value: Tensor) -> Tensor:
@@ -71,32 +73,24 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 class Agreement:
-    """Lets the ranks agree on a few booleans without blocking a step: any rank's True counts.
-
-    `start` sends them on a CPU process group, `result` reads the answer a step later. With one process
-    there is nothing to agree on, and `result` is None.
-    """
+    """Lets the ranks agree on two booleans without blocking a step: any rank's True counts."""
 
     def __init__(self) -> None:
         self._group: dist.ProcessGroup | None = None
-        self._pending: tuple[Any, Any] | None = None
+        self._flags, self._work = torch.zeros(2, dtype=torch.int32), None
 
-    def start(self, flags: tuple[bool, ...]) -> None:
-        """Begins to exchange this rank's flags."""
-        if world_size() == 1:
-            return
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
-        sent = torch.tensor(flags, dtype=torch.int32)
-        self._pending = (dist.all_reduce(sent, dist.ReduceOp.MAX, self._group, async_op=True), sent)
+    def start(self, *flags: bool) -> None:
+        """Begins to exchange this rank's booleans, on a CPU process group."""
+        self._flags = torch.tensor(flags, dtype=torch.int32)
+        if world_size() > 1:
+            self._group = self._group or dist.new_group(backend="gloo")
+            self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, self._group, async_op=True)
 
-    def result(self) -> tuple[bool, ...] | None:
-        """The flags that were started before, or None."""
-        if self._pending is None:
-            return None
-        (work, flags), self._pending = self._pending, None
-        work.wait()
-        return tuple(map(bool, flags.tolist()))
+    def result(self) -> list[bool]:
+        """Whether each boolean was True on any rank; False before the first exchange."""
+        if self._work is not None:
+            self._work.wait()
+        return self._flags.bool().tolist()
 
 
 class _AllGather(Function):
@@ -112,16 +106,3 @@ class _AllGather(Function):
         own = grad.new_empty(len(grad) // world_size(), *grad.shape[1:])
         dist.reduce_scatter_tensor(own, grad.contiguous())
         return own
-
-
-class _AllReduce(Function):
-    @staticmethod
-    def forward(ctx, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad

@@ -1,13 +1,11 @@
-"""How this process was launched, read from the environment. Imports no torch.
-
-torchrun, SLURM or Lightning starts one process per device; each runs the same program.
-"""
+"""How torchrun, SLURM or Lightning launched this process, read from the environment. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 
 from utils.config.options import TrainerOptions
+from utils.errors import UserError
 
 
 def cores() -> int:
@@ -34,26 +32,16 @@ def in_slurm_job() -> bool:
     return "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 
-def launch_mistake(wanted: TrainerOptions) -> str | None:
-    """What to change if torchrun or srun started other processes than the options ask for, or None."""
+def check_launch(wanted: TrainerOptions) -> None:
+    """Raises a UserError if torchrun or srun started another number of processes than the options ask for."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        starter, started = "torchrun", int(os.environ["WORLD_SIZE"])
-        nodes = started // int(os.environ["LOCAL_WORLD_SIZE"])
+        started = int(os.environ["WORLD_SIZE"])
     elif in_slurm_job():
-        starter, started = "srun", int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-        nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+        started = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     else:
-        return None
-    each = started // nodes
-    if (each, nodes) == (wanted.devices, wanted.num_nodes):
-        return None
-    asked = f"trainer.devices x trainer.num_nodes is {wanted.devices} x {wanted.num_nodes}"
-    if (starter, started) == ("srun", 1):
-        return (
-            f"{asked}, but this is the only task: in a SLURM job, start the program with srun "
-            f"--nodes={wanted.num_nodes} --ntasks-per-node={wanted.devices}"
+        return
+    if started != wanted.world_size:
+        raise UserError(
+            f"trainer.devices x trainer.num_nodes is {wanted.devices} x {wanted.num_nodes}, but processes "
+            f"started: {started}; change the options, or start as many with torchrun or srun"
         )
-    return (
-        f"{asked}, but {starter} started {each} x {nodes} processes: set trainer.devices={each} "
-        f"trainer.num_nodes={nodes}"
-    )

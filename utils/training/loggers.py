@@ -22,7 +22,6 @@ from utils.training.launch import is_rank_zero
 from utils.training.run_dir import provenance
 
 INIT_SECONDS = 20  # that wandb may take to reach its server
-ATTACHED = ("options.json", "provenance.json")  # files that wandb gets at the start
 
 
 class StepWandbLogger(WandbLogger):
@@ -39,21 +38,25 @@ def build_loggers(
 ) -> list[Logger]:
     """metrics.csv and, if enabled, wandb on rank zero; no loggers on the other ranks.
 
-    wandb never blocks a run: without login or network the run is recorded offline. A resumed offline run
-    writes another offline file with the points after the resume.
-
-    Args:
-        options: all options.
-        folder: of the run.
-        step: the step that the run resumes after; 0 for a new run.
-        wandb_id: the wandb run to continue, unless `wandb.id` names one.
+    wandb never blocks a run: without login or network the run is recorded offline. `step` and `wandb_id` are
+    of the run that is resumed; `wandb.id` comes first.
     """
     if not is_rank_zero():
         return []
+    mode, run_id = options.wandb.mode, options.wandb.id or wandb_id
     loggers: list[Logger] = [csv_logger(folder, step=step)]
-    if options.wandb.mode != "disabled":
-        loggers.append(wandb_logger(options, folder, options.wandb.id or wandb_id))
-    return loggers
+    if mode == "online":
+        problem = "not logged in (wandb login)"
+        server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+        if os.environ.get("WANDB_API_KEY") or get_netrc_auth(server):  # else wandb asks on the terminal
+            try:
+                return [*loggers, _start_wandb(options, folder, run_id, mode="online")]
+            except wandb.errors.Error as error:
+                problem = first_line(error)
+        print(f"wandb: {problem}; recording offline in {folder}, upload later with wandb sync")
+    return (
+        loggers if mode == "disabled" else [*loggers, _start_wandb(options, folder, run_id, mode="offline")]
+    )
 
 
 def csv_logger(folder: Path, *, step: int) -> CSVLogger:
@@ -72,32 +75,9 @@ def csv_logger(folder: Path, *, step: int) -> CSVLogger:
     return logger
 
 
-def wandb_logger(options: Options, folder: Path, run_id: str | None) -> WandbLogger:
-    """A wandb run, recorded offline if `wandb.mode` says so or the server cannot be used."""
-    if options.wandb.mode == "online":
-        problem = "not logged in (wandb login)"
-        if logged_in():
-            try:
-                return _start_wandb(options, folder, run_id, mode="online")
-            except wandb.errors.Error as error:
-                problem = first_line(error)
-        print(f"wandb: {problem}; recording offline in {folder}, upload later with wandb sync")
-    return _start_wandb(options, folder, run_id, mode="offline")
-
-
-def logged_in() -> bool:
-    """Whether there are credentials for wandb, which would otherwise ask for them on a terminal."""
-    address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(address))
-
-
 def _start_wandb(options: Options, folder: Path, run_id: str | None, *, mode: str) -> WandbLogger:
     run = wandb.init(
-        project=options.wandb.project,
-        entity=options.wandb.entity,
-        name=options.wandb.name,
-        tags=options.wandb.tags,
-        notes=options.wandb.notes,
+        **options.wandb.model_dump(include={"project", "entity", "name", "tags", "notes"}),
         id=run_id,
         resume="allow" if run_id is not None and mode == "online" else None,
         reinit="finish_previous",
@@ -108,7 +88,7 @@ def _start_wandb(options: Options, folder: Path, run_id: str | None, *, mode: st
     )
     run.define_metric("iters")
     run.define_metric("*", step_metric="iters")
-    attach(run, folder, ATTACHED)
+    attach(run, folder, ["options.json", "provenance.json"])
     return StepWandbLogger(experiment=run)
 
 
@@ -116,8 +96,7 @@ def attach(run: wandb.Run, folder: Path, names: Sequence[str]) -> None:
     """Gives wandb copies of files; its links would break if the folder is moved before an upload."""
     for name in names:
         if (folder / name).exists():
-            copied = shutil.copy(folder / name, run.dir)
-            run.save(copied, base_path=run.dir, policy="now")
+            run.save(shutil.copy(folder / name, run.dir), base_path=run.dir, policy="now")
 
 
 def wandb_runs(loggers: Sequence[Logger]) -> list[wandb.Run]:

@@ -1,4 +1,4 @@
-"""Randomness as a function of (seed, purpose, step or index), so that it does not depend on any global state.
+"""Randomness as a function of (seed, purpose, step or index), independent of any global state.
 
 Workers, prefetching, resuming and the number of ranks therefore cannot change what is drawn.
 """
@@ -34,10 +34,7 @@ def seeded(seed: int, *place: str | int) -> Iterator[None]:
 
 
 def seed_globally(seed: int, *place: str | int) -> None:
-    """Seeds the global generators of torch (all devices), NumPy and Python.
-
-    Done at each training step, so that a user's own loss may draw from them and still resume exactly.
-    """
+    """Seeds torch (all devices), NumPy and Python, so that a user's own loss may draw from them."""
     drawn = derived_seed(seed, *place)
     torch.manual_seed(drawn)
     np.random.seed(drawn % 2**32)

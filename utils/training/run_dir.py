@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -23,63 +25,50 @@ from utils.files import make_folder, move_aside, read_json_object, write_json
 from utils.training.launch import cores, is_rank_zero
 from utils.training.torch_files import read_torch_file
 
+BEST, LAST = "best.ckpt", "last.ckpt"
 MAY_DIFFER = (  # on resume: keys and sections that change where and how fast a run computes, not its result
-    "checkpoint",
-    "dataloader.num_workers",
-    "dataset.check_files",
-    "dataset.data_path",
-    "eval.crf_workers",
-    "gpu_ids",
-    "output_dir",
-    "resume",
-    "train.checkpoint_every",
-    "trainer.",
-    "wandb.",
-)
+    "checkpoint", "dataloader.num_workers", "dataset.check_files", "dataset.data_path", "eval.crf_workers",
+    "gpu_ids", "output_dir", "resume", "train.checkpoint_every", "trainer.", "wandb.",
+)  # fmt: skip
 PACKAGES = (
     "torch", "torchvision", "pytorch-lightning", "torchmetrics", "timm", "numpy", "scipy", "pydensecrf2",
     "wandb",
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Progress:
+    """Progress of a run: the entry `progress` of a checkpoint."""
+
+    step: int = 0  # last trained step, from 1
+    validated: bool = True  # False if the validation that follows this step is still to be done
+    best: float = float("-inf")  # largest sum of metrics so far
+    seconds: float = 0.0  # training time
+    wandb_id: str | None = None
+
+
 class RunDir:
-    """<output_dir>/<wandb.name>. With several processes only rank zero locks and writes it.
-
-    Args:
-        options: all options.
-
-    Attributes:
-        path: the folder.
-        best: the checkpoint with the largest sum of metrics.
-        last: the newest checkpoint.
-    """
+    """<output_dir>/<wandb.name>. With several processes only rank zero locks and writes it."""
 
     def __init__(self, options: Options) -> None:
         self.path = Path(options.output_dir) / options.wandb.name
-        self.best, self.last = self.path / "best.ckpt", self.path / "last.ckpt"
+        self.best, self.last = self.path / BEST, self.path / LAST
+        self._metrics = self.path / "metrics.json"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Locks the folder until the block or the process ends.
-
-        Raises:
-            UserError: another run holds the lock.
-        """
+        """Locks the folder until the block or the process ends; an error if another run holds the lock."""
         if not is_rank_zero():
             yield
             return
+        make_folder(self.path.parent)
         path = self.path.with_name(f".{self.path.name}.lock")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path, timeout=0).acquire()
         except Timeout:
             raise UserError(
                 f"{self.path}: another run is writing to this folder (it holds {path}); wait until it ends, "
                 "or choose another wandb.name or output_dir"
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot be written ({error.strerror}); choose another output_dir"
             ) from None
         with lock:
             yield
@@ -87,27 +76,21 @@ class RunDir:
     @property
     def finished(self) -> bool:
         """Whether metrics.json holds the final result of a training run."""
-        path = self.path / "metrics.json"
-        return path.exists() and "train_hours" in read_json_object(path)
+        return self._metrics.exists() and "train_hours" in self.read_metrics()
 
     def read_metrics(self) -> dict[str, Any]:
         """The content of metrics.json."""
-        return read_json_object(self.path / "metrics.json")
+        return read_json_object(self._metrics)
 
     def write_metrics(self, result: dict[str, Any]) -> None:
         """Writes metrics.json; a run counts as finished once it holds `train_hours`."""
         if is_rank_zero():
-            write_json(self.path / "metrics.json", result)
+            write_json(self._metrics, result)
 
     def prepare(self, options: Options, damaged: Sequence[str]) -> None:
         """Creates the folder of a new run with its options and provenance; moves an earlier run aside.
 
-        Args:
-            options: written to options.json.
-            damaged: descriptions of skipped files, written to left_out.json.
-
-        Raises:
-            UserError: the folder cannot be written.
+        The descriptions of damaged files, which the run skips, are written to left_out.json.
         """
         if not is_rank_zero():
             return
@@ -115,16 +98,12 @@ class RunDir:
             print(f"moved the earlier run in {self.path} to {earlier}")
         make_folder(self.path)
         write_json(self.path / "options.json", as_tree(options))
-        write_json(self.path / "provenance.json", provenance() | {"hardware": hardware()})
+        write_json(self.path / "provenance.json", provenance())
         if damaged:
             write_json(self.path / "left_out.json", list(damaged))
 
     def check_options(self, options: Options) -> None:
-        """Compares the options with those of the run in this folder, if there is one.
-
-        Raises:
-            UserError: an option that affects the result differs.
-        """
+        """An error if an option that affects the result differs from the run in this folder."""
         path = self.path / "options.json"
         if not path.exists():
             return
@@ -138,61 +117,43 @@ class RunDir:
             fix = "use the options of that run, or start a new run under another wandb.name"
             raise UserError([*differing, fix], f"{path}, the run to resume")
 
-    def resume_checkpoint(self, options: Options) -> Path | None:
-        """The checkpoint to resume from: last.ckpt, best.ckpt if that is damaged, None to start anew."""
+    def resume_point(self, options: Options) -> tuple[Path | None, Progress]:
+        """The checkpoint to resume from and its progress: best.ckpt if last.ckpt is damaged, None if new."""
         if options.resume is None:
-            return None
-        for path in (self.last, self.best):
-            if not path.exists():
-                continue
+            return None, Progress()
+        for path in filter(Path.exists, (self.last, self.best)):
             try:
-                step = read_torch_file(path, "checkpoint")["progress"]["step"]
+                progress = Progress(**read_torch_file(path, "checkpoint")["progress"])
             except UserError as error:
                 print(f"{error}; skipping this checkpoint")
                 continue
-            print(f"resuming after step {step:,} from {path}")
-            return path
+            print(f"resuming after step {progress.step:,} from {path}")
+            return path, progress
         print(f"{self.path}: no checkpoint to resume from, starting a new run")
-        return None
+        return None, Progress()
 
 
 @cache
 def provenance() -> dict[str, Any]:
-    """{'git_sha', 'versions', 'date'} as plain strings; '-dirty' marks uncommitted changes."""
+    """{'git_sha', 'versions', 'date', 'hardware'}; '-dirty' marks uncommitted changes."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "missing"
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"git_sha": git_sha(), "versions": versions, "date": date}
-
-
-def git_sha() -> str:
-    """The commit of this checkout, or 'unknown' outside of one."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    folder = Path(__file__).parent
     try:
-        done = subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+        sha = subprocess.check_output(describe, cwd=Path(__file__).parent, text=True, stderr=subprocess.PIPE)
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-def hardware() -> dict[str, Any]:
-    """{'system', 'cpu', 'cores', 'gpu'}; None if unknown."""
-    return {
+        sha = "unknown"
+    info = Path("/proc/cpuinfo")  # on Linux `platform.processor()` is often empty
+    model = re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8")) if info.exists() else None
+    hardware = {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu_model(),
+        "cpu": model[1] if model else platform.processor() or None,
         "cores": cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def cpu_model() -> str | None:
-    """The CPU's model name; on Linux `platform.processor()` is often empty."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or None
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"git_sha": sha.strip(), "versions": versions, "date": date, "hardware": hardware}

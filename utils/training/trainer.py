@@ -12,16 +12,13 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 
 from utils.config.options import Options
-from utils.training.checkpointing import CheckedCheckpointIO, validation_due
+from utils.training.checkpointing import AtomicCheckpointIO
 
 
 class ValidationSteps(Callback):
     """Validates every `valid_freq` steps of an epoch and at its end.
 
     Lightning's integer `val_check_interval` may not exceed the epoch, and misses an end it does not divide.
-
-    Args:
-        valid_freq: in steps.
     """
 
     def __init__(self, valid_freq: int) -> None:
@@ -30,47 +27,39 @@ class ValidationSteps(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Lightning validates after a batch that `val_check_batch` divides; infinity means the last one."""
-        due = validation_due(batch_idx, trainer.num_training_batches, self.valid_freq)
-        trainer.val_check_batch = batch_idx + 1 if due else math.inf
+        """Lightning validates after a batch that `val_check_batch` divides."""
+        step = batch_idx + 1
+        due = step % self.valid_freq == 0 or step == trainer.num_training_batches
+        trainer.val_check_batch = step if due else math.inf
 
 
 class RunBar(TQDMProgressBar):
     """One progress bar for all steps of a run, with the epoch, the newest loss and metrics."""
 
-    def on_train_start(self, trainer: Trainer, *_unused: Any) -> None:
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         """Starts at the step that the run resumes from."""
-        super().on_train_start(trainer, *_unused)
+        super().on_train_start()
         self.train_progress_bar.reset(trainer.max_epochs * trainer.num_training_batches)
         self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
-        self._name_epoch(trainer)
 
-    def on_train_epoch_start(self, trainer: Trainer, *_unused: Any) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Names the epoch."""
-        self._name_epoch(trainer)
+        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
         """Counts the steps of all epochs."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
+        super().on_train_batch_end(trainer, *arguments[:-1], trainer.global_step - 1)
 
-    def on_exception(self, trainer: Trainer, *_unused: Any) -> None:
+    def on_exception(self, *_: Any) -> None:
         """Closes the bars, which would otherwise write whenever they are garbage-collected."""
-        for bar in (self._train_progress_bar, self._val_progress_bar, self._test_progress_bar):
-            if bar is not None:
-                bar.close()
+        for bar in filter(None, (self._train_progress_bar, self._val_progress_bar)):
+            bar.close()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
         """Called at each refresh; only then is a GPU waited for."""
         shown = {"loss": pl_module.scalars["total_loss"]} if pl_module.scalars else {}
-        names = ("Cluster_Accuracy", "Cluster_mIoU")
-        shown |= {name: pl_module.metrics[name] for name in names if name in pl_module.metrics}
+        shown |= {name: value for name, value in pl_module.metrics.items() if name.startswith("Cluster")}
         return {name: f"{float(value):.3f}" for name, value in shown.items()}
-
-    def _name_epoch(self, trainer: Trainer) -> None:
-        epoch = min(trainer.current_epoch + 1, trainer.max_epochs)
-        self.train_progress_bar.set_description(f"Epoch {epoch}/{trainer.max_epochs}", refresh=False)
 
 
 def build_trainer(
@@ -80,20 +69,13 @@ def build_trainer(
     loggers: list[Logger] | None = None,
     callbacks: list[Callback] | None = None,
 ) -> Trainer:
-    """A Trainer for a run or an evaluation.
-
-    Args:
-        options: all options.
-        hardware: from `hardware_settings`.
-        loggers: where scalars go.
-        callbacks: besides the progress bar and the validation schedule.
-    """
-    refresh_rate = options.train.print_freq if hardware["accelerator"] == "cuda" else 1
+    """A Trainer for a run or an evaluation on the hardware of `hardware_settings`."""
     for library in ("pytorch_lightning", "lightning_fabric", "torchmetrics"):
         logging.getLogger(library).setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", module=library)
+    refresh_rate = options.train.print_freq if hardware["accelerator"] == "cuda" else 1
     return Trainer(
-        **hardware | {"plugins": [*hardware.get("plugins", []), CheckedCheckpointIO()]},
+        **hardware | {"plugins": [*hardware.get("plugins", []), AtomicCheckpointIO()]},
         max_epochs=options.train.epoch,
         deterministic=options.train.deterministic,
         logger=loggers or False,

@@ -60,7 +60,7 @@ def test_wandb__disabled_leaves_the_csv(tmp_path, tiny_options):
 
 def test_wandb__continues_a_run(monkeypatch, tmp_path, tiny_options):
     calls = []
-    monkeypatch.setattr(loggers_, "logged_in", lambda: True)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setattr(loggers_.wandb, "init", lambda **given: (calls.append(given), MagicMock())[1])
     chosen = {"wandb__mode": "online", "wandb__tags": ["a"], "wandb__notes": "b"}
     for id in ("abc", None):

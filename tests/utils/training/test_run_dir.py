@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from utils.errors import UserError
-from utils.training.run_dir import RunDir
+from utils.training.run_dir import Progress, RunDir
 
 
 def save(path, step):
@@ -54,41 +54,27 @@ def test_check_options__lists_each_difference_that_affects_the_result(tiny_optio
     assert "resume was" not in str(error.value)
 
 
-def test_resume_checkpoint__takes_the_last_that_is_readable(tiny_options, capsys):
+def test_resume_point__takes_the_last_that_is_readable(tiny_options, capsys):
     run_dir = RunDir(options := tiny_options(resume="auto"))
-    assert run_dir.resume_checkpoint(options) is None
-    run_dir.prepare(options, [])
-    assert run_dir.resume_checkpoint(options) is None
+    assert run_dir.resume_point(options) == (None, Progress())
     assert "no checkpoint to resume from" in capsys.readouterr().out
+    run_dir.prepare(options, [])
     save(run_dir.best, 7)
     save(run_dir.last, 9)
-    assert run_dir.resume_checkpoint(tiny_options()) is None
-    assert run_dir.resume_checkpoint(options) == run_dir.last
-    assert "resuming after step 9" in capsys.readouterr().out
+    assert run_dir.resume_point(tiny_options()) == (None, Progress())
+    assert run_dir.resume_point(options) == (run_dir.last, Progress(step=9))
     damage(run_dir.last)
-    assert run_dir.resume_checkpoint(options) == run_dir.best
+    assert run_dir.resume_point(options) == (run_dir.best, Progress(step=7))
     printed = capsys.readouterr().out
     assert f"{run_dir.last}: not a readable checkpoint" in printed
     assert "resuming after step 7" in printed
     damage(run_dir.best)
-    assert run_dir.resume_checkpoint(options) is None
-
-
-def test_lock__is_held_by_one_run(tiny_options):
-    run_dir = RunDir(tiny_options())
-    with (
-        run_dir.lock(),
-        pytest.raises(UserError, match=r"another run is writing .*\.tiny\.lock.*wandb\.name"),
-        RunDir(tiny_options()).lock(),
-    ):
-        pass
-    with run_dir.lock():
-        assert not run_dir.path.exists()
+    assert run_dir.resume_point(options) == (None, Progress())
 
 
 def test_lock__in_a_folder_that_cannot_be_written(tiny_options):
     with (
-        pytest.raises(UserError, match=r"/proc/ppap/\.tiny\.lock: .*choose another output_dir"),
+        pytest.raises(UserError, match=r"/proc/ppap: cannot be written .*choose another output_dir"),
         RunDir(tiny_options(output_dir="/proc/ppap")).lock(),
     ):
         pass

@@ -159,4 +159,4 @@ def _own_options(loaded: Checkpoint) -> Options:
         )
     flat = flatten(loaded.about["options"])
     kept = {key: value for key, value in flat.items() if key.startswith(READ_AFTER_TRAINING)}
-    return build_options(kept, source=f"the options in {loaded.path}", stored=True)
+    return build_options(kept, source=f"the options in {loaded.path}")

@@ -53,22 +53,12 @@ def test_makers__cover_the_registry():
     assert set(MAKERS) == set(DATA_SETS)
 
 
-@pytest.mark.parametrize(
-    ("data_type", "crop_type"),
-    [
-        (kind, crop)
-        for kind in DATA_SETS
-        for crop in (None, "five", "random")
-        if crop != "random" or DATA_SETS[kind].cropped
-    ],
-)
-def test_data_set__trains_and_evaluates(data_type, crop_type, tiny_file, tmp_path):
+@pytest.mark.parametrize("data_type", DATA_SETS)
+def test_data_set__trains_and_evaluates(data_type, tiny_file, tmp_path):
     root = MAKERS[data_type](tmp_path, counts=(6, 2))
-    changed = {
-        "dataset__data_type": data_type,
-        "dataset__data_path": str(root),
-        "dataset__crop_type": crop_type,
-    }
+    crop_type = "random" if DATA_SETS[data_type].cropped else "five"
+    changed = {"dataset__data_type": data_type, "dataset__data_path": str(root)}
+    changed["dataset__crop_type"] = crop_type
     (trained,) = run.main(["--opt", tiny_file(**changed, eval__crf_backend="torch", eval__pictures=1)])
     assert set(trained["before_crf"]) == set(trained["after_crf"]) == METRICS
     assert trained["images"] == (6 if data_type in ("synthetic", "potsdamraw") else 2)
@@ -173,20 +163,6 @@ def published_file(shared, name):
     return shared / "reference/options" / f"{name}.json"
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_options__train_on_a_miniature(shared, name, hub, tmp_path, monkeypatch):
-    """The files as published, but for the folder and, to be quick, sizes and depth."""
-    monkeypatch.chdir(tmp_path)
-    path = published_file(shared, name)
-    data_type = load_options(path).dataset.data_type
-    root = MAKERS[data_type](tmp_path / "data", counts=(4, 1))
-    depth = "model.pretrained.depth=2"
-    hub(load_options(path, {"model.pretrained.depth": 2}))
-    (trained,) = run.main(["--opt", str(path), "--data_path", str(root), "--debug", depth, *SMALL])
-    assert set(trained["after_crf"]) == METRICS
-    assert trained["step"] == (5 if data_type in ("cocostuff27", "cityscapes") else 1)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_options__train_unchanged(shared, name, hub, tmp_path, monkeypatch):
@@ -202,6 +178,7 @@ def test_published_options__train_unchanged(shared, name, hub, tmp_path, monkeyp
     assert set(trained["after_crf"]) == METRICS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("released", "place"), [*((name, "ckpt.pth") for name in RELEASED), ("cocostuff_vits16", "best.pth")]
 )

@@ -75,9 +75,7 @@ def parse_arguments(argv: Sequence[str] | None, *, description: str, training: b
             parser.error(f"--{name} is only allowed with --{NEEDED_BY[name]}")
     if "images" in given and "out" not in given:
         parser.error("--images needs --out, the folder to write to")
-    if {"export", "checkpoint"} <= given:
-        arguments.opt = arguments.opt or "demo.json"
-    if arguments.opt is None:
+    if arguments.opt is None and not {"export", "checkpoint"} <= given:  # an export needs no options
         parser.error("--opt is missing: name an option file, such as --opt demo.json")
     return arguments
 
@@ -89,7 +87,7 @@ def _row_and_column(text: str) -> tuple[int, int]:
 
 def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     """Plans all runs of a command line and validates them, so that all mistakes are reported at once."""
-    path, flags = find_option_file(arguments.opt), vars(arguments)
+    path, flags = find_option_file(arguments.opt or "demo.json"), vars(arguments)
     stored, (choices, mistakes) = read_option_file(path), parse_overrides(arguments.overrides)
     variants: dict[str, Any] = {"": {}}
     if flags.get("variants"):
@@ -142,11 +140,7 @@ def parse_overrides(words: Sequence[str]) -> _Overrides:
 
 
 def guarded(main: Callable[[], None], *, then: str = "rerun with --resume") -> int:
-    """Runs a program and returns its exit status; prints mistakes and interruptions without a traceback.
-
-    Only the first of several processes prints; the others print mistakes that they alone have met.
-    `then` is what to do after an interruption, or once a disk error is fixed.
-    """
+    """Runs a program and returns its exit status; prints a user's mistake once, with no traceback."""
     process = "" if is_rank_zero() else f" in process {'.'.join(map(str, process_index()))}"
     if process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed with the process

@@ -47,10 +47,7 @@ LEGACY_KEYS = flatten(LEGACY)
 
 
 def find_option_file(name: str, *, beside: Path = Path(), asked: str = "--opt") -> Path:
-    """Finds an option file, with or without '.json', by path or by name in json/ or json/server/.
-
-    `asked` is the flag or key that named the file, for the error message.
-    """
+    """Finds an option file by path or by name in json/ or json/server/; errors name the flag `asked`."""
     folders = [root / folder for root in (Path(), REPOSITORY) for folder in ("json", "json/server")]
     for folder in (beside, Path(), *folders):
         for path in (folder / name, folder / f"{name}.json"):
@@ -79,15 +76,12 @@ def load_options(path: Path, overrides: dict[str, Any] | None = None) -> Options
 
 
 def build_options(flat: dict[str, Any], *, source: str, check_files: bool = False) -> Options:
-    """Validates values by dotted key and fills in the defaults; the error lists all mistakes.
-
-    `source` is named in the error; `check_files` demands that files that the options name exist.
-    """
+    """Validates flat options and fills in the defaults; the error lists all mistakes in `source`."""
     valid = {key: value for key, value in flat.items() if key in FIELDS}
     failed = set()
     try:
         options = Options.model_validate(nest(valid))
-    except ValidationError as error:  # a location is a key, followed by an index if it is an item of a list
+    except ValidationError as error:  # a location is a key, and an index if the value is a list
         failed = {".".join(part for part in each["loc"] if isinstance(part, str)) for each in error.errors()}
         valid = {key: value for key, value in valid.items() if key not in failed}
         options = Options.model_validate(nest(valid))
@@ -107,7 +101,7 @@ def _mistake(key: str, value: Any) -> str | None:
     if key in LEGACY_KEYS:
         only = json.dumps(LEGACY_KEYS[key])
         wrong = f"{key} is {shown}, but has no effect; delete it or set it to {only}"
-        return wrong if shown != only else None
+        return None if shown == only else wrong
     if key in REMOVED_KEYS:
         return f"{key} was removed ({REMOVED_KEYS[key]}); delete it"
     return f"{key} (value {shown}) is not an option.{closest(key, [*FIELDS, *LEGACY_KEYS])}"

@@ -19,7 +19,7 @@ FROZEN = "-frozen"  # suffix of the baseline's name
 
 # Official backbones: width and heads by size, patch sizes and number of blocks by family.
 WIDTH_AND_HEADS = {"vit_small": (384, 6), "vit_base": (768, 12)}
-PATCHES = {"dino": (8, 16), "dinov2": (14,)}
+PATCHES = {"dino": [8, 16], "dinov2": [14]}
 FULL_DEPTH = {"dino": 12, "dinov2": 12, "vit": 4}
 
 # Registered names; `register_data_set`, `register_backbone` and `register_loss` extend these lists.
@@ -41,11 +41,9 @@ LEGACY = {
 # Keys of earlier versions, with what replaces them; stored options may still hold them.
 REMOVED_KEYS = {"training_coeff.backend": "the loss is always computed by torch"}
 
-LONGEST_NAME = 200  # bytes; a file system allows 255, and suffixes such as -frozen.lock are added
-
 
 def _is_folder_name(name: str) -> bool:
-    short = len(name.removesuffix(FROZEN).encode(errors="replace")) <= LONGEST_NAME
+    short = len(name.removesuffix(FROZEN).encode()) <= 200  # bytes; a file system allows 255
     return short and name not in ("", ".", "..", TOKENS_FOLDER) and not set(name) & set("/\\\0")
 
 
@@ -63,9 +61,7 @@ Number = Annotated[
 ]
 FolderName = Annotated[Text, Predicate(_is_folder_name), 'a folder name of at most 200 bytes, not "tokens"']
 Interval = Annotated[Text | None, Predicate(_is_interval), 'steps (500), minutes ("15 min") or null']
-DataType = Annotated[Text, Predicate(DATA_TYPES.__contains__), DATA_TYPES]
 Arch = Annotated[Text, Predicate(ARCHS.__contains__), ARCHS]
-Loss = Annotated[Text, Predicate(LOSSES.__contains__), LOSSES]
 
 
 def option(default: Any, description: str, **bounds: float) -> Any:
@@ -93,7 +89,9 @@ class WandbOptions(_Section):
 class DatasetOptions(_Section):
     """Training and validation data."""
 
-    data_type: DataType = option("cocostuff27", "data set")
+    data_type: Annotated[Text, Predicate(DATA_TYPES.__contains__), DATA_TYPES] = option(
+        "cocostuff27", "data set"
+    )
     data_path: Text = option("", "folder of the data set (`--data_path`)")
     loader_crop_type: Literal["center", "random", None] = option("center", "crop to a square; null: resize")
     crop_type: Literal["five", "random", None] = option("five", "crops to train on; null: whole images")
@@ -124,7 +122,7 @@ class _Coefficients(_Section):
     sigma_amb: Number = option(3.0, "damping of the Psi update; inf keeps Psi fixed", gt=0)
     trainpatchsplit: int = option(16, "a group of s patches gives s // trainpatchsplit anchors", ge=1)
     tau: Number = option(0.8, "temperature", gt=0, le=1e6)
-    loss: Loss = option("ppap", "loss of the projections")
+    loss: Annotated[Text, Predicate(LOSSES.__contains__), LOSSES] = option("ppap", "loss")
     group_size: int = option(784, "consecutive patches that anchors are drawn from together", ge=1)
     chunk_size: int | None = option(None, "anchors per block of similarities; null: automatic", ge=1)
     similarity_dtype: Literal["float32", "float16"] = option("float32", "dtype of the similarities' operands")

@@ -46,9 +46,9 @@ def test_run_name__must_be_a_folder_name_of_200_bytes(tiny_options, name):
         tiny_options(wandb__name=name)
 
 
-@pytest.mark.parametrize("name", ["é" * 100, "x" * 200 + "-frozen", 5, 0.5])
-def test_run_name__may_be_a_number_and_leaves_room_for_the_baseline(tiny_options, name):
-    assert tiny_options(wandb__name=name).wandb.name == str(name)
+def test_run_name__may_be_a_number_and_leaves_room_for_the_baseline(tiny_options):
+    for name in ("é" * 100, "x" * 200 + "-frozen", 5, 0.5):
+        assert tiny_options(wandb__name=name).wandb.name == str(name)
 
 
 def test_every_option_is_read_by_something():

@@ -48,7 +48,7 @@ def shape_options(shape: str, **sections: dict) -> Options:
     """The options of an experiment; further sections change keys, {"dataset": {"res": 64}}."""
     changed = {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
     path = find_option_file(SHAPES[shape])
-    return load_options(path, {"wandb.mode": "disabled"} | changed, check_files=False)
+    return load_options(path, {"wandb.mode": "disabled"} | changed)
 
 
 def loss_inputs(options: Options, criterion: PPAPLoss, batch: int, device: torch.device) -> LossInputs:

@@ -28,30 +28,19 @@ def test_mistyped_option__is_reported_before_torch_is_imported(program):
     assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
 
 
-def test_overrides__values_by_hydras_grammar():
-    assert parse_overrides(["a.b=3", "c='x, y'", "d=[1,2]", "e=null", "f=inf", "g=true"]).choices == {
-        "a.b": [3],
-        "c": ["x, y"],
-        "d": [[1, 2]],
-        "e": [None],
-        "f": [float("inf")],
-        "g": [True],
-    }
-
-
-def test_overrides__choice_and_range_sweeps():
-    assert parse_overrides(["a=0,1,2", "b=range(1,4)", "c='1',2", "d=[1,2],[3]"]).choices == {
-        "a": [0, 1, 2],
-        "b": [1, 2, 3],
-        "c": ["1", 2],
-        "d": [[1, 2], [3]],
-    }
+def test_overrides__values_and_sweeps_by_hydras_grammar():
+    words = ["b=3", "c='x, y'", "d=[1,2]", "e=null", "f=inf", "g=true"]
+    words += ["h=0,1,2", "i=range(1,4)", "j='1',2", "k=[1,2],[3]"]
+    assert parse_overrides(words).choices == {
+        "b": [3], "c": ["x, y"], "d": [[1, 2]], "e": [None], "f": [float("inf")], "g": [True],
+        "h": [0, 1, 2], "i": [1, 2, 3], "j": ["1", 2], "k": [[1, 2], [3]],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "word",
     [
-        "+a=1", "~a", "a@b=1", "a=glob(*)", "a=interval(0,1)", "a=shuffle(1,2)", "a=(1", "a",
+        "+a=1", "~a", "a@b=1", "a=glob(*)", "a=interval(0,1)", "a=(1", "a",
         "a=range(3,1)", "a=range(1,4,0)",
     ],
 )  # fmt: skip
@@ -63,13 +52,13 @@ def test_overrides__unsupported_grammar_is_a_mistake(word):
 
 
 def test_jobs__mistakes_of_overrides_file_and_all_runs_come_together(tiny_file):
-    words = ["+a=1", "train.seed=1", "train.seed=2", "training_coeff.tau=-1,-2", "eval.is_crff=true"]
+    words = ["+a=1", "training_coeff.tau=-1,-2", "eval.is_crff=true"]
     with pytest.raises(UserError) as error:
         jobs("--opt", tiny_file(train__epoch=0), *words)
     text = str(error.value)
-    for part in ("+a=1", "given twice", "tau is -1", "tau is -2", "eval.is_crff", "train.epoch is 0"):
+    for part in ("+a=1", "tau is -1", "tau is -2", "eval.is_crff", "train.epoch is 0"):
         assert text.count(part) == 1, text
-    assert "6 mistakes in " in text
+    assert "5 mistakes in " in text
 
 
 def test_jobs__flags_and_overrides_in_any_order(tiny_file, tmp_path):
@@ -117,12 +106,10 @@ def test_variants__each_is_a_run_of_every_seed(tiny_file, tmp_path):
     ("content", "words"),
     [
         ([], "must hold an object"),
-        ({}, "has no variants"),
-        ({"a": 3}, "a is 3, must be an object of options"),
+        ({"a": 3}, "must hold named objects of options"),
         ({"a": {"train": {"seed": 3}}}, "a: train.seed is also set by the command line"),
         ({"a": {"train": {"sed": 3}}}, "train.sed"),
         ({"a" * 300: {}}, "wandb.name is"),
-        ({"a b": {}, "a_b": {}}, "wandb.name tiny-a_b-seed=0 is used by 2 runs; rename variants"),
     ],
 )
 def test_variants__mistakes_are_named(tiny_file, tmp_path, content, words):
@@ -141,15 +128,9 @@ def test_variants__that_are_shipped_fit_every_option_file_of_its_kind(monkeypatc
 
 @pytest.mark.parametrize(
     "words",
-    [
-        ["--patch", "1,2"],
-        ["--explain", "0", "--patch=-1,2"],
-        ["--explain", "0", "--measure-sets"],
-        ["--crf"],
-        ["--images", "a"],
-        ["--images", "a", "--out", "b", "--explain", "0"],
-    ],
-)
+    [["--patch", "1,2"], ["--explain", "0", "--patch", "1"], ["--explain", "0", "--measure-sets"],
+     ["--crf"], ["--images", "a"], ["--images", "a", "--out", "b", "--explain", "0"]],
+)  # fmt: skip
 def test_evaluation_flags__that_do_not_go_together(tiny_file, words):
     with pytest.raises(SystemExit) as error:
         jobs("--opt", tiny_file(), *words, training=False)
@@ -158,25 +139,16 @@ def test_evaluation_flags__that_do_not_go_together(tiny_file, words):
 
 def test_evaluation_flags__of_eval_only(tiny_file):
     words = ("--opt", tiny_file(checkpoint="nowhere"), "--explain", "0", "--patch", "12, 20")
-    arguments = parse_arguments(words, description="", training=False)
-    assert arguments.patch == (12, 20)
-    assert plan_jobs(arguments)[0].options.checkpoint == ""  # frozen features need none
+    assert parse_arguments(words, description="", training=False).patch == (12, 20)
     with pytest.raises(SystemExit):
         jobs(*words, training=True)
-
-
-def test_images__need_no_data_set_and_take_no_sweep(tiny_file):
-    words = ("--opt", tiny_file(dataset__data_type="directory"), "--images", "a", "--out", "b")
-    assert len(jobs(*words, training=False)) == 1
-    with pytest.raises(UserError, match="--images takes one setting"):
-        jobs(*words, "train.seed=0,1", training=False)
 
 
 def test_opt__is_needed_unless_a_checkpoint_is_exported(tmp_path):
     with pytest.raises(SystemExit):
         parse_arguments([], description="", training=True)
     words = ["--export", "out.pth", "--checkpoint", "a.ckpt"]
-    assert parse_arguments(words, description="", training=False).opt == "demo.json"
+    assert len(plan_jobs(parse_arguments(words, description="", training=False))) == 1
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,15 @@ from model import build_module
 from model.backbone import FrozenViT
 from utils.config.loading import (
     FIELDS,
+    LEGACY_KEYS,
     as_tree,
     build_options,
     find_option_file,
     flatten,
     load_options,
     nest,
-    option_table,
 )
-from utils.config.options import LEGACY_KEYS, LOSSES, Options
+from utils.config.options import LOSSES, Options
 from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.vision.labels import LabelSpace
@@ -71,83 +71,49 @@ def test_legacy__published_value_is_accepted_and_another_has_no_effect(key):
     assert mistakes({key: 99})[0].startswith(f"{key} is 99, but has no effect")
 
 
-def test_removed__is_an_error_in_a_file_and_ignored_in_stored_options():
-    flat = {"training_coeff.backend": "torch", "train.seed": 3}
-    assert mistakes(flat)[0].startswith("training_coeff.backend was removed")
-    assert build_options(flat, source="x", stored=True).train.seed == 3
+def test_removed__is_an_error():
+    assert mistakes({"training_coeff.backend": "torch"})[0].startswith("training_coeff.backend was removed")
+
+
+TOGETHER = [
+    ("dataset.rez", 3, "(value 3) is not an option. Did you mean dataset.res?"),
+    ("tau", 0.1, "(value 0.1) is not an option. Did you mean training_coeff.tau?"),
+    ("datasett.res", 3, "(value 3) is not an option. Did you mean dataset.res?"),
+    ("train.epoch", 0, "is 0, must be a whole number, at least 1"),
+    ("train.seed", 1.5, "is 1.5, must be a whole number, at least 0, at most 4294967295"),
+    ("eval", 5, "(value 5) is not an option."),
+    ("training_coeff.tau", float("nan"), "is NaN, must be a number, above 0, at most 1000000.0"),
+    ("train.frozen", "yes", 'is "yes", must be true or false'),
+    ("gpu_ids", 3, "is 3, must be a list of whole numbers"),
+    ("dataloader.batch_size", "64", 'is "64", must be a whole number, at least 1'),
+    ("wandb.tags", [1], "is [1], must be a list of strings or null"),
+    ("dataset.res", 225, "is 225, must be a multiple of model.pretrained.dino_patch_size (8)"),
+]
+REPORTED_ONCE = [
+    ({"model.dim": 400}, "model.dim is 400, must be 384"),
+    ({"eval.extra_clusters": 2}, "eval.extra_clusters is 2, must be equal to model.extra_clusters (0)"),
+    ({"model.pretrained.dino_patch_size": 14, "dataset.val_res": 320},
+     "model.pretrained.dino_patch_size is 14, must be one of [8, 16] with model.arch dino"),
+    ({"model.arch": "dino3", "model.dim": 96}, 'model.arch is "dino3", must be one of "dino", "dinov2"'),
+    ({"model.pretrained.depth": 13}, "model.pretrained.depth is 13, must be at most 12"),
+    ({"model.pretrained.registers": True}, "model.pretrained.registers is true, must be false"),
+    ({"model.arch": "vit", "model.dim": 100}, "model.dim is 100, must be a multiple of model.pretrained.h"),
+    ({"dataloader.batch_size": 6, "trainer.devices": 4}, "dataloader.batch_size is 6, must be a multiple"),
+    ({"dataset.cache_features": "ram", "dataset.loader_crop_type": "random"},
+     'dataset.cache_features is "ram", must be null'),
+    ({"dataset": 3, "dataset.res": 224}, "dataset (value 3) is not an option"),
+    ({"model.arch": {"name": "dino"}}, "model.arch.name"),
+    ({"training_coeff.prop_iter": True}, "training_coeff.prop_iter is true, must be a whole number"),
+]  # fmt: skip
 
 
 def test_mistakes__are_reported_together_with_the_closest_key():
-    found = mistakes(
-        {
-            "dataset.rez": 3,
-            "tau": 0.1,
-            "datasett.res": 3,
-            "train.epoch": 0,
-            "train.seed": 1.5,
-            "eval": 5,
-            "training_coeff.tau": float("nan"),
-            "train.frozen": "yes",
-            "gpu_ids": 3,
-            "dataloader.batch_size": "64",
-            "wandb.tags": [1],
-            "dataset.res": 225,
-        }
-    )
-    for mistake, part in zip(
-        found,
-        (
-            "dataset.rez (value 3) is not an option. Did you mean dataset.res?",
-            "tau (value 0.1) is not an option. Did you mean training_coeff.tau?",
-            "datasett.res (value 3) is not an option. Did you mean dataset.res?",
-            "train.epoch is 0, must be a whole number, at least 1",
-            "train.seed is 1.5, must be a whole number, at least 0, at most 4294967295",
-            "eval is 5, must be a section {...} of options",
-            "training_coeff.tau is NaN, must be a number, above 0, at most 1000000.0",
-            'train.frozen is "yes", must be true or false',
-            "gpu_ids is 3, must be a list of whole numbers",
-            'dataloader.batch_size is "64", must be a whole number, at least 1',
-            "wandb.tags is [1], must be a list of tags",
-            "dataset.res is 225, must be a multiple of the patch (8): 224 or 232",
-        ),
-        strict=True,
-    ):
-        assert mistake.startswith(part)
+    found = mistakes({key: value for key, value, _ in TOGETHER})
+    for mistake, (key, _, part) in zip(found, TOGETHER, strict=True):
+        assert mistake.startswith(f"{key} {part}")
 
 
-@pytest.mark.parametrize(
-    ("flat", "part"),
-    [
-        ({"dataset.val_res": 100}, "dataset.val_res is 100, must be a multiple of the patch (8): 96 or 104"),
-        ({"dataset.val_res": 4}, "dataset.val_res is 4, must be a multiple of the patch (8): 8"),
-        ({"model.dim": 400}, "model.dim is 400, must be 384"),
-        ({"eval.extra_clusters": 2}, "eval.extra_clusters is 2, must be equal to model.extra_clusters (0)"),
-        (
-            {"model.pretrained.dino_patch_size": 14, "dataset.val_res": 320},
-            "model.pretrained.dino_patch_size is 14, must be 8 or 16 with model.arch dino",
-        ),
-        ({"model.arch": "dino3", "model.dim": 96}, 'model.arch is "dino3", must be one of "dino", "dinov2"'),
-        ({"model.pretrained.depth": 13}, "model.pretrained.depth is 13, must be at most 12"),
-        ({"model.pretrained.registers": True}, "model.pretrained.registers is true, must be false"),
-        (
-            {"model.arch": "vit", "model.dim": 100},
-            "model.dim is 100, must be a multiple of model.pretrained.h",
-        ),
-        (
-            {"dataloader.batch_size": 6, "trainer.devices": 4},
-            "dataloader.batch_size is 6, must be a multiple",
-        ),
-        (
-            {"dataset.cache_features": "ram", "dataset.loader_crop_type": "random"},
-            'dataset.cache_features is "ram", must be null',
-        ),
-        ({"dataset": 3, "dataset.res": 224}, "dataset is 3, must be a section"),
-        ({"model.arch": {"name": "dino"}}, "model.arch.name"),
-        ({"training_coeff.prop_iter": True}, "training_coeff.prop_iter is true, must be a whole number"),
-        ({"training_coeff.initialcrit_pos": float("nan")}, "training_coeff.initialcrit_pos is NaN"),
-        ({"train.seed": 10**400}, "train.seed is 1000"),
-    ],
-)
+@pytest.mark.parametrize(("flat", "part"), REPORTED_ONCE)
 def test_mistake__is_reported_once_without_its_consequences(flat, part):
     (mistake,) = mistakes(flatten(flat))
     assert mistake.startswith(part)
@@ -159,9 +125,7 @@ def test_numbers__infinity_is_a_string_and_integers_are_floats():
 
 
 def test_registry__is_read_when_a_value_is_validated():
-    assert mistakes({"training_coeff.loss": "mine"}) == [
-        'training_coeff.loss is "mine", must be one of "ppap"'
-    ]
+    assert mistakes({"training_coeff.loss": "mine"})[0].endswith('is "mine", must be one of "ppap"')
     LOSSES.append("mine")
     try:
         assert build_options({"training_coeff.loss": "mine"}, source="x").training_coeff.loss == "mine"
@@ -170,14 +134,13 @@ def test_registry__is_read_when_a_value_is_validated():
 
 
 def test_missing_files__are_reported_with_the_rest():
-    flat = {"model.pretrained.pretrained_weights": "no.pth", "train.epoch": -1, "checkpoint": "nowhere"}
+    flat = {
+        "model.pretrained.pretrained_weights": "no.pth",
+        "train.epoch": -1,
+    }
     found = mistakes(flat, check_files=True)
-    for mistake, part in zip(
-        found,
-        ("train.epoch is -1", "model.pretrained.pretrained_weights is no.pth: no such file",
-         "checkpoint nowhere: none of", "dataset.data_path is not set"), strict=True,
-    ):  # fmt: skip
-        assert mistake.startswith(part)
+    parts = ("train.epoch is -1", "model.pretrained.pretrained_weights is no.pth: no", "dataset.data_path is")
+    assert all(mistake.startswith(part) for mistake, part in zip(found, parts, strict=True))
     build_options({"dataset.data_type": "synthetic"}, source="x", check_files=True)
 
 
@@ -217,12 +180,6 @@ def test_tree__reads_back_to_the_same_options():
     assert flat["training_coeff.sigma_pos"] == "inf"
     assert build_options(flat, source="x") == options
     assert nest(flat) == as_tree(options)
-
-
-def test_option_table__describes_every_option():
-    rows = option_table()
-    assert ("dataset.res", 224) in [row[:2] for row in rows]
-    assert all(description and allowed for _, _, description, allowed in rows)
 
 
 ODD = [None, True, -1, 0, 1.5, float("nan"), float("-inf"), 10**400, "", "x", "inf", [], [None], {"a": 1}]

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from utils.config.loading import FIELDS, with_changes
-from utils.config.options import Options, TrainerOptions, TrainOptions
+from utils.config.options import Options, TrainOptions
 from utils.errors import UserError
 from utils.files import REPOSITORY
 
@@ -14,8 +14,6 @@ def test_options__are_immutable_and_validated_when_constructed():
         Options().train.epoch = 3
     with pytest.raises(ValidationError):
         TrainOptions(epoch=0)
-    with pytest.raises(ValidationError, match="must be equal to model"):
-        Options(eval={"extra_clusters": 2})
 
 
 def test_with_changes__is_validated_and_keeps_the_rest(tiny_options):
@@ -38,12 +36,8 @@ def test_checkpoint_interval__steps_or_seconds(tiny_options, every, interval):
 
 @pytest.mark.parametrize("every", ["", "0", "0 min", "1.5", "15 s", "-1", "min"])
 def test_checkpoint_every__neither_steps_nor_minutes(tiny_options, every):
-    with pytest.raises(UserError, match=r"train\.checkpoint_every is .*must be a number of steps"):
+    with pytest.raises(UserError, match=r"train\.checkpoint_every is .*must be steps"):
         tiny_options(train__checkpoint_every=every)
-
-
-def test_world_size__is_devices_times_machines():
-    assert TrainerOptions(devices=4, num_nodes=2).world_size == 8
 
 
 @pytest.mark.parametrize("name", ["", "..", "../up", "a\0b", "tokens", "x" * 201, "é" * 101])
@@ -52,16 +46,9 @@ def test_run_name__must_be_a_folder_name_of_200_bytes(tiny_options, name):
         tiny_options(wandb__name=name)
 
 
-@pytest.mark.parametrize("name", ["é" * 100, "x" * 200 + "-frozen", 5, 0.5])
-def test_run_name__may_be_a_number_and_leaves_room_for_the_baseline(tiny_options, name):
-    assert tiny_options(wandb__name=name).wandb.name == str(name)
-
-
-def test_wandb__tags_and_id(tiny_options):
-    with pytest.raises(UserError, match=r"(?s)tags of 1 to 64 characters.*wandb\.id is \"a/b\""):
-        tiny_options(wandb__tags=["good", "x" * 65], wandb__id="a/b")
-    for tags, id in ((None, None), ([], "abc-1"), (["a tag"], "x=1")):
-        tiny_options(wandb__tags=tags, wandb__id=id)
+def test_run_name__may_be_a_number_and_leaves_room_for_the_baseline(tiny_options):
+    for name in ("é" * 100, "x" * 200 + "-frozen", 5, 0.5):
+        assert tiny_options(wandb__name=name).wandb.name == str(name)
 
 
 def test_every_option_is_read_by_something():

@@ -14,6 +14,9 @@ def test_probes__golden(golden):
     code, label = stored.code0, stored.label.long()
     assert cluster.loss(code).item() == pytest.approx(stored.cluster_loss_hard.item(), abs=1e-6)
     torch.testing.assert_close((2 * cluster(code)).log_softmax(1), stored.cluster_logprob, atol=1e-5, rtol=0)
+    similarity = cluster(code)  # (B, K, h, w)
+    soft = -((2 * similarity).softmax(1) * similarity).sum(1).mean()
+    assert soft.item() == pytest.approx(stored.cluster_loss_soft.item(), abs=1e-6)
     assert linear.loss(code, label).item() == pytest.approx(stored.linear_loss.item(), abs=1e-5)
     assert torch.equal(cluster(code).argmax(1), stored.cluster_pred.long())
     for probe, expected in ((cluster.inner, stored.cluster_pred_up), (linear, stored.linear_pred_up)):

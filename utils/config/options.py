@@ -1,4 +1,4 @@
-"""All options of a run and the rules between them.
+"""All options of a run and their cross-field rules.
 
 The keys are those of the published option files, the defaults the paper's values for COCO-Stuff with ViT-S/8.
 """
@@ -79,7 +79,7 @@ class WandbOptions(_Section):
     project: Text = option("PPAP", "wandb project")
     entity: Text | None = option(None, "wandb user or team; null: your default entity")
     name: FolderName = option("ppap", "name of the run and of its folder in `output_dir`")
-    mode: Literal["online", "offline", "disabled"] = option("online", "`--debug` sets disabled")
+    mode: Literal["online", "offline", "disabled"] = option("online", "wandb mode; `--debug` sets disabled")
     tags: list[str] | None = option(None, "wandb tags")
     notes: Text | None = option(None, "wandb notes")
     id: Text | None = option(None, "online: id of the wandb run to resume; null: a new run")
@@ -95,10 +95,10 @@ class DatasetOptions(_Section):
     data_path: Text = option("", "folder of the data set (`--data_path`)")
     loader_crop_type: Literal["center", "random", None] = option("center", "crop to a square; null: resize")
     crop_type: Literal["five", "random", None] = option("five", "crops to train on; null: whole images")
-    crop_ratio: Number = option(0.5, "side of such a crop relative to the image's", gt=0, le=1)
+    crop_ratio: Number = option(0.5, "side of each crop relative to the image's", gt=0, le=1)
     res: int = option(224, "training resolution in pixels, a multiple of the patch", ge=1)
     val_res: int = option(320, "evaluation resolution in pixels, a multiple of the patch", ge=1)
-    interpolation: Literal["nearest", "bilinear", "bicubic"] = option("nearest", "images; labels: nearest")
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = option("nearest", "of images; labels: nearest")
     n_classes: int | None = option(None, "directory: class count; null: from classes.json", ge=2, le=255)
     class_names: list[str] | None = option(None, "directory: class names; null: from classes.json")
     check_files: bool = option(False, "read all files before the run; stop if any is damaged (`--check`)")
@@ -173,15 +173,15 @@ class TrainOptions(_Section):
     epoch: int = option(5, "number of epochs", ge=1)
     print_freq: int = option(25, "steps between logged scalars", ge=1)
     valid_freq: int = option(100, "steps between validations, in addition to the end of each epoch", ge=1)
-    checkpoint_every: Interval = option("15 min", "between checkpoints, in addition to each validation")
+    checkpoint_every: Interval = option("15 min", "interval; each validation saves one too")
     skip_nonfinite: bool = option(False, "skip and count steps with a non-finite loss instead of stopping")
     grad_norm: Number = option(10.0, "clips the gradient norm of the head and the projection", gt=0)
     precision: Literal["auto", "fp16", "bf16", "fp32"] = option("auto", "auto: fp16 on CUDA, fp32 elsewhere")
-    compile: bool = option(False, "torch.compile backbone and head; eager if that fails")
+    compile: bool = option(False, "torch.compile backbone and head; runs eagerly if that fails")
     deterministic: bool = option(False, "CUDA: deterministic operations only, which are slower")
     seed: int = option(0, "random seed", ge=0, le=2**32 - 1)
     frozen: bool = option(False, "baseline: the head is never updated (`--frozen`)")
-    compare_frozen: bool = option(False, "also run that baseline and compare the two")
+    compare_frozen: bool = option(False, "also run the frozen baseline and compare the two")
 
     @property
     def checkpoint_interval(self) -> tuple[int | None, float | None]:
@@ -210,11 +210,11 @@ class _Eval(_Section):
     is_crf: bool = option(True, "also evaluate after CRF refinement")
     is_direct: bool = option(False, "use the code itself as cluster logits")
     extra_clusters: int = option(0, "must equal model.extra_clusters", ge=0)
-    last_step: bool = option(False, "after training, also evaluate the last step's weights, in `last`")
+    last_step: bool = option(False, "after training, also evaluate the last step; writes to `last/`")
     batch_size: int = option(16, "images per batch, on each device", ge=1)
     crf_backend: Literal["auto", "pydensecrf", "torch"] = option("auto", "auto: pydensecrf if installed")
     crf_workers: int | None = option(None, "pydensecrf: processes per device; null: all cores", ge=1)
-    pictures: int = option(8, "number of validation images in predictions.png; 0: no picture", ge=0, le=64)
+    pictures: int = option(8, "number of validation images in predictions.png; 0: no figure", ge=0, le=64)
 
 
 class Options(_Section):
@@ -236,7 +236,7 @@ class Options(_Section):
 
 
 def contradictions(options: Options, failed: Collection[str] = ()) -> list[str]:
-    """Cross-field validation: one line for each broken rule that is not a consequence of a wrong key."""
+    """Cross-field validation: one line per broken rule, unless an invalid key already explains it."""
     wrong, mistakes = set(failed), []
     for key, holds, allowed, *others in _rules(options):
         if not holds and wrong.isdisjoint((key, *others)):

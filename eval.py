@@ -1,7 +1,7 @@
 """Evaluates a checkpoint: python eval.py --opt cocostuff_eval.json
 
-Other flags write masks of photographs (--images), plot the propagation of an anchor (--explain), score the
-sets of propagation by labels (--measure-sets) and export a checkpoint (--export).
+Other flags write masks of photographs (--images), plot the propagation of an anchor (--explain), compare
+the sets of propagation with the labels (--measure-sets) and export a checkpoint (--export).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from utils.files import find_checkpoint
 from utils.training.launch import is_rank_zero
 from utils.vision.crf import crf_missing
 
-# Commands import torch when they start: a mistyped option is reported at once, and the processes of the CRF,
-# which import this file again, stay small.
+# Commands import torch lazily, so that a mistyped option is reported at once and the CRF's processes, which
+# import this file again, stay small.
 
 
 def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[str, Any]:
@@ -72,13 +72,13 @@ def _why_no_crf(options: Options, *, labelled: bool) -> str | None:
 
 
 def results_folder(options: Options) -> Path:
-    """The run's folder, or its subfolder `evaluation` if a run was trained there: its results are kept."""
+    """The run's folder, or its subfolder `evaluation` to keep the results of a training run."""
     folder = Path(options.output_dir) / options.wandb.name
     return folder / "evaluation" if (folder / "options.json").exists() else folder
 
 
 def study_sets(options: Options, arguments: Namespace) -> Any:
-    """--measure-sets scores the sets of propagation by labels, --explain plots those of one anchor."""
+    """--measure-sets compares the propagated sets with the labels; --explain plots those of one anchor."""
     from dataset import build_data
     from model import build_module
     from model.explain import explain_image
@@ -102,7 +102,7 @@ def study_sets(options: Options, arguments: Namespace) -> Any:
 
 
 def write_masks(options: Options, arguments: Namespace) -> dict[str, Any]:
-    """--images: writes masks of a photograph or of a folder of them."""
+    """--images: writes masks of one photograph or of a folder."""
     from dataset import known_labels
     from model import load_segmenter
     from model.predictor import predict_folder
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
         return [write_masks(job.options, arguments) for job in jobs]
     from utils.plots.tables import class_table, metrics_table, sweep_table
 
-    for job in jobs:  # all before the first one starts
+    for job in jobs:  # fail before the first evaluation starts
         find_checkpoint(job.options.checkpoint, job.options.output_dir)
     results = []
     for job in jobs:

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from model.callbacks import HtmlReport, WandbImages
     from utils.training.run_dir import RunDir
 
-# Commands import torch when they start: a mistyped option is reported at once.
+# Commands import torch lazily, so that a mistyped option is reported at once.
 
 
 def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbImages]:
-    """Trains or resumes one run; returns its seconds and the callbacks that show its final results."""
+    """Trains or resumes one run; returns its training seconds and the callbacks that report results."""
     from dataset import build_data
     from model import build_module
     from model.callbacks import HtmlReport, WandbImages
@@ -103,7 +103,7 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
 
 
 def as_baseline(options: Options) -> Options:
-    """The same run without any update of the head, under its own name."""
+    """The frozen baseline of a run, under its own name."""
     names = {"wandb.name": options.wandb.name + FROZEN}
     if options.wandb.id is not None:
         names["wandb.id"] = options.wandb.id + FROZEN
@@ -111,12 +111,12 @@ def as_baseline(options: Options) -> Options:
 
 
 def run_job(job: Job) -> dict[str, dict[str, Any]]:
-    """Runs one job: a run, preceded by its frozen baseline with `train.compare_frozen`."""
+    """Runs one job; with `train.compare_frozen`, its frozen baseline first."""
     options = as_baseline(job.options) if job.options.train.frozen else job.options
     name = options.wandb.name
     if job.evaluate_only:
         checkpoint, folder = options.checkpoint or f"{options.output_dir}/{name}", results_folder(options)
-        print(f"{name}: evaluates {checkpoint}, results in {folder}")
+        print(f"{name}: evaluating {checkpoint}, results in {folder}")
         return {name: evaluate(options, checkpoint=checkpoint, folder=folder)}
     compares = options.train.compare_frozen and not options.train.frozen
     results = {}

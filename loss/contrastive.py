@@ -36,7 +36,7 @@ def masked_contrastive(
         positives: P, (A, N) bool; a subset of `kept`.
         kept: the union of P and Q, (A, N) bool.
         tau: the temperature; here only the factor tau/0.07.
-        with_slope: whether to return the derivative in closed form, for callers that keep no graph.
+        with_slope: whether to return the derivative in closed form, for callers without an autograd graph.
 
     Returns:
         L_i, (A,) float32, 0 for an anchor without positives; and dL_i / dlogits, (A, N), or None.

@@ -1,4 +1,4 @@
-"""The network and what trains it; `build_module` is the factory."""
+"""The network and its Lightning module; `build_module` is the factory."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def build_module(
     """Builds the network and loads it, from a checkpoint or from the backbone's weights.
 
     Args:
-        options, labels: of the run, and the classes of its data set.
-        checkpoint: where all parameters come from; None loads the backbone's weights only.
-        train_labelled: whether train items have labels; None takes what the checkpoint says.
+        options, labels: options of the run and classes of its data set.
+        checkpoint: source of all parameters; None loads the backbone's weights only.
+        train_labelled: whether train items have labels; None reads it from the checkpoint.
         evaluation: see `PPAPModule`.
     """
     with seeded(options.train.seed, "backbone"):
@@ -74,7 +74,7 @@ def build_module(
 def _check_channels(options: Options, *, n_classes: int, dim: int) -> None:
     wanted, key = options.model.dim, "model.dim"
     if not options.model.continuous:
-        wanted, key = n_classes, "model.continuous: false asks for D = n_classes, which"
+        wanted, key = n_classes, "model.continuous is false: D = n_classes"
     if wanted != dim:
         raise UserError(f"{key} is {wanted}, must be {dim}, the backbone's width")
     n_clusters = n_classes + options.model.extra_clusters
@@ -96,7 +96,7 @@ def load_segmenter(
 
     Args:
         checkpoint: a file, a folder or a run below `output_dir`.
-        opt: an option file, or options; None uses those in the checkpoint, which published ones do not have.
+        opt: an option file, or options; None uses those stored in the checkpoint (published ones have none).
         labels: classes for a published checkpoint; ours contain them. None names them class 0, class 1, ...
         arguments: `device`, `res`, `head`, `crf` and `tile` of `Predictor`.
     """
@@ -106,7 +106,7 @@ def load_segmenter(
     about = loaded.about
     if opt is None and not about:
         hint = 'name its option file, as in load_segmenter(..., opt="cocostuff_eval.json")'
-        raise UserError(f"{loaded.path}: a published checkpoint carries no options; {hint}")
+        raise UserError(f"{loaded.path}: a published checkpoint contains no options; {hint}")
     if opt is None:
         flat = flatten(about["options"])
         kept = {key: value for key, value in flat.items() if key.startswith(READ_AFTER_TRAINING)}

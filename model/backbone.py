@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A ViT by its dimensions."""
+    """The dimensions of a ViT."""
 
     dim: int  # D, width of a token
     depth: int  # number of blocks kept
@@ -90,7 +90,7 @@ class FrozenViT(nn.Module):
         return 1 + self.spec.registers + (res // self.spec.patch) ** 2, self.spec.dim
 
     def digest(self) -> str:
-        """SHA-256 of the weights, whatever file they came from."""
+        """SHA-256 of the weights, independent of their file format."""
         digest = hashlib.sha256(repr(self.spec).encode())
         for name, value in self.state_dict().items():
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())

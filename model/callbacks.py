@@ -1,4 +1,4 @@
-"""Callbacks that show a run: tables and images in wandb, and report.html in the run's folder."""
+"""Callbacks that report on a run: tables and images in wandb, and report.html in the run's folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class WandbImages(Callback):
     """Sends tables, images and the best metrics so far to wandb after each validation, and the results.
 
     Args:
-        runs: the wandb run of this process, or none.
+        runs: the wandb run of this process, if any.
         shown: the images that the module keeps predictions of.
         best: largest sum of metrics before a resume.
     """
@@ -127,7 +127,7 @@ class HtmlReport(Callback):
 
 @contextmanager
 def errors_as_warnings() -> Iterator[None]:
-    """Prints an error of wandb or the disk in one line: it must not end the run."""
+    """Prints wandb and disk errors in one line instead of ending the run."""
     try:
         yield
     except (wandb.errors.Error, OSError) as error:

@@ -1,4 +1,4 @@
-"""Checkpoints: ours and the published format, loaded strictly; ours exported to the published one."""
+"""Reads, restores and exports checkpoints, in our format and in the published one."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if all(is_state(content.get(part)) for part in PUBLISHED):
             return Checkpoint(path, _published_state(content), {})
     keys = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
-    raise UserError(f"{path}: neither one of our checkpoints nor a published one (it holds: {keys})")
+    raise UserError(f"{path}: neither one of our checkpoints nor a published one (it contains: {keys})")
 
 
 def _published_state(content: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The published parameters under our names; an unknown name is kept, and fails to load."""
+    """The published parameters under our names; unknown names are kept, so that loading reports them."""
     state = {}
     for part, prefixes in PUBLISHED.items():
         for name, value in content[part].items():

@@ -1,4 +1,4 @@
-"""The loss that the options describe: PPAP's, or one of your own by name."""
+"""Builds the loss that the options select: PPAP's or a registered one."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _registered: dict[str, Callable[[Options], nn.Module]] = {}
 
 
 def register_loss(name: str, build: Callable[[Options], nn.Module]) -> None:
-    """Makes a loss of your own known as `training_coeff.loss=<name>`.
+    """Makes your own loss available as `training_coeff.loss=<name>`.
 
     Args:
-        name: not yet taken.
-        build: from all options to a module that is called as `PPAPLoss` is: with z (N, D), the criterion
-            features (B, D, h, w) and `generator`, giving a `PPAPLossOutput`.
+        name: an unused name.
+        build: takes all options, returns a module that is called like `PPAPLoss`: with z (N, D), the
+            criterion features (B, D, h, w) and `generator`, returning a `PPAPLossOutput`.
     """
     if name in LOSSES:
-        raise ValueError(f"loss {name} is there already; take another name")
+        raise ValueError(f"loss {name} already exists; choose another name")
     _registered[name] = build
     LOSSES.append(name)
 

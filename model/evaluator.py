@@ -40,7 +40,7 @@ class Prediction:
 class Evaluation:
     """Scores of a whole set."""
 
-    scores: dict[str, Scores]  # by head; without a head that was not trained, or a set without labels
+    scores: dict[str, Scores]  # by head; only trained heads, none without labels
     valid_loss: float  # mean over batches of the cluster loss on the upsampled code
     images: int
 
@@ -70,7 +70,7 @@ class Evaluator(nn.Module):
     """Collects an evaluation batch by batch; each rank adds its own batches, `compute` scores those of all.
 
     Args:
-        n_classes, n_clusters: predictions of the linear and the cluster probe.
+        n_classes, n_clusters: number of outputs of the linear and the cluster probe.
         is_direct: the code itself holds the cluster logits.
         with_linear: whether a linear probe was trained.
         pictured: indices of the images whose predictions are kept.

@@ -1,4 +1,4 @@
-"""The propagation of one anchor, step by step, by the arithmetic of the loss (eval.py --explain)."""
+"""The propagation of one anchor, step by step, computed as in the loss (eval.py --explain)."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ CHECKPOINT_ENTRY = "ppap"
 class PPAPModule(LightningModule):
     """Segmenter, probes, loss and evaluator under Lightning's automatic optimization.
 
-    The initial state depends on `train.seed` alone, so that a run and its frozen baseline start equal.
+    The initial state depends on `train.seed` alone, so that a run and its frozen baseline start identically.
 
     Args:
         train_labelled: whether train items have labels; without them there is no linear probe.
@@ -74,7 +74,7 @@ class PPAPModule(LightningModule):
         total = sum(losses.values())
         detached = {name: loss.detach() for name, loss in losses.items()}
         probes = sum(loss for name, loss in detached.items() if name != "supcon_loss")
-        # the published train_loss leaves out PPAP
+        # the published train_loss omits PPAP
         self.scalars = {"total_loss": total.detach(), "train_loss": probes, **detached, **statistics}
         self.throughput.add(world_size() * len(batch.label))
         self.guard.observe(detached, step=step)
@@ -114,7 +114,7 @@ class PPAPModule(LightningModule):
         return torch.optim.AdamW([group for group in groups if group["params"][0].requires_grad])
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **_kwargs: Any) -> None:
-        """Clips head and projection alone; Lightning calls this after unscaling."""
+        """Clips only head and projection; Lightning calls this after unscaling."""
         if self.guard.skips_step():
             optimizer.zero_grad(set_to_none=True)  # the optimizer then changes nothing
         if not self.frozen:
@@ -122,7 +122,7 @@ class PPAPModule(LightningModule):
             self._grad_norm = torch.nn.utils.clip_grad_norm_(self.segmenter.trainable(), largest)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Logs the published scalars, and some more, every `print_freq` steps."""
+        """Logs the published scalars and some others every `print_freq` steps."""
         if batch_idx % self.options.train.print_freq:
             return
         tensors = dict(self.scalars)
@@ -137,12 +137,12 @@ class PPAPModule(LightningModule):
         self._write(scalars | self.throughput.scalars(self.device))
 
     def on_validation_epoch_start(self) -> None:
-        """Starts counting afresh."""
+        """Resets the evaluator."""
         self.guard.raise_if_found(self.trainer.datamodule)
         self.evaluator.reset()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Adds a batch to the evaluator; a repeated one only keeps this rank in step with the others."""
+        """Adds a batch to the evaluator; a repeated one only keeps the ranks in step."""
         batches = self.trainer.val_dataloaders.batch_sampler
         number = batches.number(batch_idx)
         if number >= batches.total:
@@ -194,7 +194,7 @@ class PPAPModule(LightningModule):
 
     @torch.no_grad()
     def frozen_features(self, image: Tensor, trainer: Trainer) -> Tensor:
-        """Criterion features (B, D, h, w) without dropout, likewise."""
+        """Criterion features (B, D, h, w) without dropout; arguments as for `frozen_tokens`."""
         tokens = self.frozen_tokens(image, trainer)
         with trainer.precision_plugin.forward_context():
             return self.segmenter.features(tokens, self.segmenter.grid(image))

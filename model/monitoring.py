@@ -1,4 +1,4 @@
-"""What is watched while training: throughput, and losses that are not finite."""
+"""Training monitors: throughput and non-finite losses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARTS = {"supcon_loss": "PPAP", "linear_loss": "linear", "cluster_loss": "cluste
 class NonFiniteGuard:
     """Watches the losses of all steps without waiting for the device.
 
-    With `skip` (`train.skip_nonfinite`) it skips steps that are not finite and counts them.
+    With `skip` (`train.skip_nonfinite`) it skips and counts non-finite steps.
     """
 
     def __init__(self, *, skip: bool, skipped: int = 0) -> None:
@@ -49,7 +49,7 @@ class NonFiniteGuard:
         raise NotFinite(listed(mistake, data.image_names(int(step))))
 
     def skips_step(self) -> bool:
-        """Whether to skip the current step, which is then counted; waits for the device if `skip`."""
+        """Whether to skip the current step, and counts it if so; waits for the device if `skip`."""
         skips = self.skip and bool(self._first[0])
         self.skipped += skips
         return skips

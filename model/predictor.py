@@ -1,4 +1,4 @@
-"""Class maps of photographs of any size: `Predictor` for one photograph, `predict_folder` for files."""
+"""Predicts class maps of photographs: `Predictor` for one photograph, `predict_folder` for files."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Predictor:
         heads = HEADS if module.evaluator.with_linear else ("cluster",)
         tiles = f"a multiple of the patch ({patch}) from {MIN_TILE * patch}"
         checks = {
-            f"head is {head}, must be {' or '.join(heads)}; only labels train a linear probe": head in heads,
+            f"head is {head}, must be {' or '.join(heads)}; linear needs labelled train data": head in heads,
             f"res is {res}, must be at least {patch}, one patch": self.res >= patch,
             f"crf is {crf}, must be true, false, pydensecrf or torch": self.crf in CRF_BACKENDS,
             f"{crf_missing()}; or set eval.crf_backend=torch": self.crf != "pydensecrf" or not crf_missing(),
@@ -90,7 +90,7 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """The class map (H, W) uint8 of a photograph of any mode, at its size once upright (EXIF)."""
+        """The class map (H, W) uint8 of a photograph of any mode, at its size after EXIF rotation."""
         rgb = upright_rgb(image, "the image")
         size = rgb.height, rgb.width
         scaled = np.asarray(rgb.resize(resized(rgb.size, self.res), self._resampling))  # (h', w', 3)
@@ -165,13 +165,13 @@ def _tile_starts(length: int, side: int) -> list[int]:
 def predict_folder(
     predictor: Predictor, images: Path, out: Path, *, names: str | None = None
 ) -> dict[str, Any]:
-    """Writes masks of a photograph or of a folder of them; see `result_folders` for the places.
+    """Writes masks of one photograph or of a folder; see `result_folders` for their paths.
 
     Args:
         predictor: photograph -> class map.
         images: a photograph, or a folder that is searched recursively.
         out: folder for mask.png and overlay.jpg of each photograph, legend.json and legend.png.
-        names: --names, which replace names in the legend.
+        names: value of --names, replaces names in the legend.
 
     Returns:
         The content of legend.json: `ids`, `images` (a count), `left_out` (messages).
@@ -183,7 +183,7 @@ def predict_folder(
     named = renamed(predictor.names, names) if names else predictor.names
     make_folder(out, named_by="--out")
     if predictor.unmatched:
-        print("clusters were not matched to classes (no labels, or a published checkpoint): ids are numbers")
+        print("no cluster has a class (no labels, or a published checkpoint): ids are cluster numbers")
     counts, skipped = np.zeros(len(named), dtype=np.int64), []
     for path, folder in tqdm(folders.items(), desc="masks", unit="image"):
         try:
@@ -194,7 +194,7 @@ def predict_folder(
             continue
         except torch.OutOfMemoryError:
             size = f"{image.width} x {image.height}"
-            skipped.append(f"{path}: {size} pixels exceed the memory; set a --tile or a smaller --res")
+            skipped.append(f"{path}: {size} pixels do not fit into memory; set --tile or a smaller --res")
             continue
         write_results(folder, image, classes, predictor.palette)
         counts += np.bincount(classes.ravel(), minlength=len(counts))

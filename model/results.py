@@ -27,7 +27,7 @@ def class_iou(evaluation: Evaluation, names: Sequence[str]) -> dict[str, dict[st
 def evaluation_result(
     plain: Evaluation, refined: Evaluation | None, *, names: Sequence[str]
 ) -> dict[str, Any]:
-    """Images, losses, metrics, class IoU and matching, as metrics.json holds them."""
+    """Images, losses, metrics, class IoU and matching, as stored in metrics.json."""
     result = {"images": plain.images, "valid_loss": plain.valid_loss, "class_iou": {}}
     for stage, found in {"before_crf": plain, "after_crf": refined}.items():
         result[stage] = found and (found.metrics() or None)

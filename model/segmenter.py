@@ -3,7 +3,7 @@
 image (B, 3, H, W) -> FrozenViT blocks 1..L-1 -> tokens --> block L (frozen)  -> norm -> crit (B, D, h, w)
                                                    \\-> head (trainable) -> norm -> code (B, D, h, w)
                                                         code -> Linear -> L2 normalise -> z (B*h*w, D)
-The loss takes its sets from crit and its gradient from z; the probes read code.
+The loss selects its sets by crit and is differentiated through z; the probes read code.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SegmenterOutput(NamedTuple):
 class Segmenter(nn.Module):
     """Frozen backbone, trainable head (a copy of its last block, weights included) and projection.
 
-    With `compile`, backbone and head go through torch.compile for the shapes that occur.
+    `compile` applies torch.compile to backbone and head.
     """
 
     def __init__(self, backbone: FrozenViT, *, compile: bool = False) -> None:
@@ -59,7 +59,7 @@ class Segmenter(nn.Module):
         return SegmenterOutput(code, self.features(tokens, grid), F.normalize(self.projection(rows), dim=1))
 
     def trainable(self) -> list[nn.Parameter]:
-        """Parameters of head and projection: the net's optimizer group, and the ones that are clipped."""
+        """Parameters of head and projection: the net's optimizer group, whose gradient is clipped."""
         return [*self.head.parameters(), *self.projection.parameters()]
 
     def _head_features(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:

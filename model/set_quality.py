@@ -1,4 +1,4 @@
-"""Quality of the sets that propagation chooses on frozen features, by labels (eval.py --measure-sets)."""
+"""Quality of propagation's sets on frozen features, measured with labels (eval.py --measure-sets)."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def set_quality(
             positives = sets.positives & valid
             negatives = (
                 sets.negatives & valid & ~positives
-            )  # if Psi lies above Phi, a patch of both is positive
+            )  # if Psi lies above Phi, a patch in both sets counts as positive
             right, ambiguous = positives & same, valid & ~positives & ~negatives
             parts = (right, right, negatives & ~same, positives, negatives, ambiguous, same)  # as MEASURES
             wholes = (positives, same, negatives, valid, valid, valid, valid)

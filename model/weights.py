@@ -47,11 +47,11 @@ def register_backbone(name: str, build: Callable[[Options], FrozenViT]) -> None:
 
     Args:
         name: an unused name.
-        build: from all options to a `FrozenViT`, or a module with its methods; if
+        build: takes all options, returns a `FrozenViT` or a module with its methods; if
             `model.pretrained.pretrained_weights` is set, they are loaded into it afterwards.
     """
     if name in ARCHS:
-        raise ValueError(f"backbone {name} exists already; choose another name")
+        raise ValueError(f"backbone {name} already exists; choose another name")
     _registered[name] = build
     ARCHS.append(name)
 
@@ -130,12 +130,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def is_state(state: Any) -> bool:
-    """Whether something is a dict of tensors."""
+    """Whether an object is a dict of tensors."""
     return isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
 
 
 def clean_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Published names as ours: no prefixes, block chunks and heads, and no blocks beyond `depth`."""
+    """Renames published parameters to ours; drops prefixes, heads and blocks beyond `depth`."""
     clean = {}
     for name, value in state.items():
         name = re.sub(r"^(module\.|backbone\.)+", "", name)
@@ -148,10 +148,10 @@ def clean_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 
 def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """load_state_dict(strict=True); a UserError with the file, keys and both shapes if they do not fit."""
+    """load_state_dict(strict=True); raises a UserError with file, keys and both shapes on a mismatch."""
     try:
         module.load_state_dict(state)
     except (RuntimeError, NotImplementedError) as error:  # the latter: sparse or quantized tensors
         mistakes = [shorten(line.strip(), 400) for line in str(error).splitlines()[1:9]]
-        hint = "compare model.* and the data set of the options with what the file was made for"
+        hint = "compare model.* and the data set with those that the file was made for"
         raise UserError([*mistakes, hint], f"{source}, which does not fit") from None

@@ -236,7 +236,7 @@ def test_launch__must_fit_the_options(monkeypatch, environment, devices, nodes, 
     if started is None:
         launch.check_launch(wanted)
     else:
-        with pytest.raises(UserError, match=f"is {devices} x {nodes}, but processes started: {started};"):
+        with pytest.raises(UserError, match=f"is {devices} x {nodes}, but {started} processes were started;"):
             launch.check_launch(wanted)
 
 

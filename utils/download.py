@@ -20,7 +20,7 @@ from utils.files import sha256_of
 
 CHUNK = 1 << 16  # bytes
 TRIES = 5  # failed requests in a row before the next address is used
-TIMEOUT = 30.0  # seconds without data after which a request has failed
+TIMEOUT = 30.0  # seconds without data after which a request fails
 BACKOFF = 1.0  # seconds before a request is repeated; doubled each time
 BUSY = (429, 500, 502, 503, 504)  # HTTP status of requests that are repeated
 
@@ -65,7 +65,7 @@ def _fetch(session: requests.Session, url: str, part: Path, sha256: str | None, 
             try:
                 _copy(response, part, start if response.status_code == 206 else 0, size)
                 break
-            except (ChunkedEncodingError, ConnectionError):  # cut, or timed out
+            except (ChunkedEncodingError, ConnectionError):  # connection lost or timed out
                 failures = 0 if _length(part) - start >= CHUNK else failures + 1
                 if failures == TRIES:
                     raise
@@ -78,11 +78,11 @@ def _fetch(session: requests.Session, url: str, part: Path, sha256: str | None, 
 
 
 def _copy(response: requests.Response, part: Path, start: int, size: int | None) -> None:
-    """Writes the body into the partial file, from byte `start` on."""
+    """Writes the response body to the partial file, starting at byte `start`."""
     if not response.ok:
         raise DownloadError(f"HTTP {response.status_code} {response.reason}")
     if "text/html" in response.headers.get("Content-Type", ""):
-        raise DownloadError("sends a web page instead of the file")
+        raise DownloadError("the server sent a web page instead of the file")
     length = response.headers.get("Content-Length")
     total = size if length is None else start + int(length)
     if size not in (None, total):

@@ -34,13 +34,13 @@ class NotFinite(UserError):
 
 
 class LeftOut(UserError):
-    """Damaged files were skipped, everything else is done."""
+    """Raised after damaged files were skipped and all others processed."""
 
     status = 1
 
 
 def listed(heading: str, lines: Sequence[str]) -> str:
-    """A heading and the first of many lines below it."""
+    """A heading followed by the first `SHOWN` lines."""
     more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return "\n".join([f"{heading}:", *(f"  - {line}" for line in [*lines[:SHOWN], *more])])
 
@@ -51,7 +51,7 @@ def first_line(error: BaseException) -> str:
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean X?' for the most similar known word or last part of a dotted key, or nothing."""
+    """' Did you mean X?' with the most similar key, full or without its section; '' if none is close."""
     full = {key: key for key in known}
     by_name = {key.rsplit(".", 1)[-1]: key for key in full} | full
     queries = (word, word.rsplit(".", 1)[-1])

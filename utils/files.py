@@ -1,4 +1,4 @@
-"""Atomic writes, JSON, folders, locks, and where checkpoints and weights are looked for."""
+"""Atomic writes, JSON, folders, locks, and the lookup of checkpoints and weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from filelock import FileLock
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TOKENS_FOLDER = "tokens"  # below output_dir, of the caches of all runs
+TOKENS_FOLDER = "tokens"  # below output_dir; shared by all runs
 CHECKPOINTS = ("best.ckpt", "best.pth", "ckpt.pth")  # in this order
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """Reads the object in a JSON file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -52,7 +52,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
-    """A temporary path that replaces `path` if the block succeeds; `sync`: in a power failure too."""
+    """A temporary path that replaces `path` if the block succeeds; `sync` also survives a power failure."""
     temporary = path.with_name(f"{path.name}.part")
     try:
         yield temporary
@@ -74,7 +74,7 @@ def sha256_of(path: Path) -> str:
 
 
 def make_folder(path: Path, *, named_by: str = "output_dir") -> Path:
-    """Creates a folder if necessary; a UserError with the option `named_by` if it cannot be written."""
+    """Creates a folder if necessary; raises a UserError naming the option `named_by` if it is read-only."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"
@@ -96,12 +96,12 @@ def move_aside(path: Path) -> Path | None:
 
 
 def weights_file(name: str) -> Path:
-    """A weights file by its path, or by its path below the project."""
+    """Resolves a weights path, relative to the working folder or to the project."""
     return Path(name) if os.path.exists(name) else REPOSITORY / name
 
 
 def find_checkpoint(name: str, output_dir: str) -> Path:
-    """A checkpoint: a file, or best.ckpt, best.pth or ckpt.pth of a folder or of a run below `output_dir`."""
+    """Finds a checkpoint: a file, or one of `CHECKPOINTS` in a folder or in a run below `output_dir`."""
     if not name:
         raise UserError("no checkpoint is named: give --checkpoint a file, a folder or the name of a run")
     folders = (Path(name), Path(output_dir, name))

@@ -2,8 +2,8 @@
 
 DINO self-distillation (Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021)
 of a small ViT on synthetic scenes without labels. As a crop of a scene shows several textures, the teacher, a
-momentum average of the student, predicts per patch: each patch of a crop that the student sees learns what
-the teacher predicts at the same place of the scene in another crop.
+momentum average of the student, predicts per patch: for each patch of a crop, the student learns what the
+teacher predicts at the same place of the scene in another crop.
 To judge the result: python eval.py --opt demo_eval.json --measure-sets
 """
 

@@ -199,7 +199,7 @@ def test_training__deterministic_gives_the_same_bits_on_cuda(tiny_options, tmp_p
 
 
 def test_channels__that_do_not_fit(made):
-    with pytest.raises(UserError, match=r"model\.continuous: false asks for D = n_classes"):
+    with pytest.raises(UserError, match=r"model\.continuous is false: D = n_classes is"):
         made(model__continuous=False)
     with pytest.raises(UserError, match=r"eval\.is_direct"):
         made(eval__is_direct=True)

@@ -20,7 +20,7 @@ from utils.files import read_json_object
 from utils.training.launch import is_rank_zero, process_index
 
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG)
-QUOTING = """write key=value; quote values with spaces, commas or brackets twice: 'key="a, b"'"""
+QUOTING = """write key=value; quote values that contain spaces, commas or brackets twice: 'key="a, b"'"""
 NEEDED_BY = dict.fromkeys(("out", "res", "head", "crf", "tile", "names"), "images") | {"patch": "explain"}
 
 
@@ -34,12 +34,12 @@ class Job(NamedTuple):
 
 
 class _Overrides(NamedTuple):
-    choices: dict[str, list[Any]]  # several values if the key is swept
+    choices: dict[str, list[Any]]  # more than one value if the key is swept
     mistakes: list[str]
 
 
 def parse_arguments(argv: Sequence[str] | None, *, description: str, training: bool) -> argparse.Namespace:
-    """Parses the flags. One that stands for an option is stored under its key; overrides stay words."""
+    """Parses the flags; flags for options are stored under the option's key, overrides as strings."""
     parser = argparse.ArgumentParser(description=description)
     flag = parser.add_argument
     flag("--opt", help="option file: a path, or a name in json/ or json/server/")
@@ -55,16 +55,16 @@ def parse_arguments(argv: Sequence[str] | None, *, description: str, training: b
         flag("--variants", help="JSON file of named overrides, one run each: ablation.json")
     else:
         command = parser.add_mutually_exclusive_group().add_argument
-        command("--measure-sets", action="store_true", help="score positives and negatives by labels")
-        command("--explain", metavar="IMAGE", help="plot an anchor: a file or a validation index")
-        command("--images", metavar="PATH", help="write masks of an image or a folder of images")
+        command("--measure-sets", action="store_true", help="compare positives and negatives with labels")
+        command("--explain", metavar="IMAGE", help="plot an anchor of an image: a file or an index")
+        command("--images", metavar="PATH", help="write masks of an image or of a folder")
         command("--export", metavar="FILE", help="write the checkpoint in the published format")
         flag("--patch", metavar="ROW,COL", type=_row_and_column, help="anchor; default: the centre patch")
         flag = parser.add_argument_group("with --images").add_argument
         flag("--out", metavar="DIR", help="folder for masks, overlays and a legend")
         flag("--res", type=int, help="pixels of the shorter side; default: dataset.val_res")
         flag("--head", choices=("cluster", "linear"), help="default: cluster")
-        flag("--crf", action="store_true", help="refine masks by eval.crf_backend")
+        flag("--crf", action="store_true", help="refine masks with the CRF of eval.crf_backend")
         flag("--tile", type=int, help="split large images into overlapping tiles of this size")
         flag("--names", help='names for the legend: "0=road,1=car", or a JSON file')
     parser.add_argument("overrides", nargs="*", help="key=value, or key=a,b,c for a sweep")

@@ -1,4 +1,4 @@
-"""Loads and validates options. Flat means {"section.key": value}, the form of overrides and messages."""
+"""Loads and validates options. Flat options are {"section.key": value}, as in overrides and messages."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def find_option_file(name: str, *, beside: Path = Path(), asked: str = "--opt") 
 
 
 def read_option_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Flat options of a file, on top of those of the file that its `base` names."""
+    """Reads the flat options of a file, merged over those of its `base`."""
     if path in seen:
         raise UserError(f"{path}: base: the option files form a cycle; remove one base")
     tree = read_json_object(path)
@@ -108,7 +108,7 @@ def _mistake(key: str, value: Any) -> str | None:
 
 
 def allowed(field: FieldInfo) -> str:
-    """The values that an option may have, in words."""
+    """Describes the values that an option may have."""
     kind, kinds = field.annotation, typing.get_args(field.annotation)
     for part in field.metadata:
         if isinstance(part, str):
@@ -128,7 +128,7 @@ def option_table() -> list[tuple[str, Any, str, str]]:
 
 
 def missing_files(options: Options) -> list[str]:
-    """One line for each file or folder that the options must name; data and checkpoints check themselves."""
+    """Lists missing weights and folders; data and checkpoints are checked when they are opened."""
     weights, data, mistakes = options.model.pretrained.pretrained_weights, options.dataset, []
     if weights is not None and not weights_file(weights).is_file():
         key = "model.pretrained.pretrained_weights"
@@ -139,10 +139,10 @@ def missing_files(options: Options) -> list[str]:
 
 
 def as_tree(options: Options) -> dict[str, Any]:
-    """The options as a JSON tree; infinities are the strings that the reader accepts."""
+    """The options as a JSON tree; infinities become strings that can be read back."""
     return options.model_dump(mode="json")
 
 
 def with_changes(options: Options, changes: dict[str, Any]) -> Options:
-    """A copy with some values, by dotted key, replaced and all of them validated."""
+    """A validated copy with some values, by dotted key, replaced."""
     return build_options(flatten(options.model_dump()) | changes, source="the changed options")

@@ -22,7 +22,7 @@ from PIL import Image
 
 SETS = ("positives", "ambiguous", "negatives")
 POSITIVE, AMBIGUOUS, NEGATIVE, ANCHOR = range(4)  # values of `Explanation.zones`
-COLOURS = ("#0072b2", "#f0e442", "#d55e00")  # of SETS, distinct to the colour-blind (Okabe and Ito)
+COLOURS = ("#0072b2", "#f0e442", "#d55e00")  # of SETS, colour-blind safe (Okabe and Ito)
 LABELS = (r"positives: $v_t \cdot f_j > \Phi_t$", "ambiguous zone", r"negatives: $v_t \cdot f_j < \Psi_t$")
 STAR = {"marker": "*", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 15}
 OPACITY = 0.55  # of a set over its image
@@ -123,7 +123,7 @@ def _draw_similarities(row: Sequence[Axes], found: Explanation, *, side: int) ->
     for t, axis in enumerate(row):
         fine = np.asarray(Image.fromarray(own[t]).resize((side, side), Image.Resampling.BILINEAR))
         shown = axis.imshow(fine, vmin=own.min(), vmax=own.max())
-        if fine.min() < found.phi[t] < fine.max():  # else there is no line, and matplotlib warns
+        if fine.min() < found.phi[t] < fine.max():  # otherwise matplotlib warns that there is no line
             lines = axis.contour(fine, levels=[found.phi[t]], colors="white", linewidths=1.6)
             lines.set_path_effects([withStroke(linewidth=3, foreground="black")])
         edges = rf"$\Phi_{{{t}}}$ = {found.phi[t]:.3f},  $\Psi_{{{t}}}$ = {found.psi[t]:.3f}"

@@ -18,7 +18,7 @@ from utils.vision.labels import IGNORE, LabelSpace
 MASK, OVERLAY = "mask.png", "overlay.jpg"
 MAX_OVERLAY_SIDE = 2048  # pixels; the mask keeps the full size
 OPACITY = 0.5
-CONTOUR = 255  # white, which no tinted segment is
+CONTOUR = 255  # white; tinted segments never are
 SPECK = 2000  # a segment smaller than 1 / SPECK of the image gets no contour, which would hide it
 CONTOUR_EVERY = 600  # pixels of the shorter side per pixel of a contour's width
 
@@ -52,7 +52,7 @@ def mask_ids(
 
 
 def renamed(names: Sequence[str], text: str) -> list[str]:
-    """Names of ids, changed as --names says: "0=road,1=car", or a JSON file.
+    """Applies --names to the names of the ids: "0=road,1=car", or a JSON file.
 
     Raises:
         UserError: an id does not exist, or its name is missing.
@@ -72,7 +72,7 @@ def renamed(names: Sequence[str], text: str) -> list[str]:
 def result_folders(images: Path, out: Path) -> dict[Path, Path]:
     """Maps each photograph to the folder of its results: its path below `images` without ending, in `out`.
 
-    If photographs differ only in the ending, they keep it. A folder `out` below `images` is not searched.
+    Photographs that differ only in the ending keep it. A folder `out` below `images` is not searched.
 
     Raises:
         UserError: there is no image, or `out` is `images`.

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: when they are written, what they hold, and where a run resumes."""
+"""Checkpoints of a run: when they are written, what they contain, and where a run resumes."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class CheckpointManager(Callback):
     """Keeps best.ckpt (largest sum of metrics) and last.ckpt, and stops the run on request.
 
-    Saves after each validation, every `train.checkpoint_every` in between, on a stop signal, and when a
-    system error ends the run. Without validation images it saves after each epoch, and best.ckpt is the
-    newest. A checkpoint describes the moment between two steps, so that a resumed run computes what the
-    uninterrupted one would have computed.
+    Saves after each validation, every `train.checkpoint_every` in between, on a stop signal, and when bad
+    data or a killed worker ends the run. Without validation images it saves after each epoch, and best.ckpt
+    is the newest. A checkpoint describes the moment between two steps, so that a resumed run computes what
+    the uninterrupted one would have computed.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         every: (steps, seconds) between checkpoints; at most one is not None.
         validates: whether there are validation images.
-        stop: notes stop signals.
-        progress: at the start, of the checkpoint that the run resumes from.
+        stop: records stop signals.
+        progress: initial progress, that of the checkpoint that the run resumes from.
     """
 
     def __init__(
@@ -88,38 +88,38 @@ class CheckpointManager(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes the position in the run."""
+        """Records the position in the run."""
         validated = not self.validates or trainer.val_check_batch != batch_idx + 1  # see ValidationSteps
         self.progress = replace(self.progress, step=trainer.global_step, validated=validated)
         self._loops = _resumable_loops(trainer)
         self._agreement.start(self.stop.requested, self._due())
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Leaves an unfinished validation on request; the resumed run starts it again."""
+        """Stops during a validation on request; the resumed run repeats it."""
         if trainer.strategy.reduce_boolean_decision(self.stop.requested, all=False):
             self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves, and keeps the best."""
+        """Saves, and updates best.ckpt if the score improved."""
         improved = pl_module.score > self.progress.best
         best = max(self.progress.best, pl_module.score)
         self.progress = replace(self.progress, validated=True, best=best)
         self._save(trainer, best=improved)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves if there are no validations, which otherwise do so."""
+        """Saves after each epoch if there is no validation."""
         if not self.validates:
             self._save(trainer, best=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves if an image or a worker ends the run; several ranks cannot save without each other."""
+        """Saves if bad data or a killed worker ends a run of one process; saving needs all ranks."""
         unforeseen = isinstance(exception, UserError) and not exception.common
         unforeseen |= "DataLoader worker (pid" in str(exception)
         if unforeseen and trainer.world_size == 1 and self._saved_step < self.progress.step:
             self._save(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
-        """Keeps the position that the run resumes from."""
+        """Restores the position that the run resumes from."""
         self._loops = checkpoint["loops"]["fit_loop"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
@@ -137,10 +137,10 @@ class CheckpointManager(Callback):
         for logger in trainer.loggers:
             logger.save()  # first, so that no checkpoint is ahead of metrics.csv
         trainer.save_checkpoint(self.folder / (BEST if best else LAST))
-        if best and trainer.is_global_zero:  # last.ckpt second: it never names a best that is not on disk
+        if best and trainer.is_global_zero:  # last.ckpt second: its best is then on disk
             with replacing(self.folder / LAST, sync=True) as temporary:
                 shutil.copyfile(self.folder / BEST, temporary)
-        trainer.strategy.barrier()  # every rank may read them from here on
+        trainer.strategy.barrier()  # from here on every rank may read them
         self._saved_step, self._saved = self.progress.step, time.perf_counter()
 
     def _stop(self, trainer: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Device and precision of a run, and advice for the errors of a machine that is too small."""
+"""Device and precision of a run, and actionable messages for exhausted memory."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def device_name(options: Options) -> str:
 
 
 def chosen_precision(options: Options, accelerator: str) -> str:
-    """The precision that `train.precision` means on a device: "fp16", "bf16" or "fp32"."""
+    """Resolves `train.precision` on a device: "fp16", "bf16" or "fp32"."""
     chosen = options.train.precision
     if chosen == "auto":
         return "fp16" if accelerator == "cuda" else "fp32"
@@ -86,12 +86,12 @@ def precision_settings(options: Options, accelerator: str) -> dict[str, Any]:
 
 @contextmanager
 def explained_errors(options: Options) -> Iterator[None]:
-    """Turns exhausted memory and killed DataLoader workers into a UserError that says what to change."""
+    """Converts exhausted memory and killed DataLoader workers to a UserError with advice."""
     try:
         yield
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         reason, batches = first_line(error), options.dataloader
-        # the last is the message of the CPU's allocator
+        # the last one is the message of the CPU allocator
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:
             raise UserError(
                 f"out of memory ({reason}); lower dataloader.val_batch_size (now {batches.val_batch_size}), "

@@ -36,7 +36,7 @@ def own_slice(rows: Rows) -> Rows:
 
 
 def own_groups(groups: Tensor) -> Tensor:
-    """This rank's share of (G, A_max) anchor groups; every rank gets as many, padded with -1."""
+    """This rank's share of (G, A_max) anchor groups; all ranks get equally many, padded with -1."""
     each = -(-len(groups) // world_size())
     padded = F.pad(groups, (0, 0, 0, each * world_size() - len(groups)), value=-1)  # (world_size*each, A_max)
     return own_slice(padded)

@@ -33,7 +33,7 @@ def in_slurm_job() -> bool:
 
 
 def check_launch(wanted: TrainerOptions) -> None:
-    """Raises a UserError if torchrun or srun started another number of processes than the options ask for."""
+    """Raises a UserError if torchrun or srun started a different number of processes than configured."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         started = int(os.environ["WORLD_SIZE"])
     elif in_slurm_job():
@@ -42,6 +42,6 @@ def check_launch(wanted: TrainerOptions) -> None:
         return
     if started != wanted.world_size:
         raise UserError(
-            f"trainer.devices x trainer.num_nodes is {wanted.devices} x {wanted.num_nodes}, but processes "
-            f"started: {started}; change the options, or start as many with torchrun or srun"
+            f"trainer.devices x trainer.num_nodes is {wanted.devices} x {wanted.num_nodes}, but "
+            f"{started} processes were started; change the options or the number that torchrun or srun starts"
         )

@@ -21,11 +21,11 @@ from utils.errors import first_line
 from utils.training.launch import is_rank_zero
 from utils.training.run_dir import provenance
 
-INIT_SECONDS = 20  # that wandb may take to reach its server
+INIT_SECONDS = 20  # timeout for wandb to reach its server
 
 
 class StepWandbLogger(WandbLogger):
-    """Logs under the run's own step: wandb ignores points that it already has after a resume."""
+    """Logs with the training step, so that wandb ignores points repeated after a resume."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
@@ -39,7 +39,7 @@ def build_loggers(
     """metrics.csv and, if enabled, wandb on rank zero; no loggers on the other ranks.
 
     wandb never blocks a run: without login or network the run is recorded offline. `step` and `wandb_id` are
-    of the run that is resumed; `wandb.id` comes first.
+    those of the resumed run; `wandb.id` takes precedence.
     """
     if not is_rank_zero():
         return []
@@ -48,7 +48,7 @@ def build_loggers(
     if mode == "online":
         problem = "not logged in (wandb login)"
         server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-        if os.environ.get("WANDB_API_KEY") or get_netrc_auth(server):  # else wandb asks on the terminal
+        if os.environ.get("WANDB_API_KEY") or get_netrc_auth(server):  # otherwise wandb prompts for a login
             try:
                 return [*loggers, _start_wandb(options, folder, run_id, mode="online")]
             except wandb.errors.Error as error:
@@ -60,7 +60,7 @@ def build_loggers(
 
 
 def csv_logger(folder: Path, *, step: int) -> CSVLogger:
-    """Writes metrics.csv, beginning with the rows up to a step that an earlier start has written."""
+    """A logger for metrics.csv that keeps existing rows up to `step`."""
     path, rows = folder / "metrics.csv", []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
@@ -93,7 +93,7 @@ def _start_wandb(options: Options, folder: Path, run_id: str | None, *, mode: st
 
 
 def attach(run: wandb.Run, folder: Path, names: Sequence[str]) -> None:
-    """Gives wandb copies of files; its links would break if the folder is moved before an upload."""
+    """Gives wandb copies of files; its links would break if the folder were moved before an upload."""
     for name in names:
         if (folder / name).exists():
             run.save(shutil.copy(folder / name, run.dir), base_path=run.dir, policy="now")

@@ -41,14 +41,14 @@ class Progress:
     """Progress of a run: the entry `progress` of a checkpoint."""
 
     step: int = 0  # last trained step, from 1
-    validated: bool = True  # False if the validation that follows this step is still to be done
+    validated: bool = True  # False if the validation after this step is pending
     best: float = float("-inf")  # largest sum of metrics so far
     seconds: float = 0.0  # training time
     wandb_id: str | None = None
 
 
 class RunDir:
-    """<output_dir>/<wandb.name>. With several processes only rank zero locks and writes it."""
+    """<output_dir>/<wandb.name>. Only rank zero locks and writes it."""
 
     def __init__(self, options: Options) -> None:
         self.path = Path(options.output_dir) / options.wandb.name
@@ -57,7 +57,7 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Locks the folder until the block or the process ends; an error if another run holds the lock."""
+        """Locks the folder until the block or process ends; raises a UserError if another run holds it."""
         if not is_rank_zero():
             yield
             return
@@ -103,7 +103,7 @@ class RunDir:
             write_json(self.path / "left_out.json", list(damaged))
 
     def check_options(self, options: Options) -> None:
-        """An error if an option that affects the result differs from the run in this folder."""
+        """Raises a UserError if an option that affects the result differs from the run in this folder."""
         path = self.path / "options.json"
         if not path.exists():
             return

@@ -12,7 +12,7 @@ from utils.training.launch import in_slurm_job
 
 
 class Stopped(UserError):
-    """The run stopped on a signal, with everything saved."""
+    """Raised when a run stops on a signal, after saving."""
 
     label = "stopped"
     common = True
@@ -23,7 +23,7 @@ class Stopped(UserError):
 
 
 class StopSignal:
-    """Notes the first SIGINT, SIGTERM or, in a SLURM job, SIGUSR1; the run acts on it between two steps.
+    """Records the first SIGINT, SIGTERM or, in a SLURM job, SIGUSR1; the run acts on it between two steps.
 
     A second Ctrl-C exits at once.
     """
@@ -35,7 +35,7 @@ class StopSignal:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has arrived."""
         return self.signum is not None
 
     def listen(self) -> dict[int, Any]:
@@ -63,7 +63,7 @@ class StopSignal:
 
 
 def requeue() -> str:
-    """Asks SLURM to start this job again later; returns a line on the outcome."""
+    """Asks SLURM to requeue this job; returns a message about the outcome."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"

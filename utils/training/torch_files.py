@@ -14,7 +14,7 @@ from utils.errors import UserError, first_line
 from utils.files import replacing
 
 _numpy_scalar = np.float64(0).__reduce__()[0]
-NUMPY_SCALARS = [  # the published checkpoints hold a metric as one; the path differs between NumPy 1 and 2
+NUMPY_SCALARS = [  # published checkpoints contain one; the path differs between NumPy 1 and 2
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),
     np.dtype,
@@ -23,7 +23,7 @@ NUMPY_SCALARS = [  # the published checkpoints hold a metric as one; the path di
 
 
 def read_torch_file(path: Path, kind: str) -> Any:
-    """`torch.load` with weights_only, after a check of all CRCs (there are none before torch 1.6).
+    """`torch.load` with weights_only, after checking all CRCs (files from before torch 1.6 have none).
 
     `kind` is what errors call the file, such as "checkpoint".
     """
@@ -34,7 +34,7 @@ def read_torch_file(path: Path, kind: str) -> Any:
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         with torch.serialization.safe_globals(NUMPY_SCALARS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises almost anything
+    except Exception as error:  # a damaged pickle can raise almost any exception
         raise unreadable(path, kind, error) from None
 
 
@@ -42,7 +42,7 @@ def unreadable(path: Path, kind: str, error: Exception) -> UserError:
     """The error for an unreadable file, without torch's advice to load it unsafely."""
     reason = f"{type(error).__name__}: {first_line(error)}"
     if isinstance(error, pickle.UnpicklingError):
-        reason = "damaged, or it holds more than tensors and plain containers"
+        reason = "damaged, or it contains more than tensors and plain containers"
     return UserError(f"{path}: not a readable {kind} ({reason}); download or write it again")
 
 

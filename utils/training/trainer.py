@@ -18,7 +18,7 @@ from utils.training.checkpointing import AtomicCheckpointIO
 class ValidationSteps(Callback):
     """Validates every `valid_freq` steps of an epoch and at its end.
 
-    Lightning's integer `val_check_interval` may not exceed the epoch, and misses an end it does not divide.
+    Lightning's integer `val_check_interval` may not exceed the epoch, and skips an end it does not divide.
     """
 
     def __init__(self, valid_freq: int) -> None:
@@ -43,7 +43,7 @@ class RunBar(TQDMProgressBar):
         self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Names the epoch."""
+        """Shows the epoch."""
         self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
 
     def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
@@ -56,7 +56,7 @@ class RunBar(TQDMProgressBar):
             bar.close()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
-        """Called at each refresh; only then is a GPU waited for."""
+        """Loss and metrics; called at each refresh, as reading them waits for a GPU."""
         shown = {"loss": pl_module.scalars["total_loss"]} if pl_module.scalars else {}
         shown |= {name: value for name, value in pl_module.metrics.items() if name.startswith("Cluster")}
         return {name: f"{float(value):.3f}" for name, value in shown.items()}

@@ -57,7 +57,7 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(upright)  # (H, W)
         if upright.mode == "F" or values.min() < 0 or values.max() >= SIXTEEN_BIT:
             raise UserError(
-                f"{name}: image mode is {upright.mode}, must have 8 or 16 bits a channel; convert it"
+                f"{name}: image mode is {upright.mode}, must have 8 or 16 bits per channel; convert it"
             )
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
 
@@ -90,7 +90,7 @@ class FoundImages:
     others: dict[str, int]  # number of other files by ending
 
     def passed_over(self) -> str:
-        """Describes the files that are no images; '' if there are none."""
+        """Describes the files that are not images; '' if there are none."""
         words = [f"{count} {ending or 'without ending'}" for ending, count in sorted(self.others.items())]
         parts = [f"other files: {', '.join(words)}"] if words else []
         if self.videos:
@@ -108,7 +108,7 @@ def find_images(folder: Path, *, without: Path | None = None) -> FoundImages:
             folders.clear()
             continue
         seen.add(real)
-        # sorted, so that of two links to one folder every machine follows the same
+        # sorted, so that every machine follows the same one of two links to a folder
         folders[:] = sorted(n for n in folders if not n.startswith(".") and Path(place, n) != without)
         for path in (Path(place, name) for name in files if not name.startswith(".")):
             ending = path.suffix.lower()

@@ -26,7 +26,7 @@ class LabelSpace:
             raise UserError(f"{len(self.names)} classes, must be at most {IGNORE}: labels have 8 bits")
         if len(self.names) != len(self.palette) or len(set(self.names)) != len(self.names):
             counts = f"{len(self.names)} names and {len(self.palette)} colours"
-            raise ValueError(f"{counts}: must be as many, and names unique: {self.names}")
+            raise ValueError(f"{counts}, must be equally many with unique names: {self.names}")
 
     @property
     def n_classes(self) -> int:

@@ -1,6 +1,6 @@
 """Joint transforms of image and label, and the ImageNet normalisation.
 
-Images are resized with Pillow, because its NEAREST selects other pixels than a tensor's nearest.
+Images are resized with Pillow, because its NEAREST selects different pixels than torch's.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ def upsampled_argmax(
     Args:
         logits: (B, K, h, w).
         size: (H, W).
-        extent: (rows, columns) of the source that the result covers, from its top left corner; what is beyond
-            is padding. None covers all.
+        extent: (rows, columns) of the source that the result covers, from its top left corner; the rest
+            is padding. None covers all of it.
 
     Returns:
         Values and indices, (B, H, W) each.
@@ -62,7 +62,7 @@ def _upsampled(logits: Tensor, size: tuple[int, int], extent: tuple[float, float
         return F.interpolate(logits.contiguous(memory_format=torch.channels_last), size=size, mode="bilinear")
     padded = F.pad(
         logits, (0, 1, 0, 1), mode="replicate"
-    )  # or rounding may make the result a pixel too small
+    )  # without it, rounding may make the result a pixel too small
     padded = padded.contiguous(memory_format=torch.channels_last)
     scale = (size[0] / extent[0], size[1] / extent[1])
     return F.interpolate(padded, scale_factor=scale, mode="bilinear")[..., : size[0], : size[1]]

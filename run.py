@@ -81,9 +81,9 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
     with run_dir.lock():
         if options.resume is not None:
             run_dir.check_options(options)
-            if run_dir.finished:
+            if (finished := run_dir.final_metrics()) is not None:
                 print(f"{run_dir.path}: this run is finished")
-                return run_dir.read_metrics()
+                return finished
         reset_peak_memory()
         try:
             seconds, report, images = train(options, run_dir)

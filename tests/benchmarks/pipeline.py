@@ -23,9 +23,9 @@ from tests.benchmarks.inputs import random_module, shape_options, write_photogra
 from tests.benchmarks.measure import Bench, Row
 from utils.config.loading import with_changes
 from utils.config.options import Options
-from utils.training.checkpointing import Progress
 from utils.training.device import precision_settings
 from utils.training.launch import cores
+from utils.training.run_dir import Progress
 from utils.training.trainer import build_trainer
 from utils.vision.transforms import Geometry
 

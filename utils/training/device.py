@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +14,11 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from utils.config.options import Options
 from utils.errors import UserError, first_line
 from utils.training.launch import check_launch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 LOSS_SCALE, GROWTH_INTERVAL = 2048.0, 1000  # as published
 
@@ -115,5 +120,7 @@ def peak_memory_gib() -> float:
     """Peak memory in GiB: of the GPU since `reset_peak_memory`, or of this process since its start."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    if resource is None:
+        return math.nan
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -196,9 +196,7 @@ def check(target: Target, root: Path) -> list[str]:
         options = DatasetOptions(data_type=data_type, data_path=str(root))
         for split in ("train", "val"):
             source = DATA_SETS[data_type].source(options, split)
-            known = source.official_size not in (None, len(source))
-            official = f" (the official split has {source.official_size:,})" if known else ""
-            lines.append(f"  {data_type}, {split}: {len(source):,} images{official}")
+            lines.append(f"  {data_type}, {split}: {len(source):,} images")
     return lines
 
 

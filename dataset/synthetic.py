@@ -1,7 +1,8 @@
 """Procedural scenes whose classes differ in texture, not in colour; needs no files.
 
 Each scene is a Voronoi-like partition with wavy borders. Each region has one of seven textures in two random
-colours, with random phase, period and shading; a scene depends on (split, index) alone.
+colours, with random phase, period and shading; a scene depends on (split, index) alone and has the size at
+which it is used.
 """
 
 from __future__ import annotations
@@ -27,13 +28,12 @@ def labels(options: DatasetOptions) -> LabelSpace:
 
 
 class Synthetic(Source):
-    """One split, "train" or "val"; scenes have the size at which they are used, so nothing is resampled."""
+    """One split, "train" or "val"."""
 
     def __init__(self, options: DatasetOptions, split: str) -> None:
-        self.split = split
-        self.side, self.count = (
-            (options.res, options.train_images) if split == "train" else (options.val_res, options.val_images)
-        )
+        self.split, train = split, split == "train"
+        self.side = options.res if train else options.val_res
+        self.count = options.train_images if train else options.val_images
         self.rule = class_rule({class_id: class_id for class_id in range(len(NAMES))})
 
     def __len__(self) -> int:
@@ -45,8 +45,7 @@ class Synthetic(Source):
         regions = _regions(self.side, rng)  # (S, S), region ids
         image = np.zeros((self.side, self.side, 3))
         label = np.zeros((self.side, self.side), dtype=np.uint8)
-        chosen = rng.permutation(len(NAMES))[:REGIONS]
-        for region, class_id in enumerate(chosen):
+        for region, class_id in enumerate(rng.permutation(len(NAMES))[:REGIONS]):
             y, x = np.nonzero(regions == region)  # (P,) each, the region's pixels
             image[y, x] = _paint(NAMES[class_id], y, x, self.side, rng)
             label[y, x] = class_id
@@ -69,7 +68,7 @@ def _regions(side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _paint(texture: str, y: np.ndarray, x: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """(P, 3) colours of a texture at pixels (y, x), (P,) each: a random dark and a random light colour."""
+    """(P, 3) colours of a texture at pixels (y, x), (P,) each, between a dark and a light colour."""
     pattern = _pattern(texture, y, x, rng)[:, None]  # (P, 1) in [0, 1]
     values = rng.uniform(0.1, 0.3), rng.uniform(0.75, 0.95)  # dark, light
     colours = [np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, 0.6), value)) for value in values]

@@ -90,7 +90,7 @@ def build_bank(data: Any, image: str, *, size: int) -> Bank:
         if not 0 <= index < count:
             raise UserError(f"--explain is {image}, but there are {count} validation images, numbered from 0")
     else:
-        names = (Path(split.source.name(index)).resolve() for index in range(len(split)))
+        names = (Path(split.name(index)).resolve() for index in range(len(split)))
         index = next((index for index, name in enumerate(names) if name == Path(image).resolve()), None)
     if index is None:
         if not Path(image).is_file():
@@ -98,14 +98,14 @@ def build_bank(data: Any, image: str, *, size: int) -> Bank:
         pixels, _ = split.geometry(open_image(Path(image)), None)
         first, name = torch.from_numpy(np.asarray(pixels).transpose(2, 0, 1).copy()), image  # (3, H, W)
     else:
-        first, name = split[index].image, split.source.name(index)
+        first, name = split[index].image, split.name(index)
     others = [other for other in range(len(split)) if other != index]
     count = min(size - 1, len(others))
     chosen = [others[number * len(others) // count] for number in range(count)]
     about = f"bank: {1 + count} images, this one and {count} of the {kind} split"
     return Bank(
         torch.stack([first, *(split[other].image for other in chosen)]),  # (B, 3, H, W)
-        (name, *(split.source.name(other) for other in chosen)),
+        (name, *(split.name(other) for other in chosen)),
         about if count else "bank: this image alone",
     )
 

@@ -41,7 +41,7 @@ class ShownImages:
         if not indices:
             return None
         images = torch.stack([items[index].image for index in indices])  # (P, 3, H, W)
-        return cls(images, tuple(items.source.name(index) for index in indices))
+        return cls(images, tuple(items.name(index) for index in indices))
 
     def pictures(self) -> np.ndarray:
         """(P, H, W, 3) uint8."""

@@ -165,7 +165,7 @@ def test_cityscapes__says_what_to_fetch_then_unpacks_it(download, server, tmp_pa
     download("cityscapes")
     assert server.seen == []
     said = capsys.readouterr().out
-    assert "cityscapes, train: 2 images (the official split has 2,975)" in said
+    assert "cityscapes, train: 2 images" in said
     assert tree(root) == tree(source)
 
 

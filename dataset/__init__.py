@@ -49,8 +49,8 @@ def register_data_set(
 
     Args:
         name: a new name.
-        labels: takes `dataset.*`, returns class names and colours (at most 255).
-        source: takes `dataset.*` and a split, "train" or "val", and returns its items.
+        labels: from `dataset.*` to class names and colours (at most 255).
+        source: from `dataset.*` and a split, "train" or "val", to its items.
         needs_folder: whether `dataset.data_path` must name a folder.
     """
     if name in DATA_SETS:

@@ -122,30 +122,18 @@ def classes_of(label: Image.Image, source: Source, index: int) -> np.ndarray:
     return classes
 
 
-def missing_data(options: DatasetOptions, path: Path) -> UserError:
-    """The error for a downloadable data set in which a file is missing."""
-    name = options.data_type.rstrip("0123456789")  # cocostuff27 -> cocostuff
-    return UserError(
-        f"dataset.data_path is {options.data_path}: {path} is missing; download it with: "
-        f"python dataset/dataset_download.py {name} --root {shlex.quote(options.data_path)} "
-        "(dataset/README.md shows the layout)"
-    )
-
-
-def read_ids(options: DatasetOptions, listing: Path) -> list[str]:
-    """The ids in a list file."""
-    if not listing.is_file():
-        raise missing_data(options, listing)
-    return listing.read_text().split()
-
-
-def require_files(options: DatasetOptions, paths: Sequence[Path]) -> None:
-    """Raises a UserError if a file is missing, unless `dataset.skip_damaged` is set."""
+def require_files(options: DatasetOptions, paths: Sequence[Path], *, unless: bool = False) -> None:
+    """Raises a UserError that names the first missing file and how to download the data set."""
     # listing each folder once is much faster than a stat per file on network disks
     present = {path for folder in {path.parent for path in paths} for path in folder.glob("*")}
     missing = next((path for path in paths if path not in present), None)
-    if missing and not options.skip_damaged:
-        raise missing_data(options, missing)
+    if missing and not unless:
+        name = options.data_type.rstrip("0123456789")  # cocostuff27 -> cocostuff
+        raise UserError(
+            f"dataset.data_path is {options.data_path}: {missing} is missing; download it with: "
+            f"python dataset/dataset_download.py {name} --root {shlex.quote(options.data_path)} "
+            "(dataset/README.md shows the layout)"
+        )
 
 
 class Batch(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torchvision.datasets import Cityscapes as TorchvisionCityscapes
 
-from dataset.base import FileSource, class_rule, missing_data, require_files
+from dataset.base import FileSource, class_rule, require_files
 from utils.config.options import DatasetOptions
 from utils.vision.labels import LabelSpace
 
@@ -29,10 +29,9 @@ class Cityscapes(FileSource):
     def __init__(self, options: DatasetOptions, split: str) -> None:
         folder, label_folder = (Path(options.data_path, name, split) for name in ("leftImg8bit", "gtFine"))
         images = sorted(folder.glob("*/*_leftImg8bit.png"))
-        if not images:
-            raise missing_data(options, folder / "<city>/*_leftImg8bit.png")
+        require_files(options, images or [folder / "<city>/*_leftImg8bit.png"])
         names = [path.name.replace("_leftImg8bit", "_gtFine_labelIds") for path in images]
         targets = [label_folder / path.parent.name / name for path, name in zip(images, names, strict=True)]
-        require_files(options, targets)
+        require_files(options, targets, unless=options.skip_damaged)
         rule = class_rule({label_id: label_id - 7 for label_id in OFFICIAL}, ignored=(*range(7), 255))
         super().__init__(images, targets, rule=rule)

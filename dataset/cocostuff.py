@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dataset.base import FileSource, class_rule, read_ids, require_files
+from dataset.base import FileSource, class_rule, require_files
 from utils.config.options import DatasetOptions
 from utils.vision.labels import LabelSpace
 
@@ -49,10 +49,11 @@ class CocoStuff(FileSource):
     def __init__(self, options: DatasetOptions, split: str) -> None:
         root, folder = Path(options.data_path), f"{split}2017"
         listing = root / "curated" / folder / LISTS[options.data_type, split]
-        ids = read_ids(options, listing)
+        require_files(options, [listing])
+        ids = listing.read_text().split()
         images = [root / "images" / folder / f"{name}.jpg" for name in ids]
         targets = [root / "annotations" / folder / f"{name}.png" for name in ids]
-        require_files(options, [*images, *targets])
+        require_files(options, [*images, *targets], unless=options.skip_damaged)
         names = CLASSES[options.data_type]
         classes = {i: names.index(NAMES[c]) for i, c in enumerate(COARSE_OF_FINE) if NAMES[c] in names}
         ignored = (*range(len(COARSE_OF_FINE)), 255)  # ids of other classes, and pixels without a label

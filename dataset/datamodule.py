@@ -97,8 +97,8 @@ class SegmentationDataModule(LightningDataModule):
         return self._validation(self.options.eval.batch_size)
 
     def _validation(self, batch_size: int) -> DataLoader:
-        items = self.validation_set
-        return self._loader(items, EvaluationBatchSampler(len(items), batch_size))
+        batches = EvaluationBatchSampler(len(self.validation_set), batch_size)
+        return self._loader(self.validation_set, batches)
 
     def _loader(self, items: SegmentationDataset, batches: Sampler) -> DataLoader:
         in_memory = isinstance(items, TokenDataset) and self.options.dataset.cache_features == "ram"
@@ -116,8 +116,6 @@ def _open_train(options: DatasetOptions, kind: DataSetKind) -> tuple[Source, tup
     """The train split, and ratio and kind of crops to cut; prepared crops are used if they exist."""
     crop_type, ratio = options.crop_type, options.crop_ratio
     if crop_type is None or not kind.cropped:
-        if crop_type is not None:
-            print(f"dataset.crop_type is {crop_type}: ignored, {options.data_type} trains on whole images")
         return kind.source(options, "train"), None
     folder = prepared_folder(Path(options.data_path), options.data_type, crop_type, ratio)
     if not folder.is_dir():

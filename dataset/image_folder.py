@@ -60,29 +60,29 @@ class ImageFolder(FileSource):
         root = Path(options.data_path)
         plain = not (root / "imgs").is_dir()
         folder = root if plain else root / "imgs" / split
-        images: list[Path] = []
-        if split == "train" or not plain:
-            found = find_images(folder, without=root / CROPS_FOLDER)
-            images, skipped = found.images, found.passed_over()
-            if split == "train" and not images:
+        found = find_images(folder, without=root / CROPS_FOLDER)
+        images, skipped = found.images, found.passed_over()
+        if split == "train":
+            if not images:
                 endings = ", ".join(sorted(IMAGE_ENDINGS))
                 message = f"{folder} holds no image ({endings}); put yours there"
                 raise UserError(f"dataset.data_path is {root}: {message}" + (skipped and f"; {skipped}"))
-            if skipped:
-                print(f"{folder}: skipped {skipped}")
-        if plain and images:
-            print(f"{root} has no folder imgs: training on all {len(images)} images, without labels")
+            if plain:
+                print(f"{root} has no folder imgs: training on all {len(images)} images, without labels")
+        elif plain:
+            images, skipped = [], ""
+        if skipped:
+            print(f"{folder}: skipped {skipped}")
         ignore, n_classes = _read_classes(options).ignore, labels(options).n_classes
         if ignore < n_classes:
             raise UserError(
-                f"{root / 'classes.json'}: ignore is {ignore}, but class ids are below {n_classes}"
+                f"{root}/classes.json: ignore is {ignore}, but class ids are 0 to {n_classes - 1}"
             )
         rule = class_rule({class_id: class_id for class_id in range(n_classes)}, ignored=[ignore])
         super().__init__(images, _targets(images, folder, root / "labels" / split), rule=rule)
 
 
 def _targets(images: list[Path], folder: Path, label_folder: Path) -> list[Path | None]:
-    """The label of each image, or None; raises a UserError if no label matches an image."""
     wanted = [label_folder / image.relative_to(folder).with_suffix(".png") for image in images]
     present = {path for path in label_folder.rglob("*.png") if not path.name.startswith(".")}
     unused = sorted(present - set(wanted))

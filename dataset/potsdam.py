@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import loadmat
 
-from dataset.base import FileSource, RawItem, class_rule, missing_data, read_ids, require_files
+from dataset.base import FileSource, RawItem, class_rule, require_files
 from utils.config.options import DatasetOptions
 from utils.errors import UserError, first_line
 from utils.vision.labels import LabelSpace
@@ -34,27 +34,23 @@ class Potsdam(FileSource):
         root = Path(options.data_path)
         if options.data_type == "potsdamraw":
             root /= "processed"
-            ids = sorted(path.stem for path in root.glob("imgs/*.mat"))
-            if not ids:
-                raise missing_data(options, root / "imgs/*.mat")
+            images = sorted(root.glob("imgs/*.mat"))
+            require_files(options, images or [root / "imgs/*.mat"])
         else:
-            ids = read_ids(options, root / f"labelled_{'train' if split == 'train' else 'test'}.txt")
-        images, targets = ([root / folder / f"{name}.mat" for name in ids] for folder in ("imgs", "gt"))
-        require_files(options, [*images, *targets])
+            listing = root / f"labelled_{'train' if split == 'train' else 'test'}.txt"
+            require_files(options, [listing])
+            images = [root / "imgs" / f"{name}.mat" for name in listing.read_text().split()]
+        targets = [root / "gt" / path.name for path in images]
+        require_files(options, [*images, *targets], unless=options.skip_damaged)
         super().__init__(images, targets, rule=class_rule(COARSE_OF_FINE, ignored=[255]))
 
     def read(self, index: int) -> RawItem:
         """Reads a patch and its six-class label."""
-        image = _read_array(self.images[index], "img")[:, :, :3].astype(np.uint8)  # (H, W, 3)
-        target = _read_array(self.targets[index], "gt")  # (H, W), negative: ignored
-        target = np.where(target < 0, 255, target).astype(np.uint8)
-        return RawItem(Image.fromarray(np.ascontiguousarray(image)), Image.fromarray(target))
-
-
-def _read_array(path: Path, key: str) -> np.ndarray:
-    try:
-        return loadmat(path, variable_names=[key])[key]
-    except Exception as error:  # scipy documents no exception types
-        raise UserError(
-            f"{path}: not a readable .mat file with the entry {key} ({first_line(error)}); download it again"
-        ) from None
+        try:
+            image, target = loadmat(self.images[index])["img"], loadmat(self.targets[index])["gt"]
+        except Exception as error:  # scipy documents no exception types
+            message = f"this or its label is not a readable .mat file ({first_line(error)})"
+            raise UserError(f"{self.images[index]}: {message}; download both again") from None
+        image = np.ascontiguousarray(image[:, :, :3], dtype=np.uint8)  # (H, W, 3)
+        target = np.where(target < 0, 255, target).astype(np.uint8)  # (H, W)
+        return RawItem(Image.fromarray(image), Image.fromarray(target))

@@ -1,7 +1,6 @@
 """Caches the frozen backbone's tokens of every item, in memory or in memory-mapped files.
 
-Nothing random happens to an image before the head, so its tokens are the same in every epoch. Later runs with
-the same files, geometry, label rule, weights and precision reuse the files.
+Later runs with the same files, geometry, label rule, weights and precision reuse the files.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ _checked: dict[str, list[str]] = {}  # by digest: the runs of a sweep read the s
 
 
 def _message(source: Source, indices: list[int]) -> str:
-    """The error message of an item, "" if it is sound."""
+    """The error message of an item, "" if it is sound; runs in the workers of a loader of indices."""
     (index,) = indices
     try:
-        raw = source.read(index)
-        if raw.label is not None:
-            classes_of(raw.label, source, index)
+        _, label = source.read(index)
+        if label is not None:
+            classes_of(label, source, index)
     except UserError as error:
         return str(error)
     return ""
@@ -32,7 +32,6 @@ def sound_items(
     messages = {}
     for split, source in sources.items():
         if (key := source.digest()) not in _checked:
-            # the loader's items are indices; its workers read the files as they collate
             loader = DataLoader(range(len(source)), num_workers=workers, collate_fn=partial(_message, source))
             _checked[key] = list(tqdm(loader, desc=f"checking {split} files", unit="item"))
         messages[split] = _checked[key]

@@ -61,13 +61,12 @@ def test_cityscapes__official_ids(data_of, cityscapes):
 
 
 @pytest.mark.parametrize("data_type", ["potsdam", "potsdamraw"])
-def test_potsdam__six_classes_to_three(data_of, potsdam, data_type, capsys):
+def test_potsdam__six_classes_to_three(data_of, potsdam, data_type):
     data = data_of(data_type, potsdam, dataset__crop_type="five")
     rule = {0: 0, 4: 0, 1: 1, 5: 1, 2: 2, 3: 2}
     expected, got = expected_classes(data.validation_set.source, lambda raw: rule.get(raw, 255))
     assert np.array_equal(expected, got)
     assert len(data.train_set) == 2  # whole images
-    assert "ignored" in capsys.readouterr().out
     assert data.validation_set.source.read(0).image.mode == "RGB"
 
 
@@ -147,7 +146,7 @@ def test_label_values__outside_the_rule_are_named(data_of, request, data_type, f
 @pytest.mark.parametrize(
     ("entry", "value", "word"),
     [
-        ("imgs", {"other": np.zeros(3)}, "not a readable .mat file with the entry img"),
+        ("imgs", {"other": np.zeros(3)}, "not a readable .mat file"),
         ("imgs", None, "not a readable .mat file"),
         (
             "gt",

@@ -50,7 +50,7 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
     if checkpoint is None:
         run_dir.prepare(options, data.damaged)
     loggers = build_loggers(options, run_dir.path, step=progress.step, wandb_id=progress.wandb_id)
-    shown = [(validation.source.name(index), validation[index].image) for index in indices]
+    shown = [(validation.name(index), validation[index].image) for index in indices]
     images = WandbImages(wandb_runs(loggers), shown, best=progress.best)
     report = HtmlReport(run_dir.path, data.labels, shown)
     with StopSignal() as stop, explained_errors(options):

@@ -70,8 +70,7 @@ class ImageFolder(FileSource):
         folder = root if plain else root / "imgs" / split
         images: list[Path] = []
         if split == "train" or not plain:
-            found = find_images(folder, without=root / CROPS_FOLDER)
-            images, skipped = found.images, found.passed_over()
+            images, skipped = find_images(folder, without=root / CROPS_FOLDER)
             if split == "train" and not images:
                 raise UserError(
                     f"dataset.data_path is {root}: {folder} holds no image "

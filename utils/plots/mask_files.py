@@ -157,14 +157,13 @@ def _images_below(folder: Path, out: Path) -> list[Path]:
         raise UserError(f"--out is {out}, the folder of the photographs; choose another, or one below it")
     below = out.resolve().is_relative_to(folder.resolve())
     without = folder / out.resolve().relative_to(folder.resolve()) if below else None
-    found = find_images(folder, without=without)
-    others = found.passed_over()
-    if not found.images:
+    images, others = find_images(folder, without=without)
+    if not images:
         nothing = f"no image ({', '.join(sorted(IMAGE_ENDINGS))})"
         raise UserError(f"--images is {folder}: it contains {'; '.join(filter(None, (nothing, others)))}")
     if others:
         print(f"{folder}: skipped {others}")
-    return found.images
+    return images
 
 
 def _distinct_names(files: list[Path]) -> list[Path]:

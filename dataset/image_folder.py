@@ -60,8 +60,7 @@ class ImageFolder(FileSource):
         root = Path(options.data_path)
         plain = not (root / "imgs").is_dir()
         folder = root if plain else root / "imgs" / split
-        found = find_images(folder, without=root / CROPS_FOLDER)
-        images, skipped = found.images, found.passed_over()
+        images, skipped = find_images(folder, without=root / CROPS_FOLDER)
         if split == "train":
             if not images:
                 endings = ", ".join(sorted(IMAGE_ENDINGS))

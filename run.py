@@ -50,7 +50,7 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
     if checkpoint is None:
         run_dir.prepare(options, data.damaged)
     loggers = build_loggers(options, run_dir.path, step=progress.step, wandb_id=progress.wandb_id)
-    shown = [(validation.source.name(index), validation[index].image) for index in indices]
+    shown = [(validation.name(index), validation[index].image) for index in indices]
     images = WandbImages(wandb_runs(loggers), shown, best=progress.best)
     report = HtmlReport(run_dir.path, data.labels, shown)
     with StopSignal() as stop, explained_errors(options):
@@ -81,9 +81,9 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
     with run_dir.lock():
         if options.resume is not None:
             run_dir.check_options(options)
-            if run_dir.finished:
+            if (finished := run_dir.final_metrics()) is not None:
                 print(f"{run_dir.path}: this run is finished")
-                return run_dir.read_metrics()
+                return finished
         reset_peak_memory()
         try:
             seconds, report, images = train(options, run_dir)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dataset import cityscapes, cocostuff, image_folder, potsdam, synthetic
-from dataset.base import FileSource, RawItem, Source, class_rule
-from dataset.datamodule import DataSetKind, SegmentationDataModule
+from dataset.base import DataSetKind, FileSource, RawItem, Source, class_rule
+from dataset.datamodule import SegmentationDataModule
 from utils.config.options import DATA_TYPES, WITHOUT_FOLDER, DatasetOptions, Options
 from utils.errors import UserError
 from utils.vision.labels import LabelSpace
@@ -26,8 +26,8 @@ __all__ = ["DATA_SETS", "FileSource", "RawItem", "Source", "build_data", "class_
 
 
 def build_data(options: Options, *, train: bool = True) -> SegmentationDataModule:
-    """The data of a run; see `SegmentationDataModule.from_options`."""
-    return SegmentationDataModule.from_options(options, DATA_SETS[options.dataset.data_type], train=train)
+    """The data of a run, or with `train=False` of an evaluation."""
+    return SegmentationDataModule(options, DATA_SETS[options.dataset.data_type], train=train)
 
 
 def known_labels(options: DatasetOptions) -> LabelSpace | None:
@@ -49,13 +49,9 @@ def register_data_set(
 
     Args:
         name: a new name.
-        labels: takes `dataset.*`, returns class names and colours (at most 255).
-        source: takes `dataset.*` and a split, "train" or "val", and returns its items; for example a
-            subclass of `FileSource`.
+        labels: from `dataset.*` to class names and colours (at most 255).
+        source: from `dataset.*` and a split, "train" or "val", to its items.
         needs_folder: whether `dataset.data_path` must name a folder.
-
-    Raises:
-        ValueError: the name is taken.
     """
     if name in DATA_SETS:
         raise ValueError(f"data set {name} already exists; choose another name")

@@ -6,7 +6,9 @@ import hashlib
 import os
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +18,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dataset.crops import CROPS, crop_boxes
 from utils.config.options import DatasetOptions
 from utils.errors import UserError
 from utils.training.randomness import generator
 from utils.vision.images import open_image, open_label
-from utils.vision.labels import IGNORE
+from utils.vision.labels import IGNORE, LabelSpace
 from utils.vision.transforms import Geometry
 
 INVALID = -1  # in a rule: a raw label value that must not occur
@@ -34,17 +37,10 @@ class RawItem(NamedTuple):
 
 
 class Source(ABC):
-    """Raw images and labels of one split.
+    """Raw images and labels of one split."""
 
-    Attributes:
-        rule: (256,) int64, raw label value -> class; see `class_rule`.
-        labelled: whether any item has a label.
-        official_size: number of items in the official split, if known.
-    """
-
-    rule: np.ndarray
-    labelled: bool = True
-    official_size: int | None = None
+    rule: np.ndarray  # (256,) int64, raw label value -> class; see `class_rule`
+    labelled: bool = True  # whether any item has a label
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -61,43 +57,16 @@ class Source(ABC):
         """The label file of an item, if it has one."""
         return None
 
-    def original_index(self, index: int) -> int:
-        """Index in the complete split; only a `Subset` differs from `index`."""
-        return index
-
     def digest(self) -> str:
         """SHA-256 of the label rule and of each file's name, size and modification time."""
-        digest = hashlib.sha256(repr((self.labelled, self.rule.tolist())).encode())
-        for index in range(len(self)):
-            for path in filter(None, (self.name(index), self.label_path(index))):
-                digest.update(str(path).encode())
-                if os.path.isfile(path):
-                    status = os.stat(path)
-                    digest.update(f" {status.st_size} {status.st_mtime_ns} ".encode())
-        return digest.hexdigest()
-
-
-def class_rule(mapping: dict[int, int], *, ignored: Iterable[int] | None = None) -> np.ndarray:
-    """The class of each raw label value, (256,) int64.
-
-    Args:
-        mapping: raw value -> class.
-        ignored: raw values to ignore, in which case all others are errors; None ignores all others.
-    """
-    rule = np.full(256, IGNORE if ignored is None else INVALID, dtype=np.int64)
-    rule[list(ignored or ())] = IGNORE
-    rule[list(mapping)] = list(mapping.values())
-    return rule
+        paths = [path for i in range(len(self)) for path in (self.name(i), self.label_path(i)) if path]
+        stats = [os.stat(path) for path in paths if os.path.isfile(path)]
+        files = list(map(str, paths)), [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        return hashlib.sha256(repr((self.labelled, self.rule.tolist(), files)).encode()).hexdigest()
 
 
 class FileSource(Source):
-    """A split of image files and label files.
-
-    Args:
-        images: image files.
-        targets: the label file of each image, or None.
-        rule: see `Source`.
-    """
+    """A split of image files, and the label file of each image or None."""
 
     def __init__(self, images: Sequence[Path], targets: Sequence[Path | None], *, rule: np.ndarray) -> None:
         self.images, self.targets, self.rule = images, targets, rule
@@ -111,113 +80,68 @@ class FileSource(Source):
         image, target = open_image(self.images[index]), self.targets[index]
         return RawItem(image, None if target is None else open_label(target, image.size))
 
-    def label_path(self, index: int) -> Path | None:
-        """The label file."""
-        return self.targets[index]
-
     def name(self, index: int) -> str:
         """The image file."""
         return str(self.images[index])
 
-
-class Subset(Source):
-    """The items of another source at `indices`."""
-
-    def __init__(self, whole: Source, indices: Sequence[int]) -> None:
-        self.whole, self.indices = whole, indices
-        self.rule, self.labelled = whole.rule, whole.labelled
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, index: int) -> RawItem:
-        """Reads an item."""
-        return self.whole.read(self.indices[index])
-
-    def name(self, index: int) -> str:
-        """Its name in the other source."""
-        return self.whole.name(self.indices[index])
-
     def label_path(self, index: int) -> Path | None:
-        """Its label file."""
-        return self.whole.label_path(self.indices[index])
-
-    def original_index(self, index: int) -> int:
-        """Its index in the complete split."""
-        return self.whole.original_index(self.indices[index])
+        """The label file."""
+        return self.targets[index]
 
 
-def missing_data(options: DatasetOptions, missing: Sequence[Path]) -> UserError:
-    """The error for a downloadable data set in which files are missing; names the first."""
-    name = options.data_type.rstrip("0123456789")  # cocostuff27 -> cocostuff
-    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-    return UserError(
-        f"dataset.data_path is {options.data_path}: {missing[0]} is missing{more}; download it with: "
-        f"python dataset/dataset_download.py {name} --root {shlex.quote(options.data_path)} "
-        "(dataset/README.md shows the layout)"
-    )
+class DataSetKind(NamedTuple):
+    """A registered data set: its classes and, by split, its items."""
+
+    labels: Callable[[DatasetOptions], LabelSpace]
+    source: Callable[[DatasetOptions, str], Source]
+    cropped: bool = True  # whether `dataset.crop_type` applies
 
 
-def read_ids(options: DatasetOptions, listing: Path) -> list[str]:
-    """The ids in a list file, one per line; raises a UserError if it is missing or empty."""
-    if not listing.is_file():
-        raise missing_data(options, [listing])
-    if not (ids := listing.read_text().split()):
-        raise UserError(f"{listing}: is empty, must hold one id per line; download it again")
-    return ids
+def class_rule(mapping: dict[int, int], *, ignored: Iterable[int] | None = None) -> np.ndarray:
+    """The class of each raw label value, (256,) int64, from raw value -> class.
 
-
-def require_files(options: DatasetOptions, paths: Sequence[Path]) -> None:
-    """Raises a UserError if a file is missing, unless `dataset.skip_damaged` is set."""
-    # listing each folder once is much faster than a stat per file on network disks
-    folders = {path.parent for path in paths}
-    present = {path for folder in folders if folder.is_dir() for path in folder.iterdir()}
-    missing = [path for path in paths if path not in present]
-    if missing and not options.skip_damaged:
-        raise missing_data(options, missing)
+    All other values are ignored; if `ignored` lists values to ignore, the rest are errors.
+    """
+    rule = np.full(256, IGNORE if ignored is None else INVALID, dtype=np.int64)
+    rule[list(ignored or ())] = IGNORE
+    rule[list(mapping)] = list(mapping.values())
+    return rule
 
 
 def classes_of(label: Image.Image, source: Source, index: int) -> np.ndarray:
-    """Maps the raw label of item `index` to classes, (H, W) int64, 255 = ignore.
-
-    Raises:
-        UserError: a value that the source's rule does not allow; names the file.
-    """
+    """Maps the raw label of item `index` to classes, (H, W) int64, 255 = ignore."""
     raw = np.asarray(label)  # (H, W)
     classes = source.rule[raw]
     if (classes == INVALID).any():
-        found = _ranges(np.unique(raw[classes == INVALID]).tolist())
-        allowed = _ranges(np.flatnonzero(source.rule != INVALID).tolist())
+        listed = partial(np.array2string, threshold=9, separator=", ", formatter={"int": str})
+        found, allowed = np.unique(raw[classes == INVALID]), np.flatnonzero(source.rule != INVALID)
         raise UserError(
-            f"{source.label_path(index) or source.name(index)}: the label holds {found}, must hold "
-            f"{allowed}; fix the label or the number of classes"
+            f"{source.label_path(index) or source.name(index)}: the label holds {listed(found)}, must hold "
+            f"only {listed(allowed)}; fix the label or the number of classes"
         )
     return classes
 
 
-def _ranges(values: Sequence[int]) -> str:
-    """Ascending numbers as text: 0 to 5, 7, 255."""
-    runs: list[list[int]] = []
-    for value in values:
-        if runs and value == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], value]
-        else:
-            runs.append([value])
-    return ", ".join(" to ".join(map(str, run)) for run in runs)
+def require_files(options: DatasetOptions, paths: Sequence[Path], *, unless: bool = False) -> None:
+    """Raises a UserError that names the first missing file and how to download the data set."""
+    # listing each folder once is much faster than a stat per file on network disks
+    present = {path for folder in {path.parent for path in paths} for path in folder.glob("*")}
+    missing = next((path for path in paths if path not in present), None)
+    if missing and not unless:
+        name = options.data_type.rstrip("0123456789")  # cocostuff27 -> cocostuff
+        raise UserError(
+            f"dataset.data_path is {options.data_path}: {missing} is missing; download it with: "
+            f"python dataset/dataset_download.py {name} --root {shlex.quote(options.data_path)} "
+            "(dataset/README.md shows the layout)"
+        )
 
 
 class Batch(NamedTuple):
-    """One item, or a batch of items with a leading axis.
+    """One item, or a batch of items with a leading axis."""
 
-    Attributes:
-        inputs: images (3, H, W) uint8, or the frozen backbone's cached tokens (T, D) float16.
-        label: (H, W) int64, 255 = ignore.
-        index: () int64, index in the split.
-    """
-
-    inputs: Tensor
-    label: Tensor
-    index: Tensor
+    inputs: Tensor  # images (3, H, W) uint8, or the frozen backbone's cached tokens (T, D) float16
+    label: Tensor  # (H, W) int64, 255 = ignore
+    index: Tensor  # () int64, index in the split
 
     @property
     def image(self) -> Tensor | None:
@@ -225,31 +149,42 @@ class Batch(NamedTuple):
         return self.inputs if self.inputs.dtype == torch.uint8 else None
 
 
+@dataclass(eq=False)
 class SegmentationDataset(Dataset):
-    """Items of a source at one resolution.
+    """Items of a source at one resolution, by index or (epoch, index)."""
 
-    Items are indexed by (epoch, index), so that a random crop depends on seed, epoch and index alone.
+    source: Source
+    geometry: Geometry  # resize and crop; a random crop depends on seed, epoch and index alone
+    seed: int = 0
+    crops: tuple[float, str] | None = None  # ratio and kind: item 5 * i + k is crop k of image i
+    kept: Sequence[int] | None = None  # indices in the source of the images to use; None: all
 
-    Args:
-        source: raw items.
-        geometry: resize and crop.
-        seed: of random crops.
-    """
-
-    def __init__(self, source: Source, geometry: Geometry, *, seed: int = 0) -> None:
-        self.source, self.geometry, self.seed = source, geometry, seed
+    def __post_init__(self) -> None:
+        if self.kept is None:
+            self.kept = range(len(self.source))
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.kept) * (CROPS if self.crops else 1)
+
+    def _position(self, index: int) -> int:
+        return self.kept[index // CROPS if self.crops else index]
+
+    def name(self, index: int) -> str:
+        """The image of an item."""
+        return self.source.name(self._position(index))
 
     def __getitem__(self, key: int | tuple[int, int]) -> Batch:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        raw = self.source.read(index)
+        position = self._position(index)
+        image, label = self.source.read(position)
+        if self.crops:
+            box = crop_boxes(image.size, *self.crops, position)[index % CROPS]
+            image, label = image.crop(box), None if label is None else label.crop(box)
         drawn = generator(self.seed, "crop", epoch, index) if self.geometry.crop == "random" else None
-        image, label = self.geometry(raw.image, raw.label, drawn)
+        image, label = self.geometry(image, label, drawn)
         pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # (3, H, W)
         if label is None:
             classes = torch.full((self.geometry.res, self.geometry.res), IGNORE)
         else:
-            classes = torch.from_numpy(classes_of(label, self.source, index))
+            classes = torch.from_numpy(classes_of(label, self.source, position))
         return Batch(pixels, classes, torch.tensor(index))

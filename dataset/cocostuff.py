@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dataset.base import FileSource, class_rule, read_ids, require_files
+from dataset.base import FileSource, class_rule, require_files
 from utils.config.options import DatasetOptions
 from utils.vision.labels import LabelSpace
 
@@ -18,8 +18,6 @@ NAMES = (
     *("furniture (stuff)", "rawmaterial", "textile", "wall", "window", "building", "ground", "plant"),
     *("sky", "solid", "structural", "water"),
 )
-FIRST_STUFF = 12
-FEW = ("sky", "plant", "ground")
 COARSE_OF_FINE = (
     *(9, 11, 11, 11, 11, 11, 11, 11, 11, 8, 8, 8, 8, 8, 8, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 6, 6, 6, 6, 6),
     *(6, 6, 6, 10, 10, 10, 10, 10, 10, 10, 10, 10, 10, 5, 5, 5, 5, 5, 5, 5, 5, 2, 2, 2, 2, 2, 2, 2, 2, 2),
@@ -37,37 +35,26 @@ LISTS = {
     ("cocostuff3", "train"): "Coco164kFew_Stuff_6.txt",
     ("cocostuff3", "val"): "Coco164kFew_Stuff_6.txt",
 }
-IGNORED_ID = 255
-OFFICIAL_SIZES = {("cocostuff27", "val"): 2175, ("cocostuff15", "val"): 2175}
-
-
-def coarse_rule(data_type: str) -> dict[int, int]:
-    """Class of each fine id; ids without a class are ignored."""
-    coarse = dict(enumerate(COARSE_OF_FINE))
-    if data_type == "cocostuff27":
-        return coarse
-    if data_type == "cocostuff15":
-        return {fine: class_id - FIRST_STUFF for fine, class_id in coarse.items() if class_id >= FIRST_STUFF}
-    wanted = [NAMES.index(name) for name in FEW]
-    return {fine: wanted.index(class_id) for fine, class_id in coarse.items() if class_id in wanted}
+CLASSES = {"cocostuff27": NAMES, "cocostuff15": NAMES[12:], "cocostuff3": ("sky", "plant", "ground")}
 
 
 def labels(options: DatasetOptions) -> LabelSpace:
     """The classes of the chosen variant."""
-    names = {"cocostuff27": NAMES, "cocostuff15": NAMES[FIRST_STUFF:], "cocostuff3": FEW}
-    return LabelSpace.with_spread_colours(names[options.data_type])
+    return LabelSpace.with_spread_colours(CLASSES[options.data_type])
 
 
 class CocoStuff(FileSource):
-    """One split, "train" or "val"; raises a UserError if the list or a file that it names is missing."""
+    """One split, "train" or "val"."""
 
     def __init__(self, options: DatasetOptions, split: str) -> None:
         root, folder = Path(options.data_path), f"{split}2017"
         listing = root / "curated" / folder / LISTS[options.data_type, split]
-        ids = read_ids(options, listing)
+        require_files(options, [listing])
+        ids = listing.read_text().split()
         images = [root / "images" / folder / f"{name}.jpg" for name in ids]
         targets = [root / "annotations" / folder / f"{name}.png" for name in ids]
-        require_files(options, [*images, *targets])
-        ignored = (*range(len(COARSE_OF_FINE)), IGNORED_ID)
-        super().__init__(images, targets, rule=class_rule(coarse_rule(options.data_type), ignored=ignored))
-        self.official_size = OFFICIAL_SIZES.get((options.data_type, split))
+        require_files(options, [*images, *targets], unless=options.skip_damaged)
+        names = CLASSES[options.data_type]
+        classes = {i: names.index(NAMES[c]) for i, c in enumerate(COARSE_OF_FINE) if NAMES[c] in names}
+        ignored = (*range(len(COARSE_OF_FINE)), 255)  # ids of other classes, and pixels without a label
+        super().__init__(images, targets, rule=class_rule(classes, ignored=ignored))

@@ -153,8 +153,7 @@ def _check(target: Target, root: Path) -> list[str]:
         options = DatasetOptions(data_type=data_type, data_path=str(root))
         for split in ("train", "val"):
             source = DATA_SETS[data_type].source(options, split)
-            official = source.official_size or len(source)
-            lines.append(f"  {data_type}, {split}: {len(source):,} of {official:,} images")
+            lines.append(f"  {data_type}, {split}: {len(source):,} images")
     return lines
 
 

@@ -15,39 +15,31 @@ from dataset.base import FileSource, class_rule
 from dataset.crops import CROPS_FOLDER
 from utils.config.options import DatasetOptions
 from utils.errors import UserError
-from utils.files import read_json_object
 from utils.vision.images import IMAGE_ENDINGS, find_images
 from utils.vision.labels import LabelSpace
 
-EXAMPLE = '{"n_classes": 2, "classes": ["sky", "road"], "ignore": 255}'
 
-
-class ClassesFile(BaseModel, strict=True):
-    """The content of classes.json."""
-
+class _ClassesFile(BaseModel, strict=True):
     n_classes: int | None = Field(None, ge=2, le=255)
     classes: list[str] | None = None
     ignore: int = Field(255, ge=0, le=255)
 
-    @classmethod
-    def read(cls, options: DatasetOptions) -> ClassesFile:
-        """Reads the file, or returns the defaults if there is none; raises a UserError if it is invalid."""
-        path = Path(options.data_path) / "classes.json"
-        if not path.is_file():
-            return cls()
-        try:
-            return cls(**read_json_object(path))
-        except ValidationError as error:
-            lines = [f"{e['loc'][0]} is {e['input']!r}: {e['msg']}" for e in error.errors()]
-            raise UserError(lines, f"{path} (example: {EXAMPLE})") from None
+
+def _read_classes(options: DatasetOptions) -> _ClassesFile:
+    path = Path(options.data_path) / "classes.json"
+    try:
+        return _ClassesFile.model_validate_json(path.read_bytes()) if path.is_file() else _ClassesFile()
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()]
+        raise UserError(lines, str(path)) from None
 
 
 def labels(options: DatasetOptions) -> LabelSpace:
     """The classes that the options or else classes.json name."""
-    file = ClassesFile.read(options)
-    names = options.class_names or file.classes
-    n_classes = options.n_classes or file.n_classes or (len(names) if names else None)
-    if n_classes is None:
+    stored = _read_classes(options)
+    names = options.class_names or stored.classes or ()
+    n_classes = options.n_classes or stored.n_classes or len(names)
+    if not n_classes:
         raise UserError(
             f"dataset.n_classes is null and {options.data_path}/classes.json does not set it; give the "
             "number of classes to find, for example dataset.n_classes=11"
@@ -68,32 +60,28 @@ class ImageFolder(FileSource):
         root = Path(options.data_path)
         plain = not (root / "imgs").is_dir()
         folder = root if plain else root / "imgs" / split
-        images: list[Path] = []
-        if split == "train" or not plain:
-            found = find_images(folder, without=root / CROPS_FOLDER)
-            images, skipped = found.images, found.passed_over()
-            if split == "train" and not images:
-                raise UserError(
-                    f"dataset.data_path is {root}: {folder} holds no image "
-                    f"({', '.join(sorted(IMAGE_ENDINGS))}); put yours there" + (skipped and f"; {skipped}")
-                )
+        images, skipped = find_images(folder, without=root / CROPS_FOLDER)
+        if split == "train":
+            if not images:
+                endings = ", ".join(sorted(IMAGE_ENDINGS))
+                message = f"{folder} holds no image ({endings}); put yours there"
+                raise UserError(f"dataset.data_path is {root}: {message}" + (skipped and f"; {skipped}"))
             if plain:
                 print(f"{root} has no folder imgs: training on all {len(images)} images, without labels")
-            if skipped:
-                print(f"{folder}: skipped {skipped}")
-        targets = [None] * len(images) if plain else _targets(images, folder, root / "labels" / split)
-        ignore, n_classes = ClassesFile.read(options).ignore, labels(options).n_classes
+        elif plain:
+            images, skipped = [], ""
+        if skipped:
+            print(f"{folder}: skipped {skipped}")
+        ignore, n_classes = _read_classes(options).ignore, labels(options).n_classes
         if ignore < n_classes:
             raise UserError(
-                f"{root / 'classes.json'}: ignore is {ignore}, which is one of the {n_classes} class ids; "
-                "use a larger value, such as 255"
+                f"{root}/classes.json: ignore is {ignore}, but class ids are 0 to {n_classes - 1}"
             )
         rule = class_rule({class_id: class_id for class_id in range(n_classes)}, ignored=[ignore])
-        super().__init__(images, targets, rule=rule)
+        super().__init__(images, _targets(images, folder, root / "labels" / split), rule=rule)
 
 
 def _targets(images: list[Path], folder: Path, label_folder: Path) -> list[Path | None]:
-    """The label of each image, or None; raises a UserError if no label matches an image."""
     wanted = [label_folder / image.relative_to(folder).with_suffix(".png") for image in images]
     present = {path for path in label_folder.rglob("*.png") if not path.name.startswith(".")}
     unused = sorted(present - set(wanted))

@@ -12,16 +12,10 @@ from utils.training.randomness import generator
 
 
 class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Shuffled training batches of (epoch, index) pairs, starting at any step.
+    """This rank's slices of shuffled batches of (epoch, index) pairs; the last partial batch is dropped.
 
-    The order of an epoch depends on seed and epoch alone; the last partial batch is dropped. Each rank gets
-    its slice of a batch.
-
-    Args:
-        size: number of items.
-        batch_size: items per step, on all ranks together.
-        seed: of the run.
-        first_step: number of steps already trained; the first iteration skips them.
+    The order of an epoch depends on seed and epoch alone. `first_step` is the number of steps already
+    trained, which the first iteration skips.
     """
 
     def __init__(self, size: int, batch_size: int, *, seed: int, first_step: int = 0) -> None:
@@ -33,20 +27,15 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         """Chooses the epoch, from 0, of the next iteration."""
         self.epoch = epoch
 
-    def order(self, epoch: int) -> list[int]:
-        """All indices in the order of an epoch."""
-        return torch.randperm(self.size, generator=generator(self.seed, "order", epoch)).tolist()
-
-    def batch(self, step: int) -> list[int]:
-        """Indices of the global batch of a step, from 1."""
-        epoch, batch_idx = divmod(step - 1, len(self))
-        return self.order(epoch)[batch_idx * self.batch_size :][: self.batch_size]
+    def batches(self, epoch: int) -> list[list[int]]:
+        """Indices of the global batches of an epoch."""
+        order = torch.randperm(self.size, generator=generator(self.seed, "order", epoch))
+        return [batch.tolist() for batch in order.split(self.batch_size)][: len(self)]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = self.epoch, self.order(self.epoch)
-        trained = max(0, self.first_step - epoch * len(self))  # of this epoch
-        for batch_idx in range(trained, len(self)):
-            batch = order[batch_idx * self.batch_size :][: self.batch_size]
+        epoch = self.epoch
+        trained = max(0, self.first_step - epoch * len(self))  # steps of this epoch
+        for batch in self.batches(epoch)[trained:]:
             yield [(epoch, index) for index in own_slice(batch)]
 
     def __len__(self) -> int:
@@ -57,15 +46,8 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
 class EvaluationBatchSampler(Sampler[list[int]]):
     """The batches of a split in order, dealt out to the ranks in turn.
 
-    Each batch is the one that a single process would see. When the batches run out, the remaining ranks get
-    the first batch again to stay in step; `number(turn) >= total` marks it as one to skip.
-
-    Args:
-        size: number of items.
-        batch_size: items per batch; the last one may be smaller.
-
-    Attributes:
-        total: batches of the split.
+    Each batch is the one that a single process would see. When the `total` batches run out, the other ranks
+    get the first one again to stay in step; `number(turn) >= total` marks it as one to skip.
     """
 
     def __init__(self, size: int, batch_size: int) -> None:

@@ -1,7 +1,8 @@
 """Procedural scenes whose classes differ in texture, not in colour; needs no files.
 
 Each scene is a Voronoi-like partition with wavy borders. Each region has one of seven textures in two random
-colours, with random phase, period and shading; a scene depends on (split, index) alone.
+colours, with random phase, period and shading; a scene depends on (split, index) alone and has the size at
+which it is used.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from utils.vision.labels import LabelSpace
 
 NAMES = ("plain", "rows", "columns", "diagonals", "checks", "dots", "grain")
 REGIONS = 5
-PERIOD = (5.0, 7.0)  # pixels
 
 
 def labels(options: DatasetOptions) -> LabelSpace:
@@ -27,13 +27,12 @@ def labels(options: DatasetOptions) -> LabelSpace:
 
 
 class Synthetic(Source):
-    """One split, "train" or "val"; scenes have the size at which they are used, so nothing is resampled."""
+    """One split, "train" or "val"."""
 
     def __init__(self, options: DatasetOptions, split: str) -> None:
-        self.split = split
-        self.side, self.count = (
-            (options.res, options.train_images) if split == "train" else (options.val_res, options.val_images)
-        )
+        train = split == "train"
+        self.split, self.side = split, options.res if train else options.val_res
+        self.count = options.train_images if train else options.val_images
         self.rule = class_rule({class_id: class_id for class_id in range(len(NAMES))})
 
     def __len__(self) -> int:
@@ -45,8 +44,7 @@ class Synthetic(Source):
         regions = _regions(self.side, rng)  # (S, S), region ids
         image = np.zeros((self.side, self.side, 3))
         label = np.zeros((self.side, self.side), dtype=np.uint8)
-        chosen = rng.permutation(len(NAMES))[:REGIONS]
-        for region, class_id in enumerate(chosen):
+        for region, class_id in enumerate(rng.permutation(len(NAMES))[:REGIONS]):
             y, x = np.nonzero(regions == region)  # (P,) each, the region's pixels
             image[y, x] = _paint(NAMES[class_id], y, x, self.side, rng)
             label[y, x] = class_id
@@ -61,35 +59,32 @@ class Synthetic(Source):
 def _regions(side: int, rng: np.random.Generator) -> np.ndarray:
     """(S, S) index of the nearest of five seeds after a wavy warp."""
     y, x = np.mgrid[:side, :side] / side
-    waves = rng.uniform(1, 3, 2), rng.uniform(0, 2 * np.pi, 2)
-    warped_x = x + 0.05 * np.sin(2 * np.pi * waves[0][0] * y + waves[1][0])
-    warped_y = y + 0.05 * np.sin(2 * np.pi * waves[0][1] * x + waves[1][1])
+    waves, phases = rng.uniform(1, 3, 2), rng.uniform(0, 2 * np.pi, 2)
+    warped_x = x + 0.05 * np.sin(2 * np.pi * waves[0] * y + phases[0])
+    warped_y = y + 0.05 * np.sin(2 * np.pi * waves[1] * x + phases[1])
     seeds = rng.uniform(0.1, 0.9, (REGIONS, 2, 1, 1))
     return np.argmin((warped_y - seeds[:, 0]) ** 2 + (warped_x - seeds[:, 1]) ** 2, axis=0)
 
 
 def _paint(texture: str, y: np.ndarray, x: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """(P, 3) colours of a texture at pixels (y, x), (P,) each: a random dark and a random light colour."""
-    pattern = _pattern(texture, y, x, rng)[:, None]  # (P, 1) in [0, 1]
-    values = rng.uniform(0.1, 0.3), rng.uniform(0.75, 0.95)  # dark, light
-    colours = [np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, 0.6), value)) for value in values]
-    shade = 1 + rng.uniform(-0.2, 0.2) * (x / side - 0.5) + rng.uniform(-0.2, 0.2) * (y / side - 0.5)
-    return (colours[0] + pattern * (colours[1] - colours[0])) * shade[:, None]
-
-
-def _pattern(texture: str, y: np.ndarray, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    period = rng.uniform(*PERIOD)
+    """(P, 3) colours of a texture at pixels (y, x), (P,) each, between a dark and a light colour."""
+    period = rng.uniform(5.0, 7.0)  # pixels
     row, column = 2 * np.pi * (np.stack((y, x)) / period + rng.uniform(0, 1, (2, 1)))  # (P,) each, phases
     if texture == "plain":
-        return np.full(len(y), rng.uniform())
-    if texture == "grain":
-        return rng.uniform(0, 1, len(y))
-    if texture == "dots":
-        return ((np.sin(row) + np.sin(column)) > 1.0).astype(float)
-    wave = {
-        "rows": np.sin(row),
-        "columns": np.sin(column),
-        "diagonals": np.sin((row + column * rng.choice((-1, 1))) / np.sqrt(2)),
-        "checks": np.sin(row) * np.sin(column),
-    }[texture]
-    return (wave > 0).astype(float)
+        pattern = np.full(len(y), rng.uniform())  # (P,) in [0, 1], as below
+    elif texture == "grain":
+        pattern = rng.uniform(0, 1, len(y))
+    elif texture == "dots":
+        pattern = ((np.sin(row) + np.sin(column)) > 1.0).astype(float)
+    else:
+        waves = {
+            "rows": np.sin(row),
+            "columns": np.sin(column),
+            "diagonals": np.sin((row + column * rng.choice((-1, 1))) / np.sqrt(2)),
+            "checks": np.sin(row) * np.sin(column),
+        }
+        pattern = (waves[texture] > 0).astype(float)
+    values = rng.uniform(0.1, 0.3), rng.uniform(0.75, 0.95)
+    dark, light = (np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, 0.6), v)) for v in values)
+    shade = 1 + rng.uniform(-0.2, 0.2) * (x / side - 0.5) + rng.uniform(-0.2, 0.2) * (y / side - 0.5)
+    return (dark + pattern[:, None] * (light - dark)) * shade[:, None]

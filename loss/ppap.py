@@ -77,22 +77,11 @@ class PPAPLoss(nn.Module):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
-        dtypes = (torch.float32, torch.float16)
-        rules = (
-            ("prop_iter", prop_iter, "at least 0", prop_iter >= 0),
-            ("sigma_pos", sigma_pos, "above 0", sigma_pos > 0),
-            ("sigma_amb", sigma_amb, "above 0", sigma_amb > 0),
-            ("tau", tau, "above 0 and finite", 0 < tau < float("inf")),
-            ("trainpatchsplit", trainpatchsplit, "at least 1", trainpatchsplit >= 1),
-            ("group_size", group_size, "at least 1", group_size >= 1),
-            ("chunk_size", chunk_size, "None or at least 1", chunk_size is None or chunk_size >= 1),
-            ("similarity_dtype", similarity_dtype, f"one of {dtypes}", similarity_dtype in dtypes),
-        )
-        mistakes = [
-            f"{name} is {value}, must be {allowed}" for name, value, allowed, valid in rules if not valid
-        ]
-        if mistakes:
-            raise ValueError("; ".join(mistakes))
+        if prop_iter < 0 or not min(sigma_pos, sigma_amb, tau) > 0 or min(trainpatchsplit, group_size) < 1:
+            raise ValueError(
+                f"prop_iter {prop_iter} must be >= 0; sigma_pos {sigma_pos}, sigma_amb {sigma_amb} and "
+                f"tau {tau} > 0; trainpatchsplit {trainpatchsplit} and group_size {group_size} >= 1"
+            )
         self.boundaries = Boundaries(initialcrit_pos, initialcrit_amb, prop_iter, sigma_pos, sigma_amb)
         self.trainpatchsplit = trainpatchsplit
         self.tau = tau
@@ -101,14 +90,9 @@ class PPAPLoss(nn.Module):
         self.chunk_size = chunk_size
 
     def sample_anchors(self, patches: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws anchors without replacement from each group of consecutive patches.
+        """Draws anchors without replacement from each group of consecutive patches, with a CPU generator.
 
-        Args:
-            patches: N.
-            generator: a CPU generator; None uses torch's global one.
-
-        Returns:
-            (groups, A_max) int64 on the CPU, indices into the N patches; -1 pads the row of a short group.
+        Returns (groups, A_max) int64 on the CPU, indices into the patches; -1 pads the row of a short group.
         """
         groups = -(-patches // self.group_size)
         widest = max(1, min(self.group_size, patches) // self.trainpatchsplit)
@@ -140,7 +124,11 @@ class PPAPLoss(nn.Module):
             anchors: (groups, A_max) int64 indices into the patches of all ranks, -1 = unused; None samples.
             generator: the CPU generator for sampling.
         """
-        self._check(z, features, anchors)
+        shape = tuple(features.shape)
+        if len(shape) != 4 or z.ndim != 2 or len(z) != shape[0] * shape[2] * shape[3] or len(z) == 0:
+            raise ValueError(
+                f"z must be (B*h*w, D') for features (B, D, h, w), got {tuple(z.shape)} and {shape}"
+            )
         if anchors is None:
             anchors = self.sample_anchors(world_size() * len(z), generator)
         anchors = anchors.to(z.device, non_blocking=True)
@@ -153,25 +141,6 @@ class PPAPLoss(nn.Module):
         rows = features.detach().float().permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
         return F.normalize(rows, dim=1).to(self.similarity_dtype).float()
 
-    def _check(self, z: Tensor, features: Tensor, anchors: Tensor | None) -> None:
-        if features.ndim != 4:
-            raise ValueError(f"features must be (B, D, h, w), got {tuple(features.shape)}")
-        patches = features.shape[0] * features.shape[2] * features.shape[3]
-        if z.ndim != 2 or len(z) != patches or patches == 0:
-            raise ValueError(
-                f"z must be (B*h*w, D) = ({patches}, D) with at least one row for features "
-                f"{tuple(features.shape)}, got {tuple(z.shape)}"
-            )
-        if anchors is None:
-            return
-        if anchors.ndim != 2 or anchors.dtype != torch.int64 or anchors.numel() == 0:
-            got = f"{tuple(anchors.shape)} {anchors.dtype}"
-            raise ValueError(f"anchors must be (groups, A_max) int64 with at least one entry, got {got}")
-        if anchors.device.type == "cpu":  # on a GPU this would wait for the device; indexing checks there
-            (low, high), total = anchors.aminmax(), world_size() * patches
-            if low < -1 or high >= total:
-                raise ValueError(f"anchors must lie in [0, {total}) or be -1, got {low} to {high}")
-
 
 class _Loss(torch.autograd.Function):
     """Loss and gradient in one pass; stores grad_z and nothing of size A x N."""
@@ -179,15 +148,11 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z: Tensor, bank: Tensor, anchors: Tensor, criterion: PPAPLoss):
         budget = CHUNK_ELEMENTS.get(z.device.type, CHUNK_ELEMENTS["cpu"])
+        chunk_size = criterion.chunk_size or max(1, budget // len(z))
         chunked = ChunkedLoss(
-            z,
-            bank,
-            boundaries=criterion.boundaries,
-            tau=criterion.tau,
-            operand=criterion.similarity_dtype,
-            chunk_size=criterion.chunk_size or max(1, budget // len(z)),
-            with_grad=ctx.needs_input_grad[0],
-        )
+            z, bank, boundaries=criterion.boundaries, tau=criterion.tau, operand=criterion.similarity_dtype,
+            chunk_size=chunk_size, with_grad=ctx.needs_input_grad[0],
+        )  # fmt: skip
         sums = all_reduce(chunked.sums(own_groups(anchors)))  # (8,)
         loss, weight, positives, negatives = sums[:4].unbind()
         weight = weight.clamp_min(1)  # without any positive: 0 / 1

@@ -110,7 +110,7 @@ def load_segmenter(
     if opt is None:
         flat = flatten(about["options"])
         kept = {key: value for key, value in flat.items() if key.startswith(READ_AFTER_TRAINING)}
-        opt = build_options(kept, source=f"the options in {loaded.path}", stored=True)
+        opt = build_options(kept, source=f"the options in {loaded.path}")
     if about:
         labels = LabelSpace(tuple(about["class_names"]), tuple(map(tuple, about["palette"])))
     elif labels is None:

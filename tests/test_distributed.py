@@ -20,7 +20,7 @@ from utils.config.cli import guarded
 from utils.config.loading import REPOSITORY
 from utils.config.options import TrainerOptions
 from utils.errors import NotFinite, UserError
-from utils.training import distributed, launch
+from utils.training import launch
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 TIMES = ("images_per_s", "train_hours", "peak_memory_gib", "checkpoint")
@@ -180,14 +180,6 @@ def test_shared_batches__each_image_once_and_equally_many_turns(monkeypatch, ima
                 counted += batch
     assert sorted(counted) == list(range(images))
     assert len(turns) == 1
-
-
-def test_own_slice__are_the_batch_in_order(monkeypatch):
-    parts = []
-    for rank in range(4):
-        as_process(monkeypatch, rank, 4)
-        parts += distributed.own_slice(list(range(8)))
-    assert parts == list(range(8))
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataset import build_data
 from dataset.base import SegmentationDataset, Source
-from dataset.crops import CropSource, PreparedCrops, prepared_folder
-from dataset.datamodule import SegmentationDataModule
+from dataset.crops import prepared_folder
+from dataset.datamodule import SegmentationDataModule, prepared_crops
 from dataset.image_folder import ImageFolder
 from model.module import PPAPModule
 from tests.benchmarks import literal
@@ -23,9 +23,9 @@ from tests.benchmarks.inputs import random_module, shape_options, write_photogra
 from tests.benchmarks.measure import Bench, Row
 from utils.config.loading import with_changes
 from utils.config.options import Options
-from utils.training.checkpointing import Progress
 from utils.training.device import precision_settings
 from utils.training.launch import cores
+from utils.training.run_dir import Progress
 from utils.training.trainer import build_trainer
 from utils.vision.transforms import Geometry
 
@@ -69,13 +69,13 @@ def bench_data(bench: Bench, shape: str) -> list[Row]:
         options = photographs(Path(root), shape, bench)
         chosen = options.dataset
         geometry = Geometry(chosen.res, "center", chosen.interpolation)
-        prepared = PreparedCrops(prepared_folder(Path(root), "directory", "five", 0.5), "train", CLASSES)
-        whole = CropSource(ImageFolder(chosen, "train"), 0.5, "five")
+        prepared = prepared_crops(prepared_folder(Path(root), "directory", "five", 0.5), CLASSES)
+        whole = ImageFolder(chosen, "train")
         size = options.dataloader.batch_size
         forms = {
             "literal": one_pass(TwoViews(prepared, chosen.res), size),
             "ours": one_pass(SegmentationDataset(prepared, geometry), size),
-            "ours, cut on the fly": one_pass(SegmentationDataset(whole, geometry), size),
+            "ours, cut on the fly": one_pass(SegmentationDataset(whole, geometry, crops=(0.5, "five")), size),
         }
         return bench.compare("data", forms, items=len(prepared))
 

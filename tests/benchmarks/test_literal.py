@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from dataset.base import SegmentationDataset
-from dataset.crops import PreparedCrops, prepared_folder
+from dataset.crops import prepared_folder
+from dataset.datamodule import prepared_crops
 from loss import PPAPLoss
 from tests.benchmarks import literal
 from tests.benchmarks.__main__ import main
@@ -53,7 +54,7 @@ def test_crf__golden(golden):
 
 def test_two_views__the_first_is_our_item(tmp_path):
     write_photographs(tmp_path, images=1, n_classes=5)
-    crops = PreparedCrops(prepared_folder(tmp_path, "directory", "five", 0.5), "train", 5)
+    crops = prepared_crops(prepared_folder(tmp_path, "directory", "five", 0.5), 5)
     raw, ours = crops.read(2), SegmentationDataset(crops, Geometry(64))[2]
     image, second, label = literal.two_views(raw.image, raw.label, 64, crops.rule)
     torch.testing.assert_close(image, normalise(ours.image[None])[0])

@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 def test_crops__empty_prepared_folder_is_named(data_of, directory):
     (directory / "cropped/directory_five_crop_0.5").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"holds no <number>\.jpg"):
+    with pytest.raises(UserError, match=r"contains 0 crops, must contain 20"):
         data_of("directory", directory, dataset__crop_type="five")
 
 

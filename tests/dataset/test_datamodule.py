@@ -11,7 +11,7 @@ def test_batch__larger_than_the_train_split(data_of, directory):
 
 def test_order__is_a_function_of_seed_and_epoch(data_of, directory):
     sampler = data_of("directory", directory, train__seed=4).train_dataloader().batch_sampler
-    orders = [sampler.order(epoch) for epoch in (0, 1, 0)]
+    orders = [[i for batch in sampler.batches(epoch) for i in batch] for epoch in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
     assert sorted(orders[0]) == [0, 1, 2, 3]
     assert sampler.seed == 4
@@ -26,7 +26,6 @@ def test_batches__begin_at_any_step(first_step):
         sampler.set_epoch(epoch)
         found += list(sampler)
     assert len(sampler) == 3
-    expected = [(step // 3, sampler.batch(step + 1)) for step in range(first_step, 9)]
-    assert found == [[(epoch, index) for index in batch] for epoch, batch in expected]
-    epoch = [index for step in (4, 5, 6) for index in sampler.batch(step)]
-    assert epoch == sampler.order(1)[:9]
+    expected = [[(epoch, i) for i in batch] for epoch in range(3) for batch in sampler.batches(epoch)]
+    assert found == expected[first_step:]
+    assert len({pair for batch in expected[:3] for pair in batch}) == 9

@@ -35,11 +35,8 @@ def test_directory__class_count_from_the_options(data_of, directory):
     (directory / "classes.json").unlink()
     with pytest.raises(UserError, match=r"dataset\.n_classes is null"):
         data_of("directory", directory)
-    assert data_of("directory", directory, dataset__n_classes=3).labels.names == (
-        "class 0",
-        "class 1",
-        "class 2",
-    )
+    data = data_of("directory", directory, dataset__n_classes=3)
+    assert data.labels.names == ("class 0", "class 1", "class 2")
     with pytest.raises(UserError, match="2 class names"):
         data_of("directory", directory, dataset__n_classes=3, dataset__class_names=["x", "y"])
 
@@ -48,11 +45,9 @@ def test_directory__class_count_from_the_options(data_of, directory):
     ("about", "word"),
     [
         ({"n_classes": "3"}, "n_classes is '3'"),
-        ({"n_classes": 300}, "n_classes is 300"),
-        ({"classes": [1, 1]}, "classes is 1"),
+        ({"classes": [1, 1]}, "classes.0 is 1"),
         ({"n_classes": 3, "ignore": -1}, "ignore is -1"),
         ({"n_classes": 3, "ignore": 0}, "ignore is 0"),
-        ([], "must hold an object"),
     ],
 )
 def test_directory__classes_json_is_checked(data_of, directory, about, word):
@@ -70,7 +65,9 @@ def test_directory__more_than_255_classes(data_of, directory):
 
 def test_directory__label_value_outside_the_rule_is_named(data_of, directory):
     save(directory / "labels/val/0.png", np.full((SIZE[1], SIZE[0]), 9))
-    with pytest.raises(UserError, match=r"0\.png: the label holds 9, must hold 0 to 2, 255; fix"):
+    with pytest.raises(
+        UserError, match=r"0\.png: the label holds \[9\], must hold only \[0, 1, 2, 255\]; fix"
+    ):
         data_of("directory", directory).validation_set[0]
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from dataset import DATA_SETS
 from dataset.cityscapes import OFFICIAL
 from dataset.cocostuff import COARSE_OF_FINE, NAMES
 from tests.dataset.files import SIZE, picture, save
@@ -62,21 +61,13 @@ def test_cityscapes__official_ids(data_of, cityscapes):
 
 
 @pytest.mark.parametrize("data_type", ["potsdam", "potsdamraw"])
-def test_potsdam__six_classes_to_three(data_of, potsdam, data_type, capsys):
+def test_potsdam__six_classes_to_three(data_of, potsdam, data_type):
     data = data_of(data_type, potsdam, dataset__crop_type="five")
     rule = {0: 0, 4: 0, 1: 1, 5: 1, 2: 2, 3: 2}
     expected, got = expected_classes(data.validation_set.source, lambda raw: rule.get(raw, 255))
     assert np.array_equal(expected, got)
     assert len(data.train_set) == 2  # whole images
-    assert "ignored" in capsys.readouterr().out
     assert data.validation_set.source.read(0).image.mode == "RGB"
-
-
-@pytest.mark.parametrize("content", [b"", b"MATLAB 5.0 nonsense" * 20])
-def test_potsdam__damaged_mat_is_named(data_of, potsdam, content):
-    (potsdam / "imgs/2_10_0_0.mat").write_bytes(content)
-    with pytest.raises(UserError, match=r"2_10_0_0\.mat: not a readable"):
-        data_of("potsdam", potsdam).validation_set[0]
 
 
 PREPARATION = {
@@ -105,10 +96,10 @@ def test_missing__names_the_file_and_the_command(data_of, tmp_path, data_type):
     ("data_type", "folder", "files", "named"),
     [
         ("cocostuff27", "coco", ["images/train2017/000000000001.jpg"], r"train2017/000000000001\.jpg is"),
-        ("cocostuff27", "coco", ["annotations/val2017/*.png"], r"0000000\.png is missing \(and 2 more\)"),
+        ("cocostuff27", "coco", ["annotations/val2017/*.png"], r"0000000\.png is missing;"),
         ("cityscapes", "cityscapes", ["gtFine/val/ulm/*"], r"ulm_000000_000019_gtFine_labelIds\.png is"),
         ("potsdam", "potsdam", ["gt/2_10_0_1.mat"], r"gt/2_10_0_1\.mat is missing;"),
-        ("potsdamraw", "potsdam", ["processed/gt/*"], r"gt/2_10_0_0\.mat is missing \(and 1 more\)"),
+        ("potsdamraw", "potsdam", ["processed/gt/*"], r"gt/2_10_0_0\.mat is missing;"),
     ],
 )
 def test_missing__first_file_of_a_list(data_of, request, data_type, folder, files, named):
@@ -117,20 +108,6 @@ def test_missing__first_file_of_a_list(data_of, request, data_type, folder, file
         for path in root.glob(pattern):
             path.unlink()
     with pytest.raises(UserError, match=named):
-        data_of(data_type, root)
-
-
-@pytest.mark.parametrize(
-    ("data_type", "folder", "listing"),
-    [
-        ("cocostuff27", "coco", "curated/train2017/Coco164kFull_Stuff_Coarse.txt"),
-        ("potsdam", "potsdam", "labelled_train.txt"),
-    ],
-)
-def test_empty_split__is_named(data_of, request, data_type, folder, listing):
-    root = request.getfixturevalue(folder)
-    (root / listing).write_text("\n")
-    with pytest.raises(UserError, match=rf"{listing}: is empty"):
         data_of(data_type, root)
 
 
@@ -149,23 +126,10 @@ def test_extra_files__are_passed_over(data_of, coco, cityscapes, potsdam):
         assert len(data_of(data_type, coco).train_set) == count
 
 
-def test_official_sizes__are_told_where_they_differ(data_of, cityscapes, capsys):
-    data_of("cityscapes", cityscapes)
-    told = capsys.readouterr().out
-    assert "train: 2 images; the official split has 2,975" in told
-    assert "val: 2 images; the official split has 500" in told
-
-
-@pytest.mark.parametrize("data_type", ["cocostuff27", "cocostuff15", "cocostuff3", "cityscapes", "potsdam"])
-def test_palette__tells_every_class_apart(tiny_options, data_type):
-    labels = DATA_SETS[data_type].labels(tiny_options(dataset__data_type=data_type).dataset)
-    assert len(set(labels.palette)) == labels.n_classes or data_type == "cityscapes"  # official ones repeat
-
-
 @pytest.mark.parametrize(
     ("data_type", "folder", "label", "values"),
     [
-        ("cocostuff3", "coco", "annotations/val2017/000000000000.png", "183, 200 to 201"),
+        ("cocostuff3", "coco", "annotations/val2017/000000000000.png", "183, 200, 201"),
         ("cityscapes", "cityscapes", "gtFine/val/aachen/aachen_000001_000019_gtFine_labelIds.png", "34, 77"),
     ],
 )
@@ -173,22 +137,27 @@ def test_label_values__outside_the_rule_are_named(data_of, request, data_type, f
     root = request.getfixturevalue(folder)
     wrong = {"cocostuff3": [183, 200, 201], "cityscapes": [34, 77]}[data_type]
     save(root / label, np.resize([0, 255, *wrong], (SIZE[1], SIZE[0])))
-    with pytest.raises(UserError, match=rf"{label}: the label holds {values}, must hold 0 to"):
+    with pytest.raises(
+        UserError, match=rf"{label}: the label holds \[{values}\], must hold only \[0, 1, 2, \.\.\., "
+    ):
         data_of(data_type, root).validation_set[0]
 
 
 @pytest.mark.parametrize(
     ("entry", "value", "word"),
     [
-        ("imgs", {"other": np.zeros(3)}, "entry 'img' is missing"),
-        ("imgs", {"img": np.zeros((200, 200), np.uint8)}, r"entry 'img' is uint8 of shape \(200, 200\)"),
-        ("gt", {"gt": np.full((200, 200), 7)}, "the label holds 7, must hold 0 to 5, 255"),
-        ("gt", {"gt": np.zeros((100, 200))}, r"label is \(100, 200\) \(rows, columns\), its image"),
-        ("gt", {"gt": "text"}, "must be numeric"),
+        ("imgs", {"other": np.zeros(3)}, "not a readable .mat file"),
+        ("imgs", None, "not a readable .mat file"),
+        (
+            "gt",
+            {"gt": np.full((200, 200), 7)},
+            r"the label holds \[7\], must hold only \[0, 1, 2, 3, 4, 5, 255\]",
+        ),
     ],
 )
 def test_potsdam__entries_are_checked(data_of, potsdam, entry, value, word):
-    savemat(potsdam / entry / "2_10_0_0.mat", value)
+    path = potsdam / entry / "2_10_0_0.mat"
+    path.write_bytes(b"MATLAB 5.0 nonsense" * 20) if value is None else savemat(path, value)
     with pytest.raises(UserError, match=rf"{entry}/2_10_0_0\.mat: .*{word}"):
         data_of("potsdam", potsdam).validation_set[0]
 

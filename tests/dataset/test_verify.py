@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.dataset.files import SIZE, picture, save
+from tests.dataset.files import SIZE, save
 from utils.errors import UserError
 
 
@@ -22,7 +22,7 @@ def test_check__names_every_damaged_file(data_of, damaged, workers):
         data_of("directory", damaged, dataset__check_files=True, dataloader__num_workers=workers)
     for words in (
         "imgs/train/1.jpg: not a readable image",
-        "labels/train/2.png: the label holds 7, must hold 0 to 2, 255",
+        "labels/train/2.png: the label holds [7], must hold only [0, 1, 2, 255]",
         "labels/val/0.png: label is (5, 5) (width, height), its image is (60, 44)",
         "dataset.skip_damaged=true",
     ):
@@ -45,14 +45,14 @@ def test_check__reads_labels_at_full_size(data_of, directory):
     label[1, 0] = 9
     save(directory / "labels/val/0.png", label)
     assert (data_of("directory", directory, dataset__val_res=8).validation_set[0].label == 0).all()
-    with pytest.raises(UserError, match="the label holds 9"):
+    with pytest.raises(UserError, match=r"the label holds \[9\]"):
         data_of("directory", directory, dataset__val_res=8, dataset__check_files=True)
 
 
 def test_skip__leaves_out_and_lists(data_of, damaged, capsys):
     data = data_of("directory", damaged, dataset__skip_damaged=True)
     assert [len(data.train_set), len(data.validation_set), len(data.damaged)] == [2, 1, 3]
-    assert [data.train_set.source.name(index)[-5:] for index in range(2)] == ["0.jpg", "3.jpg"]
+    assert [data.train_set.name(index)[-5:] for index in range(2)] == ["0.jpg", "3.jpg"]
     assert data.train_labelled
     assert data.validation_labelled
     assert "3 of 6 items are damaged and skipped" in capsys.readouterr().out
@@ -80,14 +80,3 @@ def test_skip__missing_files_of_a_list(data_of, coco):
 def test_skip__too_few_items_left_is_an_error(data_of, damaged):
     with pytest.raises(UserError, match="only 2 train items"):
         data_of("directory", damaged, dataset__skip_damaged=True, dataloader__batch_size=3)
-    (damaged / "imgs/val/1.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="all 2 val items are damaged"):
-        data_of("directory", damaged, dataset__skip_damaged=True)
-
-
-def test_check__shortens_a_long_list(data_of, directory):
-    for number in range(30):
-        save(directory / f"imgs/train/more{number}.jpg", picture(number))
-        save(directory / f"labels/train/more{number}.png", np.full((SIZE[1], SIZE[0]), 9))
-    with pytest.raises(UserError, match=r"\.\.\. and 10 more"):
-        data_of("directory", directory, dataset__check_files=True)

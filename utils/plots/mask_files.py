@@ -84,13 +84,12 @@ def result_folders(images: Path, out: Path) -> dict[Path, Path]:
     if images.resolve() == out.resolve():
         raise UserError(f"--out is {out}, the folder of the photographs; choose another, or one below it")
     root = images.resolve()
-    found = find_images(root, without=out.resolve())
-    others = found.passed_over()
-    if not found.images:
+    found, others = find_images(root, without=out.resolve())
+    if not found:
         raise UserError(f"--images is {images}: it contains no image; {others}")
     if others:
         print(f"{images}: skipped {others}")
-    files = [file.relative_to(root) for file in found.images]
+    files = [file.relative_to(root) for file in found]
     stems = [str(file.with_suffix("")).casefold() for file in files]  # some file systems ignore case
     count = Counter(stems)
     short = [

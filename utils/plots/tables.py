@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,11 +36,8 @@ def metrics_table(results: dict[str, dict[str, Any]]) -> str:
     """The four metrics of each run before and after CRF, followed by the reasons for a missing CRF."""
     rows, notes = [], []
     for run, result in results.items():
-        steps = {run: result}
-        if "last_step" in result:
-            steps[f"{run}, last step"] = result["last_step"]
-        for name, each in steps.items():
-            for stage, title in STAGES.items():
+        for name, each in ((run, result), (f"{run}, last step", result.get("last_step"))):
+            for stage, title in STAGES.items() if each else ():
                 cells = [percent((each[stage] or {}).get(metric)) for metric in METRICS]
                 rows.append([f"{name}, {title}", *cells])
         if result["after_crf_missing"]:
@@ -59,16 +55,13 @@ def class_table(results: dict[str, dict[str, Any]]) -> str:
     if not columns:
         return "no labels, so no IoU"
     names = next(iter(columns.values()))
-    rows = [[name, *(percent(column[name]) for column in columns.values())] for name in names]
-    return markdown(["IoU", *columns], rows)
+    return markdown(
+        ["IoU", *columns], [[name, *(percent(c[name]) for c in columns.values())] for name in names]
+    )
 
 
 def sweep_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """Mean and sample standard deviation over the runs (seeds) of each setting.
-
-    Args:
-        results: (setting, result) of each run, in order.
-    """
+    """Mean and sample standard deviation over the runs (seeds) of each setting, from (setting, result)."""
     rows = []
     for setting in dict.fromkeys(setting for setting, _ in results):
         group = [result for other, result in results if other == setting]
@@ -85,42 +78,23 @@ def _mean_and_deviation(values: Sequence[float | None]) -> str:
 
 def sets_table(rows: Sequence[dict[str, float]]) -> str:
     """Quality and size of the sets after t = 0..T relocations, in percent, averaged over anchors."""
-    columns = {
-        "precision of positives": "precision",
-        "recall of positives": "recall",
-        "purity of negatives": "purity",
-        "positives": "positives",
-        "ambiguous": "ambiguous",
-        "negatives": "negatives",
-    }
-    cells = [[str(t), *(percent(row[key]) for key in columns.values())] for t, row in enumerate(rows)]
-    return markdown(["t", *columns], cells)
+    header = ["t", "precision of positives", "recall of positives", "purity of negatives"]
+    header += ["positives", "ambiguous", "negatives"]
+    keys = [title.split(" of ")[0] for title in header[1:]]
+    return markdown(header, [[str(t), *(percent(row[key]) for key in keys)] for t, row in enumerate(rows)])
 
 
 def explanation_table(result: dict[str, Any]) -> str:
     """The result of `eval.explain`: m_t, the boundaries and the sizes of the sets, one row for each t."""
-    columns = {"t": "d", "moved": ".4f", "phi": ".4f", "psi": ".4f"}
-    columns |= dict.fromkeys(("positives", "ambiguous", "negatives"), ",d")
-    rows = [[format(step[key], style) for key, style in columns.items()] for step in result["steps"]]
+    formats = {"t": "d", "moved": ".4f", "phi": ".4f", "psi": ".4f"}
+    formats |= dict.fromkeys(("positives", "ambiguous", "negatives"), ",d")
+    rows = [[format(step[key], style) for key, style in formats.items()] for step in result["steps"]]
     row, column = result["patch"]
-    return f"{result['image']}, patch {row},{column}\n" + markdown(list(columns), rows)
-
-
-def read_scalars(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv without their empty cells; an empty list if the file does not exist."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
+    return f"{result['image']}, patch {row},{column}\n" + markdown(list(formats), rows)
 
 
 def write_sweep(folder: Path, results: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """Writes sweep.json, the metrics of every run, and sweep.png, a figure of those before CRF.
-
-    Args:
-        folder: created if missing.
-        results: (setting, result) of each run, in order.
-    """
+    """Writes sweep.json, (setting, result) of each run, and sweep.png, a figure of the metrics before CRF."""
     make_folder(folder)
     kept = ("step", *STAGES, "train_hours", "checkpoint")
     rows = [{"setting": setting} | {key: result.get(key) for key in kept} for setting, result in results]

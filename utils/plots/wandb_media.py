@@ -18,24 +18,19 @@ def prediction_table(
     maps: Sequence[Mapping[str, np.ndarray]],
     labels: LabelSpace,
 ) -> wandb.Table:
-    """One row per image: its name, the photograph, and the photograph overlaid with each class map.
+    """One row per image: its name, the photograph (H, W, 3) uint8, and the photograph below each class map.
 
-    Args:
-        names: P image names.
-        photographs: (P, H, W, 3) uint8.
-        maps: P mappings from title to class ids (H, W), 255 = none; all with the same titles.
-        labels: class names.
+    `maps` holds for each image title -> class ids (H, W), 255 = none, with the same titles for all.
     """
     class_labels = dict(enumerate(labels.names)) | {IGNORE: "none"}
     titles = list(maps[0]) if maps else []
     table = wandb.Table(columns=["image", "photograph", *titles])
     for name, photograph, class_maps in zip(names, photographs, maps, strict=True):
-        overlays = []
+        row = [wandb.Image(photograph, file_type="jpg")]
         for title in titles:
-            mask = class_maps[title].astype(np.uint8)
-            masks = {title: {"mask_data": mask, "class_labels": class_labels}}
-            overlays.append(wandb.Image(photograph, file_type="jpg", masks=masks))
-        table.add_data(name, wandb.Image(photograph, file_type="jpg"), *overlays)
+            masks = {"mask_data": class_maps[title].astype(np.uint8), "class_labels": class_labels}
+            row.append(wandb.Image(photograph, file_type="jpg", masks={title: masks}))
+        table.add_data(name, *row)
     return table
 
 

@@ -37,14 +37,7 @@ class CheckpointManager(Callback):
     Saves after each validation, every `train.checkpoint_every` in between, on a stop signal, and when bad
     data or a killed worker ends the run. Without validation images it saves after each epoch, and best.ckpt
     is the newest. A checkpoint describes the moment between two steps, so that a resumed run computes what
-    the uninterrupted one would have computed.
-
-    Args:
-        folder: the run's folder.
-        every: (steps, seconds) between checkpoints; at most one is not None.
-        validates: whether there are validation images.
-        stop: records stop signals.
-        progress: initial progress, that of the checkpoint that the run resumes from.
+    the uninterrupted one would. `every`: (steps, seconds) between checkpoints, at most one not None.
     """
 
     def __init__(
@@ -92,11 +85,11 @@ class CheckpointManager(Callback):
         validated = not self.validates or trainer.val_check_batch != batch_idx + 1  # see ValidationSteps
         self.progress = replace(self.progress, step=trainer.global_step, validated=validated)
         self._loops = _resumable_loops(trainer)
-        self._agreement.start(self.stop.requested, self._due())
+        self._agreement.start(self.stop.signum is not None, self._due())
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Stops during a validation on request; the resumed run repeats it."""
-        if trainer.strategy.reduce_boolean_decision(self.stop.requested, all=False):
+        if trainer.strategy.reduce_boolean_decision(self.stop.signum is not None, all=False):
             self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,9 +149,8 @@ class CheckpointManager(Callback):
 def _resumable_loops(trainer: Trainer) -> dict[str, Any]:
     """State of Lightning's loops after a training batch, in a form that Lightning resumes correctly.
 
-    A validation starts from its first batch, and an epoch whose last batch is trained counts as complete:
-    Lightning would otherwise count it twice. The last epoch stays open, so that the hooks around training
-    still run.
+    A validation starts from its first batch. An epoch whose last batch is trained counts as complete, or
+    Lightning would count it twice; the last epoch stays open, so that the hooks around training still run.
     """
     state = copy.deepcopy(trainer.fit_loop.state_dict())
     _set_counters(state["epoch_loop.val_loop.batch_progress"]["current"], 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,11 @@ from utils.config.options import Options
 from utils.errors import UserError, first_line
 from utils.training.launch import check_launch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 LOSS_SCALE, GROWTH_INTERVAL = 2048.0, 1000  # as published
 
 
@@ -23,12 +28,6 @@ def accelerator() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def hardware_settings(options: Options) -> dict[str, Any]:
-    """The Trainer's arguments for device and precision."""
-    device = device_settings(options)
-    return device | precision_settings(options, device["accelerator"])
 
 
 def device_settings(options: Options) -> dict[str, Any]:
@@ -53,11 +52,16 @@ def device_settings(options: Options) -> dict[str, Any]:
     return {"accelerator": found, "devices": devices, **spread}
 
 
+def hardware_settings(options: Options) -> dict[str, Any]:
+    """The Trainer's arguments for device and precision."""
+    device = device_settings(options)
+    return device | precision_settings(options, device["accelerator"])
+
+
 def device_name(options: Options) -> str:
     """The first device of `device_settings`, such as "cuda:0"."""
-    settings = device_settings(options)
-    index = f":{settings['devices'][0]}" if settings["accelerator"] == "cuda" else ""
-    return settings["accelerator"] + index
+    found = device_settings(options)
+    return f"cuda:{found['devices'][0]}" if found["accelerator"] == "cuda" else found["accelerator"]
 
 
 def chosen_precision(options: Options, accelerator: str) -> str:
@@ -90,19 +94,17 @@ def explained_errors(options: Options) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
-        reason, batches = first_line(error), options.dataloader
-        # the last one is the message of the CPU allocator
+        reason = first_line(error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:
             raise UserError(
-                f"out of memory ({reason}); lower dataloader.val_batch_size (now {batches.val_batch_size}), "
-                "training_coeff.chunk_size or dataloader.batch_size (affects the result), or set "
-                "train.precision=bf16 or dataset.cache_features=disk"
+                f"out of memory ({reason}); lower dataloader.val_batch_size, training_coeff.chunk_size or "
+                "dataloader.batch_size (which affects the result), or set dataset.cache_features=disk"
             ) from error
         killed = "DataLoader worker (pid" in str(error) or "shared memory" in str(error)
         if killed or isinstance(error, (ConnectionError, EOFError)):  # of a pipe that a worker wrote to
             raise UserError(
                 f"a DataLoader worker was killed ({reason}), usually because memory or /dev/shm is full: "
-                f"lower dataloader.num_workers (now {batches.num_workers}) or enlarge /dev/shm "
+                f"lower dataloader.num_workers (now {options.dataloader.num_workers}) or enlarge /dev/shm "
                 "(docker run --shm-size), then rerun with --resume"
             ) from error
         raise
@@ -118,5 +120,7 @@ def peak_memory_gib() -> float:
     """Peak memory in GiB: of the GPU since `reset_peak_memory`, or of this process since its start."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    if resource is None:
+        return math.nan
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

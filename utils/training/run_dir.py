@@ -73,24 +73,20 @@ class RunDir:
         with lock:
             yield
 
-    @property
-    def finished(self) -> bool:
-        """Whether metrics.json holds the final result of a training run."""
-        return self._metrics.exists() and "train_hours" in self.read_metrics()
-
-    def read_metrics(self) -> dict[str, Any]:
-        """The content of metrics.json."""
-        return read_json_object(self._metrics)
+    def final_metrics(self) -> dict[str, Any] | None:
+        """The content of metrics.json if the run is finished: an evaluation alone has no `train_hours`."""
+        result = read_json_object(self._metrics) if self._metrics.exists() else {}
+        return result if "train_hours" in result else None
 
     def write_metrics(self, result: dict[str, Any]) -> None:
-        """Writes metrics.json; a run counts as finished once it holds `train_hours`."""
+        """Writes metrics.json."""
         if is_rank_zero():
             write_json(self._metrics, result)
 
     def prepare(self, options: Options, damaged: Sequence[str]) -> None:
-        """Creates the folder of a new run with its options and provenance; moves an earlier run aside.
+        """Creates the folder of a new run with options, provenance and the descriptions of damaged files.
 
-        The descriptions of damaged files, which the run skips, are written to left_out.json.
+        An earlier run of that name is moved aside.
         """
         if not is_rank_zero():
             return

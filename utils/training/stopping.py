@@ -33,11 +33,6 @@ class StopSignal:
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
-    @property
-    def requested(self) -> bool:
-        """Whether a signal has arrived."""
-        return self.signum is not None
-
     def listen(self) -> dict[int, Any]:
         """Installs the handlers; returns the previous ones."""
         signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if in_slurm_job() else [])]
@@ -52,9 +47,9 @@ class StopSignal:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, _frame: Any) -> None:
-        if os.getpid() != self._process:  # DataLoader workers inherit the handler
-            return
-        if not self.requested:
+        if os.getpid() != self._process:
+            return  # a DataLoader worker, which inherits the handler
+        if self.signum is None:
             self.signum = signum
             name = signal.Signals(signum).name  # print is not reentrant
             os.write(2, f"\n{name}: saving before exit; press Ctrl-C to exit at once\n".encode())

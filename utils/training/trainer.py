@@ -34,21 +34,7 @@ class ValidationSteps(Callback):
 
 
 class RunBar(TQDMProgressBar):
-    """One progress bar for all steps of a run, with the epoch, the newest loss and metrics."""
-
-    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        """Starts at the step that the run resumes from."""
-        super().on_train_start()
-        self.train_progress_bar.reset(trainer.max_epochs * trainer.num_training_batches)
-        self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
-
-    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Shows the epoch."""
-        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
-
-    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
-        """Counts the steps of all epochs."""
-        super().on_train_batch_end(trainer, *arguments[:-1], trainer.global_step - 1)
+    """Lightning's progress bar with the newest loss and metrics."""
 
     def on_exception(self, *_: Any) -> None:
         """Closes the bars, which would otherwise write whenever they are garbage-collected."""

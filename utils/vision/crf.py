@@ -1,7 +1,6 @@
 """Dense CRF refinement (Krähenbühl and Koltun, NIPS 2011) with pydensecrf, in processes without torch.
 
-All heads of an image share one lattice. The processes receive logits on the patch grid and upsample them, so
-that little data is transferred.
+All heads of an image share one lattice. The processes receive logits on the patch grid and upsample them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ GAUSSIAN = {"sxy": 1, "compat": 3}
 BILATERAL = {"sxy": 67, "srgb": 3, "compat": 4}
 LEAST_PROBABILITY = 1e-5
 NEVER = 1e6  # energy of a label that a head does not have
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -64,19 +62,11 @@ def resolve_backend(name: str) -> str:
 
 
 def refine(image: np.ndarray, heads: Sequence[HeadLogits]) -> list[np.ndarray]:
-    """Mean-field inference on one image for each head, on one lattice.
-
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        heads: logits whose softmax is the unary term.
-
-    Returns:
-        The marginals of each head, (K, H, W) float32.
-    """
+    """The marginals (K, H, W) float32 of each head of an image (H, W, 3) uint8, RGB."""
     from pydensecrf.densecrf import DenseCRF2D
 
     height, width = image.shape[:2]
-    labels = max(len(head.logits) for head in heads)
+    labels = max(len(head.logits) for head in heads)  # a narrower head is padded
     crf = DenseCRF2D(width, height, labels)
     crf.addPairwiseGaussian(**GAUSSIAN)
     crf.addPairwiseBilateral(**BILATERAL, rgbim=np.ascontiguousarray(image[:, :, ::-1]))  # BGR
@@ -91,7 +81,7 @@ def refine(image: np.ndarray, heads: Sequence[HeadLogits]) -> list[np.ndarray]:
 
 
 def unary_energy(logits: np.ndarray) -> np.ndarray:
-    """-log of the softmax over the first axis, probabilities clipped at 1e-5; float32 of the same shape."""
+    """-log of the softmax over the first axis, probabilities clipped at 1e-5; float32."""
     exponent = np.exp(logits - logits.max(axis=0))
     return -np.log(np.clip(exponent / exponent.sum(axis=0), LEAST_PROBABILITY, 1)).astype(np.float32)
 
@@ -122,16 +112,13 @@ def _keep_freed_memory() -> None:
     """Makes glibc reuse memory: returning and mapping pydensecrf's tables takes a fifth of its time."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         glibc = ctypes.CDLL("libc.so.6")
-        if any(glibc.mallopt(M_MMAP_THRESHOLD, size) for size in (2**30, 2**25)):  # 2**25: before glibc 2.35
-            glibc.mallopt(M_TRIM_THRESHOLD, 2**30)
+        trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+        if any(glibc.mallopt(mmap, size) for size in (2**30, 2**25)):  # 2**25: before glibc 2.35
+            glibc.mallopt(trim, 2**30)
 
 
 class CrfPool:
-    """Processes that refine images while the network continues; results keep the order of submission.
-
-    Args:
-        workers: number of processes; None uses one per available core.
-    """
+    """Processes, one per core by default, that refine images in order while the network continues."""
 
     on_device = False
 
@@ -142,15 +129,11 @@ class CrfPool:
         self._pending: deque[tuple[Any, Future]] = deque()
 
     def submit(self, image: np.ndarray, heads: Sequence[HeadLogits], tag: Any) -> None:
-        """Queues one image; arguments as for `refine`. The result is returned with the tag."""
+        """Queues one image, as for `refine`; the result is returned with the tag."""
         self._pending.append((tag, self._pool.submit(_predict, image, heads)))
 
     def finished(self, *, wait_for_one: bool = False) -> Iterator[tuple[Any, list[np.ndarray]]]:
-        """Yields (tag, predictions (H, W) int16 per head) of finished images; waits if the queue is long.
-
-        Args:
-            wait_for_one: whether to wait for the oldest image in the queue.
-        """
+        """Yields (tag, predictions (H, W) int16 per head); waits for the oldest if the queue is long."""
         while self._pending:
             tag, future = self._pending[0]
             if not (wait_for_one or future.done() or len(self._pending) > 4 * self.workers):

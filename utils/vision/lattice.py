@@ -1,8 +1,7 @@
 """High-dimensional Gaussian filtering on the permutohedral lattice (Adams, Baek, Davis, Eurographics 2010).
 
-The values of points with d features are splatted onto the vertices of their enclosing simplices, blurred
-along the d + 1 axes of the lattice and sliced back. Each step is a sparse matrix with short rows, written as
-`embedding_bag`: each output row is summed in a fixed order, so the result is deterministic on a GPU too.
+Splat, blur along the d + 1 axes and slice are sparse matrices, written as `embedding_bag`: each output row is
+summed in a fixed order, so the result is deterministic on a GPU too.
 """
 
 from __future__ import annotations
@@ -33,13 +32,9 @@ class PermutohedralLattice:
         """Splats, blurs and slices, (N, C) float32 -> (N, C); holds 2 M * min(C, 64) floats."""
         if values.shape[1] > CHANNELS:
             return torch.cat([self.filter(part) for part in values.split(CHANNELS, dim=1)], dim=1)
+        weights = {"mode": "sum", "per_sample_weights": self.point_weights}
         table = F.embedding_bag(
-            self.points,
-            values,
-            self.offsets,
-            mode="sum",
-            per_sample_weights=self.point_weights,
-            include_last_offset=True,
+            self.points, values, self.offsets, include_last_offset=True, **weights
         )  # (M, C)
         for neighbours, shares in zip(self.neighbours, self.shares, strict=True):
             table = F.embedding_bag(neighbours, table, mode="sum", per_sample_weights=shares)
@@ -49,19 +44,12 @@ class PermutohedralLattice:
         """The lattice whose filter is v -> weight * n * filter(n * v) with n = 1 / sqrt(filter(1))."""
         ones = self.weights.new_ones(len(self.weights), 1)
         factor = (self.filter(ones)[:, 0] + 1e-20).rsqrt()  # (N,)
-        return replace(
-            self,
-            weights=self.weights * (weight * factor)[:, None],
-            point_weights=self.point_weights * factor[self.points],
-        )
+        weights = self.weights * (weight * factor)[:, None]
+        return replace(self, weights=weights, point_weights=self.point_weights * factor[self.points])
 
 
 def build_lattice(features: Tensor) -> PermutohedralLattice:
-    """The lattice whose filter has standard deviation 1 in the features, (N, d) float32 with N > 0.
-
-    Waits for the device, as M depends on the data. If a point lies on the border of two simplices, rounding
-    decides which vertices exist.
-    """
+    """The lattice whose filter has standard deviation 1 in the features, (N, d) float32 with N > 0."""
     all_keys, weights, steps = _enclose(features)
     count = all_keys.shape[1]  # d+1
     ordered, place = all_keys.flatten().sort(stable=True)
@@ -108,9 +96,8 @@ def _elevate(features: Tensor) -> Tensor:
 def _enclose(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The simplex of each point (section 3.1 of the paper).
 
-    Returns:
-        Keys of its vertices, one int64 per vertex, (N, d+1); barycentric weights, (N, d+1) float32; and the
-        difference of the keys of two neighbours on each axis, (d+1,) int64.
+    Returns the keys of its vertices, (N, d+1) int64; barycentric weights, (N, d+1); and the difference of the
+    keys of two neighbours on each axis, (d+1,) int64.
     """
     elevated = _elevate(features)  # (N, d+1)
     count = elevated.shape[1]
@@ -138,9 +125,7 @@ def _strides(elevated: Tensor) -> Tensor:
     """(d+1,) int64 that give every vertex in reach its own key; those of images are far below 2**62."""
     count = elevated.shape[1]
     low, high = elevated[:, :-1].aminmax(dim=0)  # the last coordinate follows from the others
-    span = (
-        high - low
-    ).ceil().long() + 6 * count  # vertices and their neighbours are within 3 (d+1) of a point
+    span = (high - low).ceil().long() + 6 * count  # vertices and neighbours are within 3 (d+1) of a point
     return torch.cat((F.pad(span[:-1], (1, 0), value=1).cumprod(dim=0), span.new_zeros(1)))
 
 

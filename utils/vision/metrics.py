@@ -12,13 +12,9 @@ from torchmetrics import Metric
 
 
 class ConfusionMatrix(Metric):
-    """Counts of (true class, prediction) over all pixels with a label in [0, n_classes); others are ignored.
+    """Counts (C, n_predictions) of true class and prediction; labels outside [0, C) are ignored.
 
     Each process counts its own pixels; the evaluator sums over processes.
-
-    Args:
-        n_classes: C, rows.
-        n_predictions: columns; C for the linear probe, C plus extra clusters for the cluster probe.
     """
 
     full_state_update = False
@@ -27,8 +23,9 @@ class ConfusionMatrix(Metric):
     def __init__(self, n_classes: int, n_predictions: int) -> None:
         super().__init__(sync_on_compute=False)
         self.n_classes, self.n_predictions = n_classes, n_predictions
-        zeros = torch.zeros(n_classes, n_predictions, dtype=torch.int64)
-        self.add_state("counts", zeros, dist_reduce_fx="sum")
+        self.add_state(
+            "counts", torch.zeros(n_classes, n_predictions, dtype=torch.int64), dist_reduce_fx="sum"
+        )
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Adds a batch: both (..., H, W) integer, predictions in [0, n_predictions)."""
@@ -55,12 +52,10 @@ class Scores:
 
 
 def score(counts: Tensor | np.ndarray, *, matched: bool) -> Scores | None:
-    """Accuracy and mIoU of a confusion matrix; None if it is empty.
+    """Accuracy and mIoU of counts of true class by prediction, (C, P) with P >= C; None if there are none.
 
-    Args:
-        counts: true class by prediction, (C, P) with P >= C.
-        matched: whether predictions are clusters, which the Hungarian method matches to classes by counts.
-            Pixels of unmatched clusters are misses of their true class; the published metric drops them.
+    `matched` predictions are clusters, which the Hungarian method matches to classes by counts. Pixels of
+    unmatched clusters are misses of their true class; the published metric drops them.
     """
     counts = np.asarray(counts, dtype=np.int64)
     n_classes, n_predictions = counts.shape

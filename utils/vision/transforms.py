@@ -31,13 +31,7 @@ class Geometry:
     def __call__(
         self, image: Image.Image, label: Image.Image | None, generator: torch.Generator | None = None
     ) -> tuple[Image.Image, Image.Image | None]:
-        """Applies the same resize and crop to both.
-
-        Args:
-            image: any size, mode RGB.
-            label: the same size, mode L, or None.
-            generator: for random crops.
-        """
+        """Applies the same resize and crop to an image in mode RGB and its label in mode L."""
         size = resized(image.size, self.res) if self.crop else (self.res, self.res)  # (W, H)
         box = (0, 0, *size)
         if self.crop == "center":
@@ -53,10 +47,7 @@ class Geometry:
 
 def resized(size: tuple[int, int], res: int) -> tuple[int, int]:
     """The size (W, H) whose shorter side is `res`; the longer is int(res * long / short)."""
-    width, height = size
-    if width <= height:
-        return res, int(res * height / width)
-    return int(res * width / height), res
+    return tuple(int(res * side / min(size)) for side in size)
 
 
 def center_box(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -72,9 +63,6 @@ def normalise(image: Tensor) -> Tensor:
 
 
 def to_eight_bit(image: Tensor) -> Tensor:
-    """Normalised images to uint8, floor(255 * (x * std + mean)), which the published CRF uses.
-
-    The floor makes about 1% of the values one less than those of the file.
-    """
+    """Normalised images to uint8 for the published CRF; the floor lowers about 1% of the values by one."""
     mean, std = image.new_tensor((MEAN, STD))[:, :, None, None]  # (3, 1, 1) each
     return (255 * (image * std + mean)).floor().clamp_(0, 255).to(torch.uint8)

@@ -1,8 +1,7 @@
 """Bilinear upsampling (align_corners False) of logits and code in bounded memory.
 
 Upsampling commutes with a 1x1 convolution, so the probes run on the patch grid and only their few channels
-are upsampled. The norm of the upsampled code, which cosines are divided by, is a sum of products of
-neighbouring patches.
+are upsampled.
 """
 
 from __future__ import annotations
@@ -18,16 +17,9 @@ LARGEST = 2**26  # an image with more entries is upsampled in strips of rows
 def upsampled_argmax(
     logits: Tensor, size: tuple[int, int], extent: tuple[float, float] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Maximum over the channels of the upsampled logits, and the channel that has it.
+    """Maximum over K of logits (B, K, h, w) upsampled to (H, W), and its channel, (B, H, W) each.
 
-    Args:
-        logits: (B, K, h, w).
-        size: (H, W).
-        extent: (rows, columns) of the source that the result covers, from its top left corner; the rest
-            is padding. None covers all of it.
-
-    Returns:
-        Values and indices, (B, H, W) each.
+    `extent` is the (rows, columns) of the source that the result covers; the rest is padding.
     """
     held = HELD.get(logits.device.type, HELD["cpu"])
     per_image = logits.shape[1] * size[0] * size[1]
@@ -43,7 +35,7 @@ def _argmax_in_strips(
     """As `upsampled_argmax`; equal up to rounding. A strip has its rows upsampled first, then its columns."""
     height, width = size
     row_extent, column_extent = extent or logits.shape[2:]
-    weights = axis_weights(logits.shape[2], height, row_extent).to(logits)  # (h, H)
+    weights = _axis_weights(logits.shape[2], height, row_extent).to(logits)  # (h, H)
     values = logits.new_empty(len(logits), height, width)
     indices = torch.empty_like(values, dtype=torch.int64)
     step = max(1, held // (len(logits) * logits.shape[1] * width))
@@ -60,15 +52,14 @@ def _upsampled(logits: Tensor, size: tuple[int, int], extent: tuple[float, float
     """(B, K, h, w) -> (B, K, H, W), channels last: the maximum over a strided axis is slow."""
     if extent is None:
         return F.interpolate(logits.contiguous(memory_format=torch.channels_last), size=size, mode="bilinear")
-    padded = F.pad(
-        logits, (0, 1, 0, 1), mode="replicate"
-    )  # without it, rounding may make the result a pixel too small
+    # without the padding, rounding may make the result a pixel too small
+    padded = F.pad(logits, (0, 1, 0, 1), mode="replicate")
     padded = padded.contiguous(memory_format=torch.channels_last)
     scale = (size[0] / extent[0], size[1] / extent[1])
     return F.interpolate(padded, scale_factor=scale, mode="bilinear")[..., : size[0], : size[1]]
 
 
-def axis_weights(n_in: int, n_out: int, extent: float | None = None) -> Tensor:
+def _axis_weights(n_in: int, n_out: int, extent: float | None = None) -> Tensor:
     """Weights of the source positions in each target position along one axis, (n_in, n_out) float32."""
     identity = torch.eye(n_in)[None]
     if extent is None:
@@ -80,10 +71,9 @@ def axis_weights(n_in: int, n_out: int, extent: float | None = None) -> Tensor:
 def upsampled_norm(code: Tensor, size: tuple[int, int]) -> Tensor:
     """Norm of the upsampled code, (B, D, h, w) -> (B, H, W) float32, at least 1e-12.
 
-    A target pixel is a weighted sum of four neighbours, so its squared norm is a sum of their inner products.
-    These are maps on the patch grid, and their weights are products of one factor per axis.
+    A pixel is a weighted sum of four patches, so its squared norm is a sum of their inner products.
     """
-    rows, columns = (axis_weights(code.shape[axis], n).to(code) for axis, n in ((2, size[0]), (3, size[1])))
+    rows, columns = (_axis_weights(code.shape[axis], n).to(code) for axis, n in ((2, size[0]), (3, size[1])))
     row_pairs, column_pairs = (weight[:-1] * weight[1:] for weight in (rows, columns))  # (n_in - 1, n_out)
     rows, columns = rows.square(), columns.square()  # (n_in, n_out)
 

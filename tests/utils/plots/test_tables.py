@@ -1,6 +1,6 @@
 import json
 
-from utils.plots.tables import class_table, metrics_table, read_scalars, sets_table, sweep_table, write_sweep
+from utils.plots.tables import class_table, metrics_table, sets_table, sweep_table, write_sweep
 
 FOUR = {"Cluster_Accuracy": 50.0, "Cluster_mIoU": 20.0, "Linear_Accuracy": 80.0, "Linear_mIoU": 40.0}
 
@@ -44,14 +44,6 @@ def test_sets_table__one_row_per_step():
     row = dict.fromkeys(("precision", "recall", "purity", "positives", "negatives", "ambiguous"), 12.34)
     assert sets_table([row, row]).splitlines()[3].startswith("| 1 |")
     assert "12.3" in sets_table([row])
-
-
-def test_read_scalars__skips_empty_cells(tmp_path):
-    (tmp_path / "metrics.csv").write_text("iters,total_loss,Cluster_mIoU\n1,3.5,\n3,2.5,20.5")
-    first, second = read_scalars(tmp_path / "metrics.csv")
-    assert first == {"iters": 1.0, "total_loss": 3.5}
-    assert second == {"iters": 3.0, "total_loss": 2.5, "Cluster_mIoU": 20.5}
-    assert read_scalars(tmp_path / "missing.csv") == []
 
 
 def test_write_sweep__numbers_and_figure(tmp_path):

@@ -36,10 +36,9 @@ def test_finished__once_the_result_of_training_is_there(tiny_options):
     run_dir = RunDir(options := tiny_options())
     run_dir.prepare(options, [])
     run_dir.write_metrics({"step": 4})  # of an evaluation
-    assert not run_dir.finished
+    assert run_dir.final_metrics() is None
     run_dir.write_metrics({"step": 4, "train_hours": 1.0})
-    assert run_dir.finished
-    assert run_dir.read_metrics()["step"] == 4
+    assert run_dir.final_metrics()["step"] == 4
 
 
 def test_check_options__lists_each_difference_that_affects_the_result(tiny_options):

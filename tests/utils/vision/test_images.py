@@ -74,19 +74,8 @@ def test_find__by_kind_of_file(tmp_path):
     for name in ("b.JPG", "a/c.png", ".hidden.jpg", ".cache/d.png", "film.MP4", "notes.txt", "README"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = find_images(tmp_path)
-    assert found.images == [tmp_path / "a/c.png", tmp_path / "b.JPG"]
-    assert found.videos == [tmp_path / "film.MP4"]
-    assert found.others == {".txt": 1, "": 1}
-    assert "1 without ending, 1 .txt; 1 video, such as" in found.passed_over()
-    assert find_images(tmp_path / "a").passed_over() == ""
-
-
-def test_find__follows_links_once(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/a.jpg").touch()
-    (tmp_path / "in").mkdir()
-    for name in ("c", "b"):
-        (tmp_path / "in" / name).symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "in")
-    assert find_images(tmp_path / "in").images == [tmp_path / "in/b/a.jpg"]
+    images, skipped = find_images(tmp_path)
+    assert images == [tmp_path / "a/c.png", tmp_path / "b.JPG"]
+    assert skipped.startswith("other files: 1 .mp4, 1 .txt, 1 without ending; from videos extract frames")
+    assert find_images(tmp_path, without=tmp_path / "a")[0] == [tmp_path / "b.JPG"]
+    assert find_images(tmp_path / "a")[1] == ""

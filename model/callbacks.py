@@ -86,7 +86,7 @@ class WandbImages(Callback):
 class HtmlReport(Callback):
     """Keeps report.html up to date: metrics and curves after each validation, pictures at the end.
 
-    The first validation also draws what propagation does for one anchor; it needs only frozen features.
+    The first validation also plots the propagation of one anchor, which needs only frozen features.
     """
 
     def __init__(self, folder: Path, labels: LabelSpace, shown: Shown) -> None:

@@ -1,4 +1,4 @@
-"""The exception for mistakes that a user can fix, and the parts of its messages."""
+"""The exception for mistakes that a user can fix, and helpers for its messages."""
 
 from __future__ import annotations
 

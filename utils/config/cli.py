@@ -94,7 +94,7 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
         file = find_option_file(flags["variants"], asked="--variants")
         variants = read_json_object(file)
         if not variants or not all(isinstance(changed, dict) for changed in variants.values()):
-            raise UserError(f"{file}: must hold named objects of options, such as {{'name': {{}}}}")
+            raise UserError(f"{file}: must map names to objects of options, such as {{'name': {{}}}}")
     given = {key: value for key, value in flags.items() if key in FIELDS and value is not None}
     jobs = []
     for (variant, changed), *combination in itertools.product(variants.items(), *choices.values()):

@@ -38,7 +38,7 @@ LEGACY = {
     "train": {"freeze_encoder_bn": False, "freeze_all_bn": -1, "num_accum": 1},
     "eval": {"n_images": 5, "is_visualize": False, "is_diff": False},
 }
-# Keys of earlier versions, with what replaces them; stored options may still hold them.
+# Removed keys and their replacements; stored options may still contain them.
 REMOVED_KEYS = {"training_coeff.backend": "the loss is always computed by torch"}
 
 

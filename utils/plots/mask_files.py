@@ -70,7 +70,7 @@ def renamed(names: Sequence[str], text: str) -> list[str]:
 
 
 def result_folders(images: Path, out: Path) -> dict[Path, Path]:
-    """Maps each photograph to the folder of its results: its path below `images` without ending, in `out`.
+    """Maps each photograph to its result folder: its path below `images`, without the ending, in `out`.
 
     Photographs that differ only in the ending keep it. A folder `out` below `images` is not searched.
 

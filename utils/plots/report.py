@@ -47,7 +47,7 @@ def write_report(
     """Writes report.html into the folder of a run.
 
     Args:
-        folder: holds options.json, provenance.json and, once scalars have been logged, metrics.csv.
+        folder: contains options.json, provenance.json and, once scalars are logged, metrics.csv.
         labels: class names and colours.
         state: one sentence about the progress of the run.
         result: the content of metrics.json; during training, the part of it that is known.
@@ -92,7 +92,7 @@ def _read_scalars(path: Path) -> list[dict[str, float]]:
 
 
 def _results(rows: Sequence[Mapping[str, float]], result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Rows of the metrics table: the evaluated steps and, if it is none of them, the last validation."""
+    """Rows of the metrics table: the evaluated steps, and the last validation if it is not among them."""
     table = []
     for title, evaluated in (("step", result), ("last step", result.get("last_step") or {})):
         for stage, words in STAGES.items():

@@ -85,7 +85,7 @@ def sets_table(rows: Sequence[dict[str, float]]) -> str:
 
 
 def explanation_table(result: dict[str, Any]) -> str:
-    """The result of `eval.explain`: m_t, the boundaries and the sizes of the sets, one row for each t."""
+    """The result of `explain_image`: m_t, the boundaries and the sizes of the sets, one row for each t."""
     formats = {"t": "d", "moved": ".4f", "phi": ".4f", "psi": ".4f"}
     formats |= dict.fromkeys(("positives", "ambiguous", "negatives"), ",d")
     rows = [[format(step[key], style) for key, style in formats.items()] for step in result["steps"]]

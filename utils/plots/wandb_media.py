@@ -18,7 +18,7 @@ def prediction_table(
     maps: Sequence[Mapping[str, np.ndarray]],
     labels: LabelSpace,
 ) -> wandb.Table:
-    """One row per image: its name, the photograph (H, W, 3) uint8, and the photograph below each class map.
+    """One row per image: its name, the photograph (H, W, 3) uint8, and each class map over the photograph.
 
     `maps` holds for each image title -> class ids (H, W), 255 = none, with the same titles for all.
     """

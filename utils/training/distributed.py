@@ -51,7 +51,7 @@ def all_gather(rows: Tensor) -> Tensor:
 
 
 def all_reduce(values: Tensor) -> Tensor:
-    """Sum over the ranks; the gradient on a rank is that of its own term."""
+    """Sum over the ranks; each rank gets the gradient of its own term."""
     if world_size() == 1:
         return values
     total = values.detach().clone()

@@ -67,7 +67,7 @@ class RunDir:
             lock = FileLock(path, timeout=0).acquire()
         except Timeout:
             raise UserError(
-                f"{self.path}: another run is writing to this folder (it holds {path}); wait until it ends, "
+                f"{self.path}: another run is writing to this folder (lock: {path}); wait until it ends, "
                 "or choose another wandb.name or output_dir"
             ) from None
         with lock:

@@ -25,7 +25,7 @@ ITERATIONS = 10
 GAUSSIAN = {"sxy": 1, "compat": 3}
 BILATERAL = {"sxy": 67, "srgb": 3, "compat": 4}
 LEAST_PROBABILITY = 1e-5
-NEVER = 1e6  # energy of a label that a head does not have
+NEVER = 1e6  # energy of labels beyond a head's own
 
 
 @dataclass(frozen=True)

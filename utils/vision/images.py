@@ -28,7 +28,7 @@ def _reading(kind: str, path: Path) -> Iterator[None]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image file as upright 8-bit RGB; a missing, damaged or unsuitable file is a UserError."""
+    """An image file as upright 8-bit RGB; raises a UserError if it is missing, damaged or unsupported."""
     if path.suffix.lower() in VIDEO_ENDINGS:
         raise UserError(f"{path}: is a video; {_frames_hint(path)}")
     with _reading("image", path), Image.open(path) as image:
@@ -81,7 +81,7 @@ def find_images(folder: Path, *, without: Path | None = None) -> tuple[list[Path
             if ending in VIDEO_ENDINGS:
                 videos.append(path)
     skipped = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
-    hint = f"; from videos {_frames_hint(min(videos))}" if videos else ""
+    hint = f"; from videos, {_frames_hint(min(videos))}" if videos else ""
     return sorted(images), skipped and f"other files: {skipped}{hint}"
 
 

@@ -106,7 +106,7 @@ def test_variants__each_is_a_run_of_every_seed(tiny_file, tmp_path):
     ("content", "words"),
     [
         ([], "must hold an object"),
-        ({"a": 3}, "must hold named objects of options"),
+        ({"a": 3}, "must map names to objects of options"),
         ({"a": {"train": {"seed": 3}}}, "a: train.seed is also set by the command line"),
         ({"a": {"train": {"sed": 3}}}, "train.sed"),
         ({"a" * 300: {}}, "wandb.name is"),

@@ -76,6 +76,6 @@ def test_find__by_kind_of_file(tmp_path):
         (tmp_path / name).touch()
     images, skipped = find_images(tmp_path)
     assert images == [tmp_path / "a/c.png", tmp_path / "b.JPG"]
-    assert skipped.startswith("other files: 1 .mp4, 1 .txt, 1 without ending; from videos extract frames")
+    assert skipped.startswith("other files: 1 .mp4, 1 .txt, 1 without ending; from videos, extract frames")
     assert find_images(tmp_path, without=tmp_path / "a")[0] == [tmp_path / "b.JPG"]
     assert find_images(tmp_path / "a")[1] == ""

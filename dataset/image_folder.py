@@ -57,29 +57,26 @@ class ImageFolder(FileSource):
     """One split, "train" or "val"; raises a UserError if there is no train image. "val" may be empty."""
 
     def __init__(self, options: DatasetOptions, split: str) -> None:
-        root = Path(options.data_path)
+        root, images = Path(options.data_path), []
         plain = not (root / "imgs").is_dir()
         folder = root if plain else root / "imgs" / split
-        found = find_images(folder, without=root / CROPS_FOLDER)
-        images, skipped = found.images, found.passed_over()
-        if split == "train":
-            if not images:
-                endings = ", ".join(sorted(IMAGE_ENDINGS))
-                message = f"{folder} holds no image ({endings}); put yours there"
+        if split == "train" or not plain:
+            found = find_images(folder, without=root / CROPS_FOLDER)
+            images, skipped = found.images, found.passed_over()
+            if split == "train" and not images:
+                message = f"{folder} holds no image ({', '.join(sorted(IMAGE_ENDINGS))}); put yours there"
                 raise UserError(f"dataset.data_path is {root}: {message}" + (skipped and f"; {skipped}"))
             if plain:
                 print(f"{root} has no folder imgs: training on all {len(images)} images, without labels")
-        elif plain:
-            images, skipped = [], ""
-        if skipped:
-            print(f"{folder}: skipped {skipped}")
-        ignore, n_classes = _read_classes(options).ignore, labels(options).n_classes
-        if ignore < n_classes:
+            if skipped:
+                print(f"{folder}: skipped {skipped}")
+        targets = [None] * len(images) if plain else _targets(images, folder, root / "labels" / split)
+        ignore, ids = _read_classes(options).ignore, range(labels(options).n_classes)
+        if ignore in ids:
             raise UserError(
-                f"{root}/classes.json: ignore is {ignore}, but class ids are 0 to {n_classes - 1}"
+                f"{root}/classes.json: ignore is {ignore}, which is one of the {len(ids)} class ids"
             )
-        rule = class_rule({class_id: class_id for class_id in range(n_classes)}, ignored=[ignore])
-        super().__init__(images, _targets(images, folder, root / "labels" / split), rule=rule)
+        super().__init__(images, targets, rule=class_rule({i: i for i in ids}, ignored=[ignore]))
 
 
 def _targets(images: list[Path], folder: Path, label_folder: Path) -> list[Path | None]:

@@ -98,10 +98,7 @@ class DataSetKind(NamedTuple):
 
 
 def class_rule(mapping: dict[int, int], *, ignored: Iterable[int] | None = None) -> np.ndarray:
-    """The class of each raw label value, (256,) int64, from raw value -> class.
-
-    All other values are ignored; if `ignored` lists values to ignore, the rest are errors.
-    """
+    """The class of each raw label value, (256,) int64; others are ignored, or errors with `ignored`."""
     rule = np.full(256, IGNORE if ignored is None else INVALID, dtype=np.int64)
     rule[list(ignored or ())] = IGNORE
     rule[list(mapping)] = list(mapping.values())
@@ -184,7 +181,6 @@ class SegmentationDataset(Dataset):
         image, label = self.geometry(image, label, drawn)
         pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # (3, H, W)
         if label is None:
-            classes = torch.full((self.geometry.res, self.geometry.res), IGNORE)
-        else:
-            classes = torch.from_numpy(classes_of(label, self.source, position))
-        return Batch(pixels, classes, torch.tensor(index))
+            return Batch(pixels, torch.full(pixels.shape[1:], IGNORE), torch.tensor(index))
+        classes = classes_of(label, self.source, position)
+        return Batch(pixels, torch.from_numpy(classes), torch.tensor(index))

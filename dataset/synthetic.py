@@ -33,7 +33,7 @@ class Synthetic(Source):
         train = split == "train"
         self.split, self.side = split, options.res if train else options.val_res
         self.count = options.train_images if train else options.val_images
-        self.rule = class_rule({class_id: class_id for class_id in range(len(NAMES))})
+        self.rule = class_rule({i: i for i in range(len(NAMES))})
 
     def __len__(self) -> int:
         return self.count

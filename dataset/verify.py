@@ -42,6 +42,5 @@ def sound_items(
             hint = "fix or remove them, or skip them with dataset.skip_damaged=true"
             raise UserError(listed(f"{count}; {hint}", damaged))
         print(listed(f"{count} and skipped (dataset.skip_damaged)", damaged))
-    return {
-        split: [i for i, line in enumerate(lines) if not line] for split, lines in messages.items()
-    }, damaged
+    sound = {split: [i for i, line in enumerate(lines) if not line] for split, lines in messages.items()}
+    return sound, damaged

@@ -96,7 +96,7 @@ def test_checkpoint__training_can_start_from_one(trained):
 def test_crf__either_backend_gives_the_same_metrics(trained, monkeypatch, capsys):
     """Without pydensecrf, "auto" refines in torch and says so; "pydensecrf" leaves the metrics out."""
     path, _, result = trained
-    for module in ("utils.vision.crf", "model.evaluator"):
+    for module in ("utils.vision.crf", "eval"):
         monkeypatch.setattr(f"{module}.crf_missing", lambda: "pydensecrf does not import")
     words = ["--opt", path, "--checkpoint", "tiny", "wandb.name=torch_crf"]
     (evaluated,) = evaluation.main(words)

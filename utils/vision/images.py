@@ -69,9 +69,14 @@ def find_images(folder: Path, *, without: Path | None = None) -> tuple[list[Path
 
     Follows links; skips hidden files, hidden folders and the folder `without`.
     """
-    images, videos, others = [], [], Counter()
+    images, videos, others, seen = [], [], Counter(), set()
     for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and Path(place, name) != without]
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        # sorted, so that of two links to one folder every machine follows the same
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and Path(place, n) != without)
         for path in (Path(place, name) for name in files if not name.startswith(".")):
             ending = path.suffix.lower()
             if ending in IMAGE_ENDINGS:

@@ -1,7 +1,7 @@
-"""Speed against the literal form and against the hardware: python -m tests.benchmarks all
+"""Speed relative to the literal form and to the hardware: python -m tests.benchmarks all
 
-One table: median and spread in milliseconds, peak memory, the ratio to the literal form in the same process,
-and the ratio to the floor that measured rates of products and copies set.
+Prints a table: median and spread in milliseconds, peak memory, the ratio to the literal form in the same
+process, and the ratio to the floor set by the measured rates of products and copies.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -18,9 +19,8 @@ import torch
 from tests.benchmarks.compute import bench_growth, bench_loss, bench_step
 from tests.benchmarks.evaluation import bench_crf, bench_eval
 from tests.benchmarks.inputs import SHAPES
-from tests.benchmarks.measure import HEADER, Bench, Row, as_json
+from tests.benchmarks.measure import HEADER, Bench, Row
 from tests.benchmarks.pipeline import bench_data, bench_epoch
-from utils.files import write_json
 from utils.plots.tables import markdown
 from utils.training.launch import cores
 
@@ -36,35 +36,26 @@ CASES: dict[str, Callable[[Bench, str], list[Row]]] = {
 
 
 def hardware(device: torch.device) -> str:
-    """What the numbers belong to."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    """The machine, torch's version and the date."""
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     date = datetime.now(timezone.utc).date()
     return f"{name}, {cores()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {date}"
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
-
-
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    """Runs the cases that are named and prints their table."""
+    """Runs the named cases and prints their table."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("cases", nargs="+", choices=[*CASES, "all"], metavar="case", help=", ".join(CASES))
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
     parser.add_argument("--shape", choices=list(SHAPES), default="cocostuff", help="whose sizes")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each form")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     arguments = parser.parse_args(argv)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device is cuda, but there is no CUDA device here: take cpu")
-    if arguments.repeats < 1:
-        parser.error(f"--repeats is {arguments.repeats}, must be at least 1")
     bench = Bench(torch.device(arguments.device), arguments.repeats)
     about = hardware(bench.device)
     print(f"{about}, shape {arguments.shape}")
@@ -73,15 +64,11 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         found = CASES[name](bench, arguments.shape)
         print("\n" + markdown(HEADER, [row.cells() for row in found]), flush=True)
         rows += found
-        if arguments.json is not None:  # each time: a run that is cut short loses nothing
-            content = {
-                "hardware": about,
-                "shape": arguments.shape,
-                "rates": bench.about(),
-                "rows": as_json(rows),
-            }
-            write_json(arguments.json, content)
-    print("\n" + json.dumps({key: round(value, 1) for key, value in bench.about().items()}))
+        if arguments.json is not None:  # after each case, so that an interrupted run loses nothing
+            content = {"hardware": about, "shape": arguments.shape, "rates": bench.rates()}
+            content["rows"] = [asdict(row) for row in rows]
+            arguments.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    print("\n" + json.dumps({key: round(value, 1) for key, value in bench.rates().items()}))
     return rows
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,23 +32,31 @@ SHAPES = {
     "small": "demo.json",
 }
 CENTRES, ABOVE = 12, 0.07
-PHOTOGRAPH = (640, 480)  # the commonest size in COCO, (W, H)
+PHOTOGRAPH = (640, 480)  # the most common size in COCO, (W, H)
 
 
-@dataclass(frozen=True)
-class LossInputs:
-    """What the loss takes: z (N, D) with a gradient, features (B, D, h, w), anchors (groups, A)."""
+class LossInputs(NamedTuple):
+    """Arguments of the loss: z (N, D) with a gradient, features (B, D, h, w), anchors (groups, A)."""
 
     z: Tensor
     features: Tensor
     anchors: Tensor
 
 
-def shape_options(shape: str, **sections: dict) -> Options:
-    """The options of an experiment; further sections change keys, {"dataset": {"res": 64}}."""
-    changed = {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
-    path = find_option_file(SHAPES[shape])
-    return load_options(path, {"wandb.mode": "disabled"} | changed)
+def shape_options(shape: str, changed: dict | None = None) -> Options:
+    """The options of an experiment with some keys changed."""
+    return load_options(find_option_file(SHAPES[shape]), {"wandb.mode": "disabled"} | (changed or {}))
+
+
+def n_classes_of(options: Options) -> int:
+    """The number of classes of a data set."""
+    return DATA_SETS[options.dataset.data_type].labels(options.dataset).n_classes
+
+
+def loss_of(options: Options, **changed: int) -> PPAPLoss:
+    """The loss of an experiment, some coefficients changed."""
+    changes = {f"training_coeff.{key}": value for key, value in changed.items()}
+    return build_criterion(with_changes(options, changes))
 
 
 def loss_inputs(options: Options, criterion: PPAPLoss, batch: int, device: torch.device) -> LossInputs:
@@ -68,12 +76,6 @@ def loss_inputs(options: Options, criterion: PPAPLoss, batch: int, device: torch
     anchors = criterion.sample_anchors(patches, drawn)
     z = directions(patches).to(device).requires_grad_()
     return LossInputs(z, features.to(device), anchors.to(device))
-
-
-def loss_of(options: Options, **changed: int | str) -> PPAPLoss:
-    """The criterion of an experiment, some coefficients changed."""
-    changes = {f"training_coeff.{key}": value for key, value in changed.items()}
-    return build_criterion(with_changes(options, changes))
 
 
 def random_module(options: Options, device: torch.device) -> PPAPModule:
@@ -107,7 +109,7 @@ def scene(number: int, size: tuple[int, int], n_classes: int) -> tuple[Image.Ima
 
 
 def write_photographs(root: Path, *, images: int, n_classes: int) -> None:
-    """A data set of data_type directory, with its five crops prepared beside it."""
+    """A data set of data_type directory, and its prepared crops."""
     (root / "classes.json").write_text(json.dumps({"n_classes": n_classes}))
     crops = prepared_folder(root, "directory", "five", 0.5)
     folders = [root / "imgs/train", root / "labels/train", crops / "img/train", crops / "label/train"]

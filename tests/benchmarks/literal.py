@@ -1,8 +1,6 @@
-"""The published computation in its literal form: what a careful reader of the paper would write first.
+"""The published computation in its literal form: a direct transcription of the paper.
 
-Loss, predictions and CRF are held against the published code's numbers in test_literal.py, a loader's first
-view against our own item; none is slower than it has to be for what it is, a direct transcription. On CUDA
-the loss is float32 throughout, where the published one takes similarities and logits in float16.
+Tested against the golden numbers. On CUDA the loss is float32, where the published one is partly float16.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode, v2
 
 from loss.propagation import Boundaries
 from utils.vision.crf import BILATERAL, GAUSSIAN, ITERATIONS, LEAST_PROBABILITY
@@ -24,12 +23,7 @@ from utils.vision.transforms import MEAN, STD
 def ppap_loss(z: Tensor, features: Tensor, anchors: Tensor, *, boundaries: Boundaries, tau: float) -> Tensor:
     """The loss group by group, proxies as means over an (A, N, D) tensor; autograd gives the gradient.
 
-    Args:
-        z: (N, D), with a gradient.
-        features: (B, D, h, w).
-        anchors: (groups, A) int64, every one used and every group with a positive.
-        boundaries: the coefficients.
-        tau: temperature.
+    Takes z (N, D), features (B, D, h, w) and anchors (groups, A), all used; each group has a positive.
     """
     f = F.normalize(features.permute(0, 2, 3, 1).flatten(0, 2), dim=1)  # (N, D)
     losses = []
@@ -61,17 +55,7 @@ def ppap_loss(z: Tensor, features: Tensor, anchors: Tensor, *, boundaries: Bound
 def predictions(
     code: Tensor, size: tuple[int, int], *, linear: nn.Module, centroids: Tensor
 ) -> dict[str, Tensor]:
-    """Both probes on the code upsampled to the label, as section 5 of the method reads.
-
-    Args:
-        code: (B, D, h, w).
-        size: (H, W).
-        linear: from (B, D, H, W) to logits.
-        centroids: (K, D).
-
-    Returns:
-        `linear` and `cluster`, (B, H, W) int64, and `cosines`, (B, K, H, W).
-    """
+    """Both probes on the upsampled code: `linear` and `cluster` (B, H, W) int64, `cosines` (B, K, H, W)."""
     full = F.interpolate(code, size=size, mode="bilinear")  # (B, D, H, W)
     cosines = F.conv2d(F.normalize(full, dim=1), F.normalize(centroids, dim=1)[:, :, None, None])
     return {"linear": linear(full).argmax(dim=1), "cluster": cosines.argmax(dim=1), "cosines": cosines}
@@ -86,7 +70,7 @@ def confusion(prediction: Tensor, label: Tensor, counts: np.ndarray) -> None:
 
 
 def crf(image: np.ndarray, log_probability: np.ndarray) -> np.ndarray:
-    """One head of one image: (H, W, 3) uint8 RGB and (K, H, W) to (K, H, W), with a lattice of its own."""
+    """One head of one image with its own lattice: (H, W, 3) uint8 RGB and (K, H, W) to (K, H, W)."""
     from pydensecrf.densecrf import DenseCRF2D
 
     labels, height, width = log_probability.shape
@@ -95,17 +79,13 @@ def crf(image: np.ndarray, log_probability: np.ndarray) -> np.ndarray:
     model = DenseCRF2D(width, height, labels)
     model.setUnaryEnergy(np.ascontiguousarray(unary.reshape(labels, -1)))
     model.addPairwiseGaussian(**GAUSSIAN)
-    bgr = np.ascontiguousarray(image[:, :, ::-1])
-    compat = {name: value for name, value in BILATERAL.items() if name != "compat"}
-    model.addPairwiseBilateral(**compat, rgbim=bgr, compat=BILATERAL["compat"])
+    model.addPairwiseBilateral(**BILATERAL, rgbim=np.ascontiguousarray(image[:, :, ::-1]))  # BGR
     return np.asarray(model.inference(ITERATIONS)).reshape(labels, height, width)
 
 
 @lru_cache(maxsize=1)
 def _transforms(res: int) -> tuple[Callable, Callable, Callable]:
-    """To the size, from an image to a normalised tensor, and what the second view changes."""
-    from torchvision.transforms import InterpolationMode, v2
-
+    """Resize and crop, conversion to a normalised tensor, and the changes of the second view."""
     shape = [v2.Resize(res, interpolation=InterpolationMode.NEAREST), v2.CenterCrop(res)]
     tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     change = [
@@ -117,10 +97,7 @@ def _transforms(res: int) -> tuple[Callable, Callable, Callable]:
 
 
 def two_views(image: Image.Image, label: Image.Image, res: int, rule: np.ndarray) -> tuple[Tensor, ...]:
-    """A train item with the second view that nothing reads: (image, second view, label).
-
-    Resize, centre crop and normalisation of both; colour jitter, blur and flip of the second.
-    """
+    """A train item with the published second view, which nothing reads: (image, second view, label)."""
     shape, tensor, change = _transforms(res)
     image, label = shape(image), shape(label)
     classes = torch.from_numpy(rule[np.asarray(label)])  # (H, W)

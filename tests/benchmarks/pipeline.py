@@ -1,4 +1,4 @@
-"""Items a second of the loaders, and an epoch from files to updated weights."""
+"""Items per second of the loaders, and an epoch from files to updated weights."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from dataset.datamodule import SegmentationDataModule, prepared_crops
 from dataset.image_folder import ImageFolder
 from model.module import PPAPModule
 from tests.benchmarks import literal
-from tests.benchmarks.compute import LITERAL_BATCH, literal_losses, network_cost, step_form, step_loss_cost
+from tests.benchmarks.compute import LITERAL_BATCH, literal_losses, step_costs, step_form
 from tests.benchmarks.inputs import random_module, shape_options, write_photographs
 from tests.benchmarks.measure import Bench, Row
 from utils.config.loading import with_changes
 from utils.config.options import Options
 from utils.training.device import precision_settings
 from utils.training.launch import cores
-from utils.training.run_dir import Progress
 from utils.training.trainer import build_trainer
 from utils.vision.transforms import Geometry
 
@@ -47,67 +46,61 @@ class TwoViews(Dataset):
         return literal.two_views(raw.image, raw.label, self.res, self.source.rule)
 
 
-def one_pass(dataset: Dataset, batch_size: int) -> Callable[[], None]:
-    """Reads a data set once; the workers stay."""
-    workers = cores()
-    loader = DataLoader(dataset, batch_size, num_workers=workers, persistent_workers=True)
-    return lambda: [None for _ in loader]
-
-
 def photographs(root: Path, shape: str, bench: Bench) -> Options:
     """Options of an experiment on photographs that are written below a folder."""
-    images = PHOTOGRAPHS[bench.device.type]
-    write_photographs(root, images=images, n_classes=CLASSES)
-    changed = {"data_type": "directory", "data_path": str(root), "crop_type": "five"}
-    sizes = {} if bench.device.type == "cuda" else {"batch_size": 8, "num_workers": 2}
-    return shape_options(shape, dataset=changed, dataloader=sizes)
+    write_photographs(root, images=PHOTOGRAPHS[bench.device.type], n_classes=CLASSES)
+    changed = {"dataset.data_type": "directory", "dataset.data_path": str(root), "dataset.crop_type": "five"}
+    if bench.device.type == "cpu":
+        changed |= {"dataloader.batch_size": 8, "dataloader.num_workers": 2}
+    return shape_options(shape, changed | {"train.epoch": 1, "dataset.cache_features": None})
 
 
 def bench_data(bench: Bench, shape: str) -> list[Row]:
-    """Items a second on prepared crops; crops cut on the fly decode four times the pixels."""
+    """Items per second on prepared crops; crops cut on the fly decode four times the pixels."""
     with tempfile.TemporaryDirectory() as root:
         options = photographs(Path(root), shape, bench)
         chosen = options.dataset
         geometry = Geometry(chosen.res, "center", chosen.interpolation)
         prepared = prepared_crops(prepared_folder(Path(root), "directory", "five", 0.5), CLASSES)
         whole = ImageFolder(chosen, "train")
-        size = options.dataloader.batch_size
+
+        def one_pass(items: Dataset) -> Callable[[], None]:
+            size, workers = options.dataloader.batch_size, cores()
+            loader = DataLoader(items, size, num_workers=workers, persistent_workers=True)
+            return lambda: [None for _ in loader]
+
         forms = {
-            "literal": one_pass(TwoViews(prepared, chosen.res), size),
-            "ours": one_pass(SegmentationDataset(prepared, geometry), size),
-            "ours, cut on the fly": one_pass(SegmentationDataset(whole, geometry, crops=(0.5, "five")), size),
+            "literal": one_pass(TwoViews(prepared, chosen.res)),
+            "ours": one_pass(SegmentationDataset(prepared, geometry)),
+            "ours, cut on the fly": one_pass(SegmentationDataset(whole, geometry, crops=(0.5, "five"))),
         }
         return bench.compare("data", forms, items=len(prepared))
 
 
 def literal_epoch(bench: Bench, module: PPAPModule, source: Source, options: Options) -> Callable[[], None]:
-    """Two views of each item, the literal loss, no token kept."""
-    device = bench.device
-    items = TwoViews(source, options.dataset.res)
+    """Two views of each item, the literal loss, no cached tokens."""
     loader = DataLoader(
-        items,
+        TwoViews(source, options.dataset.res),
         options.dataloader.batch_size,
         num_workers=options.dataloader.num_workers,
         persistent_workers=True,
         drop_last=True,
         shuffle=True,
-        pin_memory=device.type == "cuda",
+        pin_memory=bench.device.type == "cuda",
     )
-    optimizer = module.to(device).configure_optimizers()
-    given: dict[str, torch.Tensor] = {}
-    step = step_form(module, optimizer, lambda: literal_losses(module, **given))
+    module.to(bench.device)
+    step = step_form(module, module.configure_optimizers(), functools.partial(literal_losses, module))
 
     def run() -> None:
-        module.to(device)  # Lightning leaves it on the CPU
+        module.to(bench.device)  # Lightning leaves it on the CPU
         for image, _, label in loader:
-            given.update(image=image.to(device, non_blocking=True), label=label.to(device, non_blocking=True))
-            step()
+            step(image.to(bench.device, non_blocking=True), label.to(bench.device, non_blocking=True))
 
     return run
 
 
 def hardware_of(bench: Bench, options: Options) -> dict[str, Any]:
-    """The Trainer's settings for the device that is measured, whatever else there is."""
+    """The Trainer's settings for the measured device."""
     accelerator = bench.device.type
     return {"accelerator": accelerator, "devices": 1} | precision_settings(options, accelerator)
 
@@ -117,39 +110,35 @@ def fitted(bench: Bench, module: PPAPModule, data: SegmentationDataModule) -> Ca
     loader = data.train_dataloader()
 
     def run() -> None:
-        module.follow(data.schedule, Progress())
-        hardware = hardware_of(bench, data.options)
-        trainer = build_trainer(data.options, hardware)
-        trainer.fit(module, loader)
+        build_trainer(data.options, hardware_of(bench, data.options)).fit(module, loader)
 
     return run
 
 
-def cached_data(bench: Bench, module: PPAPModule, options: Options) -> SegmentationDataModule:
+def with_cached_tokens(
+    bench: Bench, module: PPAPModule, data: SegmentationDataModule
+) -> SegmentationDataModule:
     """The same items as tokens in memory."""
-    data = build_data(with_changes(options, {"dataset.cache_features": "ram"}))
+    options = with_changes(data.options, {"dataset.cache_features": "ram"})
     trainer = build_trainer(options, hardware_of(bench, options))
     encode = functools.partial(module.frozen_tokens, trainer=trainer)
     precision = trainer.precision_plugin.precision
-    return data.with_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
+    return build_data(options).with_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
 
 
 def bench_epoch(bench: Bench, shape: str) -> list[Row]:
     """An epoch on prepared crops: two views and the literal loss, ours, ours from cached tokens."""
+    device = bench.device.type
     with tempfile.TemporaryDirectory() as root:
-        options = with_changes(photographs(Path(root), shape, bench), {"train.epoch": 1})
-        size = options.dataloader.batch_size
-        data = build_data(options)
-        steps = len(data.train_set) // size
-        module = random_module(options, bench.device)
+        options = photographs(Path(root), shape, bench)
+        size, data = options.dataloader.batch_size, build_data(options)
+        steps, module = len(data.train_set) // size, random_module(options, bench.device)
         forms = {"ours": fitted(bench, module, data)}
-        if size <= LITERAL_BATCH[bench.device.type]:
+        if size <= LITERAL_BATCH[device]:
             forms["literal"] = literal_epoch(bench, module, data.train_set.source, options)
-        forms["ours, cached tokens"] = fitted(bench, module, cached_data(bench, module, options))
-        operand = torch.float16 if bench.device.type == "cuda" else torch.float32
-        loss = step_loss_cost(options)
+        forms["ours, cached tokens"] = fitted(bench, module, with_cached_tokens(bench, module, data))
         costs = {
-            "ours": [network_cost(options, operand), loss] * steps,
-            "ours, cached tokens": [network_cost(options, operand, cached=True), loss] * steps,
+            "ours": step_costs(options, device) * steps,
+            "ours, cached tokens": step_costs(options, device, cached=True) * steps,
         }
         return bench.compare(f"epoch of {steps} steps", forms, costs=costs, items=steps * size)

@@ -1,4 +1,4 @@
-"""The literal forms that the benchmarks hold ours against compute what the published code does."""
+"""The literal forms compute what the published code does, and every benchmark runs."""
 
 import json
 
@@ -38,8 +38,6 @@ def test_predictions__golden(golden):
         found = literal.predictions(stored.code0, (64, 64), linear=linear, centroids=stored.clusters)
     assert torch.equal(found["linear"], stored.linear_pred_up.long())
     assert torch.equal(found["cluster"], stored.cluster_pred_up.long())
-    best = found["cosines"].amax(dim=1)
-    assert (best <= 1 + 1e-6).all()
 
 
 def test_crf__golden(golden):
@@ -62,9 +60,9 @@ def test_two_views__the_first_is_our_item(tmp_path):
     assert second.shape == image.shape
 
 
-def test_confusion__counts(tmp_path):
+def test_confusion__counts():
     counts = np.zeros((2, 3), dtype=np.int64)
-    literal.confusion(torch.tensor([2, 0, 1, 1]), torch.tensor([1, 0, -1, 0]), counts)
+    literal.confusion(torch.tensor([2, 0, 1, 1]), torch.tensor([1, 0, 255, 0]), counts)
     assert counts.tolist() == [[1, 1, 0], [0, 0, 1]]
 
 
@@ -91,41 +89,31 @@ def test_bench__ratio_and_floor_of_known_times(monkeypatch):
     assert (literally.gain, literally.floor) == (None, None)
     assert (ours.gain, ours.items) == (8.0, 4.0)
     assert ours.floor == pytest.approx(20 / 100 + 0.5 / 10)
-    assert [row.seconds for row in bench.compare("a case", forms, repeats=0)] == [9.0, 9.0]
+    assert [row.seconds for row in bench.compare("a case", forms, once=True)] == [9.0, 9.0]
 
 
-def test_program__writes_what_it_prints(tmp_path, capsys):
-    path = tmp_path / "rows.json"
-    arguments = ["loss", "--device", "cpu", "--shape", "small", "--repeats", "1", "--json", str(path)]
-    rows = main(arguments)
-    stored = json.loads(path.read_text())
-    assert [row["form"] for row in stored["rows"]] == ["literal", "ours"] * 2
-    assert stored["rows"][1]["seconds"] == rows[1].seconds > 0
-    assert stored["rates"]["float32 Gop/s"] > 0
-    assert "loss, batch 8: ours" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("case", "forms"),
-    [
-        ("growth", ["ours"] * 12),
-        ("step", ["ours", "literal"]),
-        ("epoch", ["ours", "literal", "ours, cached tokens"]),
-        ("eval", ["literal", "ours"]),
-        ("data", ["literal", "ours", "ours, cut on the fly"]),
-    ],
-)
-def test_program__runs_every_case(monkeypatch, case, forms):
-    monkeypatch.setattr("tests.benchmarks.compute.GROWTH_BATCHES", (1, 2, 3, 4, 5, 6))
-    rows = main([case, "--device", "cpu", "--shape", "small", "--repeats", "1"])
-    assert [row.form for row in rows] == forms
-    assert all(row.seconds > 0 for row in rows)
-
-
-@pytest.mark.skipif(crf_missing() is not None, reason="no pydensecrf")
-def test_program__runs_crf_in_processes_and_in_torch(monkeypatch):
+def test_program__runs_every_case(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("tests.benchmarks.compute.GROWTH_BATCHES", (1,))
+    monkeypatch.setattr("tests.benchmarks.compute.LOSS_BATCHES", {"cpu": (1,)})
     monkeypatch.setattr("tests.benchmarks.evaluation.REFINED", 1)
-    monkeypatch.setattr("tests.benchmarks.evaluation.cores", lambda: 1)
-    rows = main(["crf", "--device", "cpu", "--shape", "small", "--repeats", "1"])
-    assert [row.form for row in rows][::3] == ["literal", "ours, torch on cpu"]
-    assert all(row.seconds > 0 for row in rows)
+    monkeypatch.setattr("tests.benchmarks.pipeline.PHOTOGRAPHS", {"cpu": 2})
+    path = tmp_path / "rows.json"
+    rows = main(["all", "--device", "cpu", "--shape", "small", "--repeats", "1", "--json", str(path)])
+    forms = {}
+    for row in rows:
+        forms.setdefault(row.case.split(",")[0].split(" of ")[0], []).append(row.form)
+        assert row.seconds > 0
+    crf = forms.pop("crf", None)
+    assert crf_missing() or (crf[0], crf[-1]) == ("literal", "ours, torch on cpu")
+    assert forms == {
+        "loss": ["literal", "ours"],
+        "growth": ["ours"] * 7,
+        "step": ["ours", "literal"],
+        "epoch": ["ours", "literal", "ours, cached tokens"],
+        "eval": ["literal", "ours"],
+        "data": ["literal", "ours", "ours, cut on the fly"],
+    }
+    stored = json.loads(path.read_text())
+    assert [row["seconds"] for row in stored["rows"]] == [row.seconds for row in rows]
+    assert stored["rates"]["float32 Gop/s"] > 0
+    assert "loss, batch 1: ours" in capsys.readouterr().out

@@ -4,8 +4,6 @@ Other flags write masks of photographs (--images), plot the propagation of an an
 the sets of propagation with the labels (--measure-sets) and export a checkpoint (--export).
 """
 
-from __future__ import annotations
-
 import sys
 from argparse import Namespace
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Data sets by name; `build_data` is the factory, `register_data_set` adds your own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from dataset import cityscapes, cocostuff, image_folder, potsdam, synthetic

@@ -1,7 +1,5 @@
 """Sources of raw images and labels, and the data set that makes training items of them."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shlex

@@ -4,8 +4,6 @@ Layout of data_path, as in torchvision: leftImg8bit/<split>/<city>/*_leftImg8bit
 gtFine/<split>/<city>/*_gtFine_labelIds.png.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torchvision.datasets import Cityscapes as TorchvisionCityscapes

@@ -4,8 +4,6 @@ Layout of data_path: curated/<split>/<list>.txt, images/<split>/<id>.jpg, annota
 split train2017 or val2017; annotations hold fine ids 0 to 181 and 255 = ignore.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from dataset.base import FileSource, class_rule, require_files

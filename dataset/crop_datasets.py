@@ -4,8 +4,6 @@ Training cuts the same crops on the fly; reading prepared ones decodes a quarter
 image i is img/train/<5i + k>.jpg and label/train/<5i + k>.png (class + 1, 0 = ignore), as published.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Five crops of each train image, cut on the fly or prepared as files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from utils.training.randomness import derived_seed

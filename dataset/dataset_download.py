@@ -5,8 +5,6 @@
 The same command resumes an interrupted download; rerunning it on a complete data set is a no-op.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

@@ -5,8 +5,6 @@ of class ids with the path and name of their image; 255, or `ignore` in classes.
 classes.json: {"n_classes": 2, "classes": ["sky", "road"], "ignore": 255}, each key optional.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pydantic import BaseModel, Field, ValidationError

@@ -5,8 +5,6 @@ channels are used) and gt/<id>.mat (key gt). potsdamraw: imgs/ and gt/ below pro
 both splits are all patches.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Batch samplers: which items make up a batch, as a function of seed, step and rank."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -5,8 +5,6 @@ colours, with random phase, period and shading; a scene depends on (split, index
 which it is used.
 """
 
-from __future__ import annotations
-
 import colorsys
 
 import numpy as np

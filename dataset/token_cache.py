@@ -3,8 +3,6 @@
 Later runs with the same files, geometry, label rule, weights and precision reuse the files.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence

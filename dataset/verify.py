@@ -1,7 +1,5 @@
 """Reads every file before a run (--check), to report damaged items or skip them (dataset.skip_damaged)."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from torch.utils.data import DataLoader

@@ -1,7 +1,5 @@
 """Loss and gradient of a batch over chunks of anchors: no tensor is larger than (chunk, N)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -3,8 +3,6 @@
 The term is that of supervised contrastive learning (Khosla et al., NeurIPS 2020), scaled by tau / 0.07.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ Here a group without positives is skipped, a short group is weighted by its numb
 bounded by a chunk of anchors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

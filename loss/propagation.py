@@ -4,8 +4,6 @@ Seong, Moon, Lee, Heo, "Progressive Proxy Anchor Propagation for Unsupervised Se
 ECCV 2024. Pure functions of tensors: deterministic, stateless and without gradients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

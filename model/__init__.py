@@ -1,7 +1,5 @@
 """The network and its Lightning module; `build_module` is the factory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

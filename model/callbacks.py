@@ -1,7 +1,5 @@
 """Callbacks that report on a run: tables and images in wandb, and report.html in the run's folder."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

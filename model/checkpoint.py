@@ -1,7 +1,5 @@
 """Reads, restores and exports checkpoints, in our format and in the published one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Builds the loss that the options select: PPAP's or a registered one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """From the code of a batch to predictions, confusion matrices and CRF refinement."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The propagation of one anchor, step by step, computed as in the loss (eval.py --explain)."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

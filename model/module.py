@@ -1,7 +1,5 @@
 """PPAP as a LightningModule: training step, validation step, optimizer and checkpoint entry."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Training monitors: throughput and non-finite losses."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Predicts class maps of photographs: `Predictor` for one photograph, `predict_folder` for files."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The two probes that read the code: a linear classifier and cosine clusters."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """Results of an evaluation: metrics.json, confusion matrices, and pictures of some validation images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ image (B, 3, H, W) -> FrozenViT blocks 1..L-1 -> tokens --> block L (frozen)  ->
 The loss selects its sets by crit and is differentiated through z; the probes read code.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple

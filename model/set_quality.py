@@ -1,7 +1,5 @@
 """Quality of propagation's sets on frozen features, measured with labels (eval.py --measure-sets)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Builds the backbone that the options describe and loads its weights, from a file or a published address."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Downloads files over HTTP, with resume and retries, and unpacks zip archives."""
 
-from __future__ import annotations
-
 import os
 import re
 import zipfile

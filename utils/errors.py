@@ -1,7 +1,5 @@
 """The exception for mistakes that a user can fix, and helpers for its messages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 

@@ -1,7 +1,5 @@
 """Atomic writes, JSON, folders, locks, and the lookup of checkpoints and weights."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

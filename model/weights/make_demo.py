@@ -7,8 +7,6 @@ teacher predicts at the same place of the scene in another crop.
 To judge the result: python eval.py --opt demo_eval.json --measure-sets
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import math

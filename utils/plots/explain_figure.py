@@ -1,7 +1,5 @@
 """Figure of the propagation of one anchor: similarity maps, sets and histograms for t = 0..T."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

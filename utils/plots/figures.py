@@ -1,7 +1,5 @@
 """Figures of an evaluation: predictions, confusion matrices, IoU per class, sweeps, sets and legends."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Mask files of photographs: ids with names and colours, result folders, masks and overlays."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path

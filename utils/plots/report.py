@@ -1,7 +1,5 @@
 """Writes report.html, a self-contained page about one run, from the files in its folder."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import math

@@ -1,7 +1,5 @@
 """Markdown tables of metrics, IoU per class and sweeps, and the files of a sweep."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tables, masks and bar charts of a validation for wandb."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Checkpoints of a run: when they are written, what they contain, and where a run resumes."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 import signal

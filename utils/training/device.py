@@ -1,7 +1,5 @@
 """Device and precision of a run, and actionable messages for exhausted memory."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ value of the global batch on every rank; its gradient on a rank is that rank's p
 ranks add up to the gradient of the global batch. With one process, every function is the identity.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, TypeVar
 

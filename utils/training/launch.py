@@ -1,7 +1,5 @@
 """How torchrun, SLURM or Lightning launched this process, read from the environment. Imports no torch."""
 
-from __future__ import annotations
-
 import os
 
 from utils.config.options import TrainerOptions

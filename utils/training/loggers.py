@@ -1,7 +1,5 @@
 """Loggers of a run: metrics.csv in its folder, and wandb."""
 
-from __future__ import annotations
-
 import csv
 import os
 import shutil

@@ -3,8 +3,6 @@
 Workers, prefetching, resuming and the number of ranks therefore cannot change what is drawn.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Iterator

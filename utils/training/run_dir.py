@@ -1,7 +1,5 @@
 """The folder of a run: lock, options, provenance, checkpoints and metrics."""
 
-from __future__ import annotations
-
 import json
 import platform
 import re

@@ -1,7 +1,5 @@
 """Reads and writes `torch.save` files: integrity-checked, without executing code, atomic."""
 
-from __future__ import annotations
-
 import pickle
 import zipfile
 from pathlib import Path

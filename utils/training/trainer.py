@@ -1,7 +1,5 @@
 """Lightning's Trainer as this project uses it: validation schedule, progress bar, checkpoints."""
 
-from __future__ import annotations
-
 import logging
 import math
 import warnings

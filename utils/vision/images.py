@@ -1,7 +1,5 @@
 """Finding and reading image and label files: any common photograph becomes upright 8-bit RGB."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterator

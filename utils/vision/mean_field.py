@@ -3,8 +3,6 @@
 Computes what `utils.vision.crf` computes with pydensecrf; the labels of all heads are channels of one filter.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Pixel confusion over a whole set, and the metrics computed from it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

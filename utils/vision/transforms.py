@@ -3,8 +3,6 @@
 Images are resized with Pillow, because its NEAREST selects different pixels than torch's.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -4,8 +4,6 @@ Upsampling commutes with a 1x1 convolution, so the probes run on the patch grid 
 are upsampled.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

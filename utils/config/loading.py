@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from utils.config.options import LEGACY, REMOVED_KEYS, WITHOUT_FOLDER, Options, contradictions
+from utils.config.options import LEGACY, REMOVED_KEYS, WITHOUT_FOLDER, Options
 from utils.errors import UserError, closest
 from utils.files import REPOSITORY, read_json_object, weights_file
 
@@ -77,18 +77,21 @@ def load_options(path: Path, overrides: dict[str, Any] | None = None) -> Options
 
 def build_options(flat: dict[str, Any], *, source: str, check_files: bool = False) -> Options:
     """Validates flat options and fills in the defaults; the error lists all mistakes in `source`."""
-    valid = {key: value for key, value in flat.items() if key in FIELDS}
-    failed = set()
+    valid, contradictions = {key: value for key, value in flat.items() if key in FIELDS}, []
     try:
         options = Options.model_validate(nest(valid))
     except ValidationError as error:  # a location is a key, and an index if the value is a list
         failed = {".".join(part for part in each["loc"] if isinstance(part, str)) for each in error.errors()}
         valid = {key: value for key, value in valid.items() if key not in failed}
-        options = Options.model_validate(nest(valid))
+        try:
+            Options.model_validate(nest(valid), context=failed)
+        except ValidationError as error:
+            contradictions = error.errors()[0]["ctx"]["error"].mistakes
     mistakes = [_mistake(key, value) for key, value in flat.items() if key not in valid]
-    mistakes = [*filter(None, mistakes), *contradictions(options, failed)]
-    if check_files and "dataset.data_type" not in failed:
-        mistakes += missing_files(options)
+    mistakes = [*filter(None, mistakes), *contradictions]
+    if check_files:
+        defaults = {key: field.default for key, field in FIELDS.items()}
+        mistakes += missing_files(defaults | dict.fromkeys(flat) | valid)  # None: invalid
     if mistakes:
         raise UserError(mistakes, source)
     return options
@@ -127,14 +130,14 @@ def option_table() -> list[tuple[str, Any, str, str]]:
     return [(key, field.default, field.description, allowed(field)) for key, field in FIELDS.items()]
 
 
-def missing_files(options: Options) -> list[str]:
+def missing_files(flat: dict[str, Any]) -> list[str]:
     """Lists missing weights and folders; data and checkpoints are checked when they are opened."""
-    weights, data, mistakes = options.model.pretrained.pretrained_weights, options.dataset, []
-    if weights is not None and not weights_file(weights).is_file():
-        key = "model.pretrained.pretrained_weights"
-        mistakes.append(f"{key} is {weights}: no such file; null: the official weights")
-    if data.data_type not in WITHOUT_FOLDER and not data.data_path:
-        mistakes.append(f"dataset.data_path is not set: name the {data.data_type} folder with --data_path")
+    key, mistakes = "model.pretrained.pretrained_weights", []
+    if flat[key] is not None and not weights_file(flat[key]).is_file():
+        mistakes.append(f"{key} is {flat[key]}: no such file; null: the official weights")
+    name = flat["dataset.data_type"]
+    if name not in (None, *WITHOUT_FOLDER) and not flat["dataset.data_path"]:
+        mistakes.append(f"dataset.data_path is not set: name the {name} folder with --data_path")
     return mistakes
 
 

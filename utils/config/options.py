@@ -6,12 +6,20 @@ The keys are those of the published option files, the defaults the paper's value
 import json
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 from annotated_types import Not, Predicate
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    model_validator,
+)  # fmt: skip
 
 from utils.files import TOKENS_FOLDER
 
@@ -67,6 +75,14 @@ Arch = Annotated[Text, Predicate(ARCHS.__contains__), ARCHS]
 def option(default: Any, description: str, **bounds: float) -> Any:
     """A field with a description and the bounds `ge`, `gt` and `le`."""
     return Field(default, description=description, **bounds)
+
+
+class Contradictions(ValueError):
+    """Options that are valid by themselves, but not together."""
+
+    def __init__(self, mistakes: list[str]) -> None:
+        super().__init__("; ".join(mistakes))
+        self.mistakes = mistakes
 
 
 class _Section(BaseModel):
@@ -234,15 +250,17 @@ class Options(_Section):
     trainer: TrainerOptions = TrainerOptions()
     eval: _Eval = _Eval()
 
-
-def contradictions(options: Options, failed: Collection[str] = ()) -> list[str]:
-    """Cross-field validation: one line per broken rule, unless an invalid key already explains it."""
-    wrong, mistakes = set(failed), []
-    for key, holds, allowed, *others in _rules(options):
-        if not holds and wrong.isdisjoint((key, *others)):
-            wrong.add(key)
-            mistakes.append(f"{key} is {json.dumps(attrgetter(key)(options))}, must be {allowed}")
-    return mistakes
+    @model_validator(mode="after")
+    def _consistent(self, info: ValidationInfo) -> "Options":
+        """Cross-field validation; the context holds the keys that are wrong by themselves."""
+        wrong, mistakes = set(info.context or ()), []
+        for key, holds, allowed, *others in _rules(self):
+            if not holds and wrong.isdisjoint((key, *others)):
+                wrong.add(key)
+                mistakes.append(f"{key} is {json.dumps(attrgetter(key)(self))}, must be {allowed}")
+        if mistakes:
+            raise Contradictions(mistakes)
+        return self
 
 
 def _rules(options: Options) -> Iterator[tuple[Any, ...]]:

@@ -65,7 +65,8 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
         if options.dataset.cache_features:
             backbone, precision = module.segmenter.backbone, trainer.precision_plugin.precision
             encode = partial(module.frozen_tokens, trainer=trainer)
-            data = data.with_tokens(encode, backbone=backbone, precision=precision)
+            where = {"precision": precision, "device": trainer.strategy.root_device}
+            data = data.with_tokens(encode, backbone=backbone, **where)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return checkpoints.spent, report, images
 

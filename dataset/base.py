@@ -104,7 +104,7 @@ def class_rule(mapping: dict[int, int], *, ignored: Iterable[int] | None = None)
 
 
 def classes_of(label: Image.Image, source: Source, index: int) -> np.ndarray:
-    """Maps the raw label of item `index` to classes, (H, W) int64, 255 = ignore."""
+    """Maps the raw label of item `index` to classes, (H, W) uint8, 255 = ignore."""
     raw = np.asarray(label)  # (H, W)
     classes = source.rule[raw]
     if (classes == INVALID).any():
@@ -114,7 +114,7 @@ def classes_of(label: Image.Image, source: Source, index: int) -> np.ndarray:
             f"{source.label_path(index) or source.name(index)}: the label holds {listed(found)}, must hold "
             f"only {listed(allowed)}; fix the label or the number of classes"
         )
-    return classes
+    return classes.astype(np.uint8)
 
 
 def require_files(options: DatasetOptions, paths: Sequence[Path], *, unless: bool = False) -> None:
@@ -135,7 +135,7 @@ class Batch(NamedTuple):
     """One item, or a batch of items with a leading axis."""
 
     inputs: Tensor  # images (3, H, W) uint8, or the frozen backbone's cached tokens (T, D) float16
-    label: Tensor  # (H, W) int64, 255 = ignore
+    label: Tensor  # (H, W) uint8, 255 = ignore
     index: Tensor  # () int64, index in the split
 
     @property
@@ -179,6 +179,6 @@ class SegmentationDataset(Dataset):
         image, label = self.geometry(image, label, drawn)
         pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # (3, H, W)
         if label is None:
-            return Batch(pixels, torch.full(pixels.shape[1:], IGNORE), torch.tensor(index))
+            return Batch(pixels, torch.full(pixels.shape[1:], IGNORE, dtype=torch.uint8), torch.tensor(index))
         classes = classes_of(label, self.source, position)
         return Batch(pixels, torch.from_numpy(classes), torch.tensor(index))

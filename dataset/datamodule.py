@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from dataset.base import DataSetKind, FileSource, SegmentationDataset, Source, class_rule
 from dataset.crops import CROPS, prepared_folder
-from dataset.samplers import EvaluationBatchSampler, TrainBatchSampler
-from dataset.token_cache import Encoder, TokenDataset, cache_tokens
+from dataset.samplers import EvaluationBatchSampler, TrainBatchSampler, validation_batch_size
+from dataset.token_cache import Encoder, TokenDataset, TokenLoader, cache_tokens
 from dataset.verify import sound_items
 from utils.config.options import DatasetOptions, Options
 from utils.errors import UserError
@@ -52,13 +52,16 @@ class SegmentationDataModule(LightningDataModule):
                     f"partial batch is dropped; set dataloader.batch_size={items} or less, or add images"
                 )
 
-    def with_tokens(self, encode: Encoder, *, backbone: Any, precision: str) -> SegmentationDataModule:
+    def with_tokens(
+        self, encode: Encoder, *, backbone: Any, precision: str, device: torch.device
+    ) -> SegmentationDataModule:
         """The same data with cached tokens in place of images, as `dataset.cache_features` asks."""
         model = f"{backbone.digest()} {precision}"
 
         def cached(items: SegmentationDataset, split: str) -> TokenDataset:
             shape = backbone.token_shape(items.geometry.res)
-            return cache_tokens(items, encode, self.options, split=split, shape=shape, model=model)
+            about = {"split": split, "shape": shape, "model": model, "device": device}
+            return cache_tokens(items, encode, self.options, **about)
 
         found = copy.copy(self)
         found.train_set = cached(self.train_set, "train")
@@ -90,7 +93,7 @@ class SegmentationDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """All validation images, in order, for the validations of training."""
-        return self._validation(self.options.dataloader.val_batch_size)
+        return self._validation(validation_batch_size(self.options))
 
     def evaluation_dataloader(self) -> DataLoader:
         """All validation images, in order, for the final evaluation."""
@@ -101,15 +104,11 @@ class SegmentationDataModule(LightningDataModule):
         return self._loader(self.validation_set, batches)
 
     def _loader(self, items: SegmentationDataset, batches: Sampler) -> DataLoader:
-        in_memory = isinstance(items, TokenDataset) and self.options.dataset.cache_features == "ram"
-        workers = 0 if in_memory else self.options.dataloader.num_workers
-        return DataLoader(
-            items,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            batch_sampler=batches,
-        )
+        workers, pinned = self.options.dataloader.num_workers, torch.cuda.is_available()
+        how = {"num_workers": workers, "pin_memory": pinned, "batch_sampler": batches}
+        if isinstance(items, TokenDataset):
+            return TokenLoader(items, **how)
+        return DataLoader(items, persistent_workers=workers > 0, **how)
 
 
 def _open_train(options: DatasetOptions, kind: DataSetKind) -> tuple[Source, tuple[float, str] | None]:

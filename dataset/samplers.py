@@ -5,8 +5,17 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
+from utils.config.options import Options
 from utils.training.distributed import own_slice, rank, world_size
 from utils.training.randomness import generator
+
+VALIDATION_BATCH = {"cpu": 8, "cuda": 32}  # on a GPU, small batches are bound by the host
+
+
+def validation_batch_size(options: Options) -> int:
+    """`dataloader.val_batch_size`, by default a number that suits the device."""
+    chosen = VALIDATION_BATCH["cuda" if torch.cuda.is_available() else "cpu"]
+    return options.dataloader.val_batch_size or chosen
 
 
 class TrainBatchSampler(Sampler[list[tuple[int, int]]]):

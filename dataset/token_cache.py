@@ -5,9 +5,12 @@ Later runs with the same files, geometry, label rule, weights and precision reus
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,74 +20,138 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset.base import Batch, SegmentationDataset
+from dataset.samplers import validation_batch_size
 from utils.config.options import Options
 from utils.errors import UserError
 from utils.files import TOKENS_FOLDER, exclusive, make_folder
+from utils.training.device import upload
 
 FORMAT = 3  # raised when tokens or labels change for the same inputs
+KEPT_FREE = 16 * 2**30  # bytes of a GPU that are left to training
 Encoder = Callable[[Tensor], Tensor]  # images (B, 3, H, W) uint8 on the CPU -> tokens (B, T, D)
 
 
 @dataclass(eq=False)
 class TokenDataset(SegmentationDataset):
-    """The items of a data set as cached tokens."""
+    """The items of a data set as cached tokens; a loader reads whole batches."""
 
-    arrays: Sequence[
-        np.ndarray | Path
-    ] = ()  # tokens (n, T, D) float16, labels (n, H, W) uint8; or .npy files
+    stored: Sequence[Tensor | Path] = ()  # tokens (n, T, D) float16, labels (n, H, W) uint8; or .npy files
+
+    @property
+    def place(self) -> str:
+        """Where the tokens are: "disk", "cpu" or "cuda"."""
+        return "disk" if isinstance(self.stored[0], Path) else self.stored[0].device.type
 
     def __getitem__(self, key: int | tuple[int, int]) -> Batch:
-        index = key[1] if isinstance(key, tuple) else key
-        # files are mapped anew for each item: this is cheap, and workers are not sent their content
-        opened = (np.load(a, mmap_mode="r") if isinstance(a, Path) else a for a in self.arrays)
-        tokens, label = (torch.from_numpy(np.array(array[index])) for array in opened)
-        return Batch(tokens, label.long(), torch.tensor(index))
+        return Batch(*(values[0] for values in self.__getitems__([key])))
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> Batch:
+        index = torch.tensor([key[1] if isinstance(key, tuple) else key for key in keys])  # (B,)
+        if self.place == "disk":  # mapped anew each time: this is cheap, and workers are not sent the content
+            maps = (np.load(path, mmap_mode="r") for path in self.stored)
+            return Batch(*(torch.from_numpy(values[index.numpy()]) for values in maps), index)
+        here = upload(index, self.stored[0].device)
+        return Batch(*(values[here] for values in self.stored), index)
+
+
+class TokenLoader(DataLoader):
+    """Loads batches of a `TokenDataset`: from memory in a thread, one batch ahead."""
+
+    def __init__(self, items: TokenDataset, *, num_workers: int, pin_memory: bool, **arguments: Any) -> None:
+        workers = num_workers if items.place == "disk" else 0
+        arguments |= {"pin_memory": pin_memory and items.place != "cuda", "persistent_workers": workers > 0}
+        super().__init__(items, num_workers=workers, collate_fn=_whole, **arguments)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = super().__iter__()
+        if self.dataset.place != "cpu":
+            yield from batches
+            return
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(next, batches, None)
+            while (batch := ahead.result()) is not None:
+                ahead = pool.submit(next, batches, None)
+                yield batch
+
+
+def _whole(batch: Batch) -> Batch:
+    """Replaces the collation of items: the batch is complete."""
+    return batch
 
 
 def cache_tokens(
-    items: SegmentationDataset, encode: Encoder, options: Options, *, split: str, shape: tuple, model: str
+    items: SegmentationDataset,
+    encode: Encoder,
+    options: Options,
+    *,
+    split: str,
+    shape: tuple[int, int],
+    model: str,
+    device: torch.device,
 ) -> TokenDataset:
-    """Encodes all items, or finds files of an earlier run; `shape` is (T, D), `model` names the weights."""
+    """Encodes all items, or finds files of an earlier run.
+
+    Args:
+        items, encode, options: the data set, the frozen backbone and the options of the run.
+        split: "train" or "val".
+        shape: (T, D).
+        model: names the weights.
+        device: of the run; a GPU holds the tokens of "ram" if it has room.
+    """
     shapes = (len(items), *shape), (len(items), items.geometry.res, items.geometry.res)
     size = int(2 * np.prod(shapes[0]) + np.prod(shapes[1]))  # bytes
     gib = f"{size / 2**30:.2f} GiB"
 
-    def fill(tokens: np.ndarray, labels: np.ndarray) -> None:
-        loading = options.dataloader
-        loader = DataLoader(items, loading.val_batch_size, num_workers=loading.num_workers)
-        for batch in tqdm(loader, desc=f"{split} tokens", unit="batch"):
-            index = batch.index.numpy()
-            tokens[index] = encode(batch.image).half().cpu().numpy()
-            labels[index] = batch.label.numpy()
+    def fill(tokens: Tensor, labels: Tensor) -> None:
+        batch_size, workers = validation_batch_size(options), options.dataloader.num_workers
+        for batch in tqdm(
+            DataLoader(items, batch_size, num_workers=workers), f"{split} tokens", unit="batch"
+        ):
+            tokens[batch.index] = encode(batch.image).half().to(tokens.device)
+            labels[batch.index] = batch.label.to(labels.device)
 
     if options.dataset.cache_features == "ram":
-        print(f"{split} tokens: {gib} in memory")
-        arrays = np.empty(shapes[0], np.float16), np.empty(shapes[1], np.uint8)
-        fill(*arrays)
-        return TokenDataset(**vars(items), arrays=arrays)
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        place = device if free > size + KEPT_FREE else torch.device("cpu")
+        print(f"{split} tokens: {gib} in memory ({place})")
+        stored = [torch.empty(shapes[0], dtype=torch.float16, device=place)]
+        stored.append(torch.empty(shapes[1], dtype=torch.uint8, device=place))
+        fill(*stored)
+        return TokenDataset(**vars(items), stored=stored)
     about = FORMAT, items.source.digest(), list(items.kept), items.crops, items.geometry, model, shapes
     key = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
-    folder = make_folder(Path(options.output_dir) / TOKENS_FOLDER)
-    path = folder / f"{split}-{key}"
-    part = path.with_suffix(".part")  # renamed when complete
+    path = make_folder(Path(options.output_dir) / TOKENS_FOLDER) / f"{split}-{key}"
     with exclusive(path):  # another run or process may be writing the same cache
         if path.is_dir():
             print(f"{split} tokens: read from {path}")
-        elif (free := shutil.disk_usage(folder).free) < size:
-            raise UserError(
-                f"dataset.cache_features is disk: {folder} needs {gib}, but only {free / 2**30:.2f} GiB are "
-                "free; free some space, set output_dir to another disk, or set dataset.cache_features=null"
-            )
         else:
             print(f"{split} tokens: {gib}, written to {path}")
-            part.mkdir(exist_ok=True)
-            try:
-                tokens = open_memmap(part / "tokens.npy", "w+", np.float16, shapes[0])
-                labels = open_memmap(part / "labels.npy", "w+", np.uint8, shapes[1])
-                fill(tokens, labels)
-                tokens.flush()
-                labels.flush()
-                part.rename(path)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-    return TokenDataset(**vars(items), arrays=(path / "tokens.npy", path / "labels.npy"))
+            _require_space(path.parent, size)
+            with _new_folder(path) as part:
+                arrays = [open_memmap(part / "tokens.npy", "w+", np.float16, shapes[0])]
+                arrays.append(open_memmap(part / "labels.npy", "w+", np.uint8, shapes[1]))
+                fill(*map(torch.from_numpy, arrays))
+                for array in arrays:
+                    array.flush()
+    return TokenDataset(**vars(items), stored=(path / "tokens.npy", path / "labels.npy"))
+
+
+def _require_space(folder: Path, size: int) -> None:
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise UserError(
+            f"dataset.cache_features is disk: {folder} needs {size / 2**30:.2f} GiB, but only "
+            f"{free / 2**30:.2f} GiB are free; free some space, set output_dir to another disk, or set "
+            "dataset.cache_features=null"
+        )
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` if the block succeeds."""
+    part = path.with_suffix(".part")
+    part.mkdir(exist_ok=True)
+    try:
+        yield part
+        part.rename(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -6,6 +6,7 @@ assembled here from timm's blocks.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass
 from functools import partial
@@ -88,6 +89,15 @@ class FrozenViT(nn.Module):
     def token_shape(self, res: int) -> tuple[int, int]:
         """(T, D) of the tokens of a square image of `res` pixels."""
         return 1 + self.spec.registers + (res // self.spec.patch) ** 2, self.spec.dim
+
+    @torch.inference_mode(False)
+    def cast(self, dtype: torch.dtype) -> FrozenViT:
+        """A copy for autocast to `dtype`, which would otherwise cast the same weights in each step."""
+        found = copy.deepcopy(self)
+        for module in found.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(dtype)
+        return found
 
     def digest(self) -> str:
         """SHA-256 of the weights, independent of their file format."""

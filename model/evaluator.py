@@ -115,7 +115,7 @@ class Evaluator(nn.Module):
         Args:
             code: (B, D, h, w).
             image: (B, 3, H, W) uint8; None if the network was given cached tokens.
-            label: (B, H, W) int64; values outside [0, n_classes) are ignored.
+            label: (B, H, W) integer; values outside [0, n_classes) are ignored.
             linear, cluster: the probes.
             first: index of the batch's first image in the set.
         """
@@ -131,9 +131,9 @@ class Evaluator(nn.Module):
             if name == "cluster":
                 self.losses.append(-(largest if norm is None else largest / norm).mean())
         for index in self.pictured.intersection(range(first, first + len(label))):
-            maps = {name: prediction[index - first].cpu() for name, prediction in predicted.items()}
-            shown = None if image is None else image[index - first].cpu()
-            self._predictions.append(Prediction(index, shown, label[index - first].cpu(), **maps))
+            batches = [image, label, predicted["cluster"], predicted.get("linear")]  # as in `Prediction`
+            kept = [None if batch is None else batch[index - first].clone() for batch in batches]
+            self._predictions.append((index, kept))
         self.images += len(label)
         if self.refiner is not None:
             self._refine(heads, norm, image=image, label=label)
@@ -150,8 +150,8 @@ class Evaluator(nn.Module):
         scale = 1.0 if norm is None else CLUSTER_ALPHA
         maps = [shown, scale * heads["cluster"], norm, heads.get("linear")]
         if not self.refiner.on_device:
-            maps = [None if t is None else t.cpu().numpy() for t in maps]
-            label = label.cpu()
+            *maps, label = _to_cpu([*maps, label])
+            maps = [None if t is None else t.numpy() for t in maps]
         for row in range(len(label)):
             picture, cosine, divisor, linear = (None if t is None else t[row] for t in maps)
             given = [HeadLogits(cosine, divisor)] + ([] if linear is None else [HeadLogits(linear)])
@@ -161,8 +161,7 @@ class Evaluator(nn.Module):
     def _count_refined(self, *, wait_for_one: bool = False) -> None:
         for label, predictions in self.refiner.finished(wait_for_one=wait_for_one):
             for metric, prediction in zip(self.refined.values(), predictions, strict=True):
-                device = metric.counts.device
-                metric.update(torch.as_tensor(prediction, device=device), label.to(device))
+                metric.update(torch.as_tensor(prediction), label)
 
     def finish_refining(self) -> None:
         """Waits for the CRF, with a progress bar."""
@@ -175,7 +174,8 @@ class Evaluator(nn.Module):
 
     def predictions(self) -> list[Prediction]:
         """The kept predictions of all ranks, in the order of the set. Must be called by all ranks."""
-        kept = [prediction for each in all_gather_object(self._predictions) for prediction in each]
+        own = [(index, _to_cpu(maps)) for index, maps in self._predictions]
+        kept = [Prediction(index, *maps) for each in all_gather_object(own) for index, maps in each]
         return sorted(kept, key=lambda prediction: prediction.index)
 
     def compute(self, *, refined: bool = False) -> Evaluation:
@@ -191,3 +191,15 @@ class Evaluator(nn.Module):
             valid_loss=float(torch.cat([each for _, each, _ in added]).mean()),  # NaN without images
             images=sum(images for _, _, images in added),
         )
+
+
+def _to_cpu(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """Copies to the CPU; waits for a GPU once."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if present[0].is_cuda:
+        pinned = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in present]
+        for copy, tensor in zip(pinned, present, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+    copies = iter(pinned if present[0].is_cuda else [tensor.cpu() for tensor in present])
+    return [None if tensor is None else next(copies) for tensor in tensors]

@@ -6,13 +6,15 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
+from loss import PPAPLoss
 from model.criterion import build_criterion
 from model.evaluator import Evaluation, Evaluator
 from model.monitoring import NonFiniteGuard, Throughput
 from model.probes import ClusterProbe, LinearProbe
-from model.segmenter import Segmenter, criterion_dropout
+from model.segmenter import Segmenter, dropout_mask
 from utils.config.loading import as_tree
 from utils.config.options import Options
+from utils.training.device import upload
 from utils.training.distributed import world_size
 from utils.training.randomness import generator, seed_globally, seeded
 from utils.training.run_dir import provenance
@@ -57,7 +59,8 @@ class PPAPModule(LightningModule):
         self.score = float("-inf")
         self.metrics: dict[str, float] = {}
         self.assignment: list[int] | None = None
-        self.scalars: dict[str, Tensor] = {}
+        self.scalars: dict[str, Tensor] = {}  # of the last step
+        self.logged: dict[str, float] = {}  # those of the last logged step
         self.guard, self.throughput = NonFiniteGuard(skip=options.train.skip_nonfinite), Throughput()
         self._grad_norm = torch.tensor(0.0)
 
@@ -76,26 +79,35 @@ class PPAPModule(LightningModule):
         self.scalars = {"total_loss": total.detach(), "train_loss": probes, **detached, **statistics}
         self.throughput.add(world_size() * len(batch.label))
         self.guard.observe(detached, step=step)
-        if total.device.type == "cpu" or batch_idx % self.options.train.print_freq == 0:
-            self.guard.raise_if_found(self.trainer.datamodule)  # waits for a GPU, so not at each step
+        if total.device.type == "cpu":  # a GPU would have to be waited for
+            self.guard.raise_if_found(self.trainer.datamodule)
         return world_size() * total
 
     def losses(self, batch: Any, *, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The losses by name, () each, whose sum is minimised; and statistics of PPAP's sets."""
-        seed, losses, statistics = self.options.train.seed, {}, {}
-        tokens, grid = self.segmenter.tokens(batch.inputs), self.segmenter.grid(batch.label)
+        grid, losses, statistics = self.segmenter.grid(batch.label), {}, {}
         if self.frozen:
-            code = self.segmenter.code(tokens, grid)  # (B, D, h, w)
+            code = self.segmenter.code(self.segmenter.tokens(batch.inputs), grid)  # (B, D, h, w)
         else:
-            code, crit, z = self.segmenter(tokens, grid)
-            share, drawn = self.options.model.criterion_dropout, generator(seed, "criterion dropout", step)
-            crit = criterion_dropout(crit, probability=share, generator=drawn)
-            ppap = self.criterion(z, crit, generator=generator(seed, "anchors", step))
+            mask, drawn = self._draws(len(batch.label), grid, step)  # before the GPU has anything to do
+            code, crit, z = self.segmenter(self.segmenter.tokens(batch.inputs), grid)
+            ppap = self.criterion(z, crit * mask, **drawn)
             losses["supcon_loss"], statistics = ppap.loss, ppap.statistics()
         if self.train_labelled:
             losses["linear_loss"] = self.linear_probe.loss(code.detach(), batch.label)
         losses["cluster_loss"] = self.cluster_probe.loss(code.detach())
         return losses, statistics
+
+    def _draws(self, images: int, grid: tuple[int, int], step: int) -> tuple[Tensor, dict[str, Any]]:
+        """The dropout mask of a step, and PPAP's anchors, on the device; other losses get a generator."""
+        seed, share = self.options.train.seed, self.options.model.criterion_dropout
+        dropout, anchors = (generator(seed, name, step) for name in ("criterion dropout", "anchors"))
+        shape = images, self.segmenter.backbone.spec.dim
+        mask = upload(dropout_mask(shape, probability=share, generator=dropout), self.device)
+        if not isinstance(self.criterion, PPAPLoss):
+            return mask, {"generator": anchors}
+        patches = world_size() * images * grid[0] * grid[1]
+        return mask, {"anchors": upload(self.criterion.sample_anchors(patches, anchors), self.device)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One AdamW with three parameter groups; Adam is AdamW without decay."""
@@ -123,13 +135,15 @@ class PPAPModule(LightningModule):
         """Logs the published scalars and some others every `print_freq` steps."""
         if batch_idx % self.options.train.print_freq:
             return
-        tensors = dict(self.scalars)
+        tensors = {**self.scalars, "first_nonfinite_step": self.guard.first_step}
         if not self.frozen:
             trainable = [parameter.detach() for parameter in self.segmenter.trainable()]
             tensors |= {"grad_norm": self._grad_norm, "param_norm": torch.nn.utils.get_total_norm(trainable)}
         stacked = torch.stack([value.to(self.device, torch.float32) for value in tensors.values()])
-        scalars = dict(zip(tensors, stacked.tolist(), strict=True))  # waits for a GPU once
-        scalars |= {"epoch": self.current_epoch, "net_lr": self.options.optimizer.net.lr}
+        self.logged = dict(zip(tensors, stacked.tolist(), strict=True))  # waits for a GPU once
+        if self.logged.pop("first_nonfinite_step"):
+            self.guard.raise_if_found(self.trainer.datamodule)
+        scalars = self.logged | {"epoch": self.current_epoch, "net_lr": self.options.optimizer.net.lr}
         if self.guard.skip:
             scalars["skipped_steps"] = self.guard.skipped
         self._write(scalars | self.throughput.scalars(self.device))
@@ -164,6 +178,7 @@ class PPAPModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds classes, matching, options and versions, in plain containers."""
+        self.guard.raise_if_found(self.trainer.datamodule)
         checkpoint[CHECKPOINT_ENTRY] = {
             "class_names": list(self.labels.names),
             "palette": [list(colour) for colour in self.labels.palette],

@@ -32,6 +32,11 @@ class NonFiniteGuard:
         found = (self._first[0] == 0) & ~torch.isfinite(values).all()
         self._first = torch.where(found, here, self._first)
 
+    @property
+    def first_step(self) -> Tensor:
+        """The first such step, () on the device, or 0; with `skip`, of the current step only."""
+        return torch.zeros(()) if self._first is None else self._first[0]
+
     def raise_if_found(self, data: Any) -> None:
         """Raises NotFinite for the first such step, with its images in `data`; waits for the device."""
         if self.skip or self._first is None or not self._first[0]:

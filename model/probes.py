@@ -26,9 +26,10 @@ class LinearProbe(nn.Module):
 
         Args:
             code: (B, D, h, w), detached by the caller.
-            label: (B, H, W) int64; values outside [0, n_classes) are ignored.
+            label: (B, H, W) integer; values outside [0, n_classes) are ignored.
         """
         logits = F.interpolate(self(code), size=label.shape[-2:], mode="bilinear").float()  # (B, C, H, W)
+        label = label.long()
         ignored = (label < 0) | (label >= logits.shape[1])
         target = label.masked_fill(ignored, IGNORE)
         # the loss of maps has no deterministic kernel on CUDA

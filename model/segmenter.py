@@ -38,9 +38,9 @@ class Segmenter(nn.Module):
         self.backbone = backbone
         self.head = copy.deepcopy(backbone.blocks[-1]).requires_grad_(True)
         self.projection = nn.Linear(backbone.spec.dim, backbone.spec.dim)
-        wrap = _compiled if compile else lambda function: function
-        self._encode, self.features = wrap(backbone.tokens), wrap(backbone.last_features)
-        self.code = wrap(self._head_features)  # (B, D, h, w)
+        self._wrap = _compiled if compile else lambda function: function
+        self.code = self._wrap(self._head_features)  # (B, D, h, w)
+        self._frozen: dict[Any, tuple[Callable, Callable]] = {}
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """(h, w), the patch grid of a batch of images or labels (..., H, W)."""
@@ -48,7 +48,13 @@ class Segmenter(nn.Module):
 
     def tokens(self, inputs: Tensor) -> Tensor:
         """Tokens of the second-last block, (B, T, D), of uint8 images (B, 3, H, W) or cached tokens."""
-        return self._encode(normalise(inputs)) if inputs.dtype == torch.uint8 else inputs.float()
+        encode, _ = self._frozen_parts()
+        return encode(normalise(inputs)) if inputs.dtype == torch.uint8 else inputs.float()
+
+    def features(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Criterion features (B, D, h, w) of the frozen last block, from (B, T, D) tokens."""
+        _, last = self._frozen_parts()
+        return last(tokens, grid)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> SegmenterOutput:
         """All that training needs, from (B, T, D) tokens of the second-last block."""
@@ -60,6 +66,17 @@ class Segmenter(nn.Module):
         """Parameters of head and projection: the net's optimizer group, whose gradient is clipped."""
         return [*self.head.parameters(), *self.projection.parameters()]
 
+    def _frozen_parts(self) -> tuple[Callable, Callable]:
+        """`tokens` and `last_features` of the backbone, or of its copy in the dtype of autocast."""
+        chosen, device, key = self.backbone, self.projection.weight.device, None
+        if torch.is_autocast_enabled(device.type) and isinstance(chosen, FrozenViT):
+            dtype = torch.get_autocast_dtype(device.type)
+            key = device, dtype, chosen.pos_embed._version  # of the loaded weights
+        if key not in self._frozen:
+            chosen = chosen.cast(dtype) if key else chosen
+            self._frozen = {key: (self._wrap(chosen.tokens), self._wrap(chosen.last_features))}
+        return self._frozen[key]
+
     def _head_features(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.backbone.to_map(self.head(tokens), grid)
 
@@ -70,14 +87,12 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def criterion_dropout(crit: Tensor, *, probability: float, generator: torch.Generator) -> Tensor:
-    """Dropout2d of this rank's images (B, D, h, w) with masks from a CPU generator.
+def dropout_mask(shape: tuple[int, int], *, probability: float, generator: torch.Generator) -> Tensor:
+    """Factors of Dropout2d, (B, D, 1, 1) float32, for this rank's B images of D channels.
 
-    Row b of the draw belongs to image b of the global batch, so the result does not depend on the ranks.
+    Row b of the draw from the CPU generator belongs to image b of the global batch, so the result does not
+    depend on the ranks.
     """
-    if probability == 0:
-        return crit
-    images, channels = crit.shape[:2]
+    images, channels = shape
     drawn = torch.rand(world_size() * images, channels, generator=generator)
-    mask = (own_slice(drawn) >= probability) / (1 - probability)  # (B, D)
-    return crit * mask.to(crit, non_blocking=True)[:, :, None, None]
+    return ((own_slice(drawn) >= probability) / (1 - probability))[:, :, None, None]

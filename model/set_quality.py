@@ -97,8 +97,8 @@ def set_quality(
 
 
 def patch_classes(label: Tensor, patch: int, *, n_classes: int) -> Tensor:
-    """The most frequent class of each patch of labels (B, H, W) int64, (B*h*w,); `IGNORE` wins a tie."""
-    channel = torch.where(label < n_classes, label + 1, 0)  # ignored pixels are channel 0
+    """The most frequent class of each patch of labels (B, H, W) integer, (B*h*w,); `IGNORE` wins a tie."""
+    channel = torch.where(label < n_classes, label.long() + 1, 0)  # ignored pixels are channel 0
     votes = F.one_hot(channel, 1 + n_classes).permute(0, 3, 1, 2).float()  # (B, 1 + C, H, W)
     classes = F.avg_pool2d(votes, patch).argmax(dim=1).flatten() - 1  # (B*h*w,)
     return torch.where(classes < 0, IGNORE, classes)

@@ -12,7 +12,7 @@ import torch
 import run
 from loss import PPAPLoss
 from model.probes import ClusterProbe, LinearProbe
-from model.segmenter import criterion_dropout
+from model.segmenter import dropout_mask
 from utils.config.cli import guarded
 from utils.training.distributed import own_slice, rank, world_size
 
@@ -71,9 +71,9 @@ def probes(case):
 
 
 def dropout():
-    """Features of ones after dropout."""
-    ones = own_slice(torch.ones(IMAGES, DIM, *GRID))
-    return {"sliced": criterion_dropout(ones, probability=0.4, generator=torch.Generator().manual_seed(5))}
+    """The mask of this process's images."""
+    shape = IMAGES // world_size(), DIM
+    return {"sliced": dropout_mask(shape, probability=0.4, generator=torch.Generator().manual_seed(5))}
 
 
 def everything():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from model.module import PPAPModule
-from model.segmenter import criterion_dropout
+from model.segmenter import dropout_mask
 from model.weights import backbone_spec
 from tests.benchmarks import literal
 from tests.benchmarks.inputs import (
@@ -122,7 +122,8 @@ def literal_losses(module: PPAPModule, image: torch.Tensor, label: torch.Tensor)
     output = module.segmenter(module.segmenter.backbone.tokens(image), module.segmenter.grid(image))
     probability, criterion = module.options.model.criterion_dropout, module.criterion
     drawn = generator(0, "criterion dropout", 1)
-    crit = criterion_dropout(output.crit, probability=probability, generator=drawn).float()
+    mask = dropout_mask(output.crit.shape[:2], probability=probability, generator=drawn)
+    crit = (output.crit * mask.to(image.device)).float()
     anchors = criterion.sample_anchors(len(output.z), generator(0, "anchors", 1)).to(crit.device)
     with torch.autocast(crit.device.type, enabled=False):
         ppap = literal.ppap_loss(

@@ -123,7 +123,8 @@ def with_cached_tokens(
     trainer = build_trainer(options, hardware_of(bench, options))
     encode = functools.partial(module.frozen_tokens, trainer=trainer)
     precision = trainer.precision_plugin.precision
-    return build_data(options).with_tokens(encode, backbone=module.segmenter.backbone, precision=precision)
+    where = {"precision": precision, "device": module.device}
+    return build_data(options).with_tokens(encode, backbone=module.segmenter.backbone, **where)
 
 
 def bench_epoch(bench: Bench, shape: str) -> list[Row]:

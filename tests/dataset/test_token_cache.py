@@ -41,7 +41,8 @@ def folder(tmp_path):
 def tokens_of(tiny_options):
     def build(items, encode=encode, *, kind="disk", model=MODEL):
         options = tiny_options(dataset__cache_features=kind, dataloader__val_batch_size=3)
-        return cache_tokens(items, encode, options, split="train", shape=(2, 3), model=model)
+        about = {"split": "train", "shape": (2, 3), "model": model, "device": torch.device("cpu")}
+        return cache_tokens(items, encode, options, **about)
 
     return build
 

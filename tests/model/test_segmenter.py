@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model.backbone import BackboneSpec, FrozenViT
-from model.segmenter import Segmenter, criterion_dropout
+from model.segmenter import Segmenter, dropout_mask
 
 TINY8 = BackboneSpec(dim=48, depth=4, heads=3, patch=8, native_res=224)
 PUBLISHED = {"model": "backbone", "decoder": "head", "project_head": "projection"}
@@ -61,20 +61,15 @@ def test_segmenter__gradients_reach_head_and_projection_alone(segmenter, stored)
     assert not segmenter.backbone.training
 
 
-def test_criterion_dropout__whole_channels_of_an_image():
-    crit = torch.rand(40, 50, 2, 3) + 1
-    dropped = criterion_dropout(crit, probability=0.3, generator=torch.Generator().manual_seed(0))
-    ratio = dropped / crit
-    zero = (ratio == 0).flatten(2)
-    assert torch.equal(zero.all(2), zero.any(2))
-    assert zero.float().mean().item() == pytest.approx(0.3, abs=0.03)
-    torch.testing.assert_close(ratio[ratio > 0], torch.full_like(ratio[ratio > 0], 1 / 0.7))
+def test_dropout_mask__factors_of_channels():
+    mask = dropout_mask((40, 50), probability=0.3, generator=torch.Generator().manual_seed(0))
+    assert mask.shape == (40, 50, 1, 1)
+    assert (mask == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
+    torch.testing.assert_close(mask[mask > 0], torch.full_like(mask[mask > 0], 1 / 0.7))
 
 
-def test_criterion_dropout__an_image_does_not_depend_on_those_behind_it():
-    crit = torch.ones(4, 10, 1, 1)
+def test_dropout_mask__an_image_does_not_depend_on_those_behind_it():
     masks = [
-        criterion_dropout(crit[:n], probability=0.5, generator=torch.Generator().manual_seed(2))
-        for n in (2, 4)
+        dropout_mask((n, 10), probability=0.5, generator=torch.Generator().manual_seed(2)) for n in (2, 4)
     ]
     assert torch.equal(masks[0], masks[1][:2])

@@ -126,7 +126,9 @@ class DatasetOptions(_Section):
 
 class _Dataloader(_Section):
     batch_size: int = option(64, "images per training step, summed over all devices", ge=1)
-    val_batch_size: int = option(8, "images per validation batch during training, on each device", ge=1)
+    val_batch_size: int | None = option(
+        None, "images per validation batch of training, on each device; null: 8, on CUDA 32", ge=1
+    )
     num_workers: int = option(8, "data loading processes per device; does not change results", ge=0)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
+from torch import Tensor
 
 from utils.config.options import Options
 from utils.errors import UserError, first_line
@@ -108,16 +109,21 @@ def explained_errors(options: Options) -> Iterator[None]:
         raise
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a CPU tensor to a device without waiting for it."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def reset_peak_memory() -> None:
-    """Resets the GPU's peak memory."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    """Resets the peak memory of all GPUs."""
+    for gpu in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(gpu)
 
 
 def peak_memory_gib() -> float:
-    """Peak memory in GiB: of the GPU since `reset_peak_memory`, or of this process since its start."""
+    """Peak memory in GiB: on the GPU since `reset_peak_memory`, or of this process since its start."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))) / 2**30
     if resource is None:
         return math.nan
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux

@@ -32,7 +32,7 @@ class ValidationSteps(Callback):
 
 
 class RunBar(TQDMProgressBar):
-    """Lightning's progress bar with the newest loss and metrics."""
+    """Lightning's progress bar with the last logged loss and metrics."""
 
     def on_exception(self, *_: Any) -> None:
         """Closes the bars, which would otherwise write whenever they are garbage-collected."""
@@ -40,10 +40,10 @@ class RunBar(TQDMProgressBar):
             bar.close()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
-        """Loss and metrics; called at each refresh, as reading them waits for a GPU."""
-        shown = {"loss": pl_module.scalars["total_loss"]} if pl_module.scalars else {}
+        """Loss and metrics; those of the last step would have to be waited for."""
+        shown = {"loss": pl_module.logged["total_loss"]} if pl_module.logged else {}
         shown |= {name: value for name, value in pl_module.metrics.items() if name.startswith("Cluster")}
-        return {name: f"{float(value):.3f}" for name, value in shown.items()}
+        return {name: f"{value:.3f}" for name, value in shown.items()}
 
 
 def build_trainer(

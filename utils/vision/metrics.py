@@ -30,7 +30,9 @@ class ConfusionMatrix(Metric):
         label, prediction = label.flatten().long(), prediction.flatten().long()
         valid = (label >= 0) & (label < self.n_classes)
         flat = torch.where(valid, label * self.n_predictions + prediction, self.counts.numel())
-        counts = torch.bincount(flat, minlength=self.counts.numel() + 1)[:-1]
+        # unlike bincount, scatter_add_ does not wait for a GPU
+        counts = flat.new_zeros(self.counts.numel() + 1).scatter_add_(0, flat, torch.ones_like(flat))[:-1]
+        counts = counts.to(self.counts.device, non_blocking=True)
         self.counts = self.counts + counts.view_as(self.counts)  # not in place: may be an inference tensor
 
     def compute(self) -> Tensor:

@@ -4,6 +4,7 @@ Images are resized with Pillow, because its NEAREST selects different pixels tha
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from PIL import Image
@@ -54,13 +55,20 @@ def center_box(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int, 
     return left, top, left + crop[0], top + crop[1]
 
 
+@cache
+@torch.inference_mode(False)
+def _mean_and_std(device: torch.device) -> Tensor:
+    """(2, 3, 1, 1) float32; kept on the device, as each upload would wait for it."""
+    return torch.tensor((MEAN, STD), device=device)[:, :, None, None]
+
+
 def normalise(image: Tensor) -> Tensor:
     """8-bit images (B, 3, H, W) to float32, normalised with the ImageNet mean and standard deviation."""
-    mean, std = image.new_tensor((MEAN, STD), dtype=torch.float32)[:, :, None, None]  # (3, 1, 1) each
+    mean, std = _mean_and_std(image.device)
     return image.float().div_(255).sub_(mean).div_(std)
 
 
 def to_eight_bit(image: Tensor) -> Tensor:
     """Normalised images to uint8 for the published CRF; the floor lowers about 1% of the values by one."""
-    mean, std = image.new_tensor((MEAN, STD))[:, :, None, None]  # (3, 1, 1) each
+    mean, std = _mean_and_std(image.device)
     return (255 * (image * std + mean)).floor().clamp_(0, 255).to(torch.uint8)

@@ -4,6 +4,8 @@ Upsampling commutes with a 1x1 convolution, so the probes run on the patch grid 
 are upsampled.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,7 +35,7 @@ def _argmax_in_strips(
     """As `upsampled_argmax`; equal up to rounding. A strip has its rows upsampled first, then its columns."""
     height, width = size
     row_extent, column_extent = extent or logits.shape[2:]
-    weights = _axis_weights(logits.shape[2], height, row_extent).to(logits)  # (h, H)
+    weights = _axis_weights(logits.shape[2], height, row_extent, device=logits.device)  # (h, H)
     values = logits.new_empty(len(logits), height, width)
     indices = torch.empty_like(values, dtype=torch.int64)
     step = max(1, held // (len(logits) * logits.shape[1] * width))
@@ -57,21 +59,26 @@ def _upsampled(logits: Tensor, size: tuple[int, int], extent: tuple[float, float
     return F.interpolate(padded, scale_factor=scale, mode="bilinear")[..., : size[0], : size[1]]
 
 
-def _axis_weights(n_in: int, n_out: int, extent: float | None = None) -> Tensor:
+@lru_cache(maxsize=16)  # an upload would wait for the GPU
+@torch.inference_mode(False)
+def _axis_weights(
+    n_in: int, n_out: int, extent: float | None = None, *, device: torch.device | None = None
+) -> Tensor:
     """Weights of the source positions in each target position along one axis, (n_in, n_out) float32."""
     identity = torch.eye(n_in)[None]
     if extent is None:
-        return F.interpolate(identity, size=n_out, mode="linear")[0]
+        return F.interpolate(identity, size=n_out, mode="linear")[0].to(device)
     padded = F.pad(identity, (0, 1), mode="replicate")
-    return F.interpolate(padded, scale_factor=n_out / extent, mode="linear")[0, :, :n_out]
+    return F.interpolate(padded, scale_factor=n_out / extent, mode="linear")[0, :, :n_out].to(device)
 
 
 def upsampled_norm(code: Tensor, size: tuple[int, int]) -> Tensor:
-    """Norm of the upsampled code, (B, D, h, w) -> (B, H, W) float32, at least 1e-12.
+    """Norm of the upsampled code, (B, D, h, w) float32 -> (B, H, W), at least 1e-12.
 
     A pixel is a weighted sum of four patches, so its squared norm is a sum of their inner products.
     """
-    rows, columns = (_axis_weights(code.shape[axis], n).to(code) for axis, n in ((2, size[0]), (3, size[1])))
+    sides = zip(code.shape[2:], size, strict=True)
+    rows, columns = (_axis_weights(n_in, n_out, device=code.device) for n_in, n_out in sides)
     row_pairs, column_pairs = (weight[:-1] * weight[1:] for weight in (rows, columns))  # (n_in - 1, n_out)
     rows, columns = rows.square(), columns.square()  # (n_in, n_out)
 

@@ -187,7 +187,8 @@ def test_training__deterministic_operations_are_asked_for_and_change_nothing(tin
 
 
 def loss_rows(folder):
-    return [{key: row[key] for key in row if key != "images_per_s"} for row in scalars(folder)]
+    measured = ("images_per_s", "gpu_memory_gib")
+    return [{key: row[key] for key in row if key not in measured} for row in scalars(folder)]
 
 
 @pytest.mark.gpu
@@ -196,6 +197,12 @@ def test_training__deterministic_gives_the_same_bits_on_cuda(tiny_options, tmp_p
         train(tiny_options(train__deterministic=True, train__epoch=4), tmp_path / name)
     assert loss_rows(tmp_path / "one") == loss_rows(tmp_path / "two")
     torch.use_deterministic_algorithms(False)
+
+
+def test_optimizer__is_not_fused(made):
+    """Lightning does not unscale the gradients of a fused optimizer, so that they would be clipped scaled."""
+    _, _, module = made()
+    assert not getattr(module.configure_optimizers(), "_step_supports_amp_scaling", False)
 
 
 def test_channels__that_do_not_fit(made):

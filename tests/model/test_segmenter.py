@@ -3,6 +3,7 @@ import torch
 
 from model.backbone import BackboneSpec, FrozenViT
 from model.segmenter import Segmenter, dropout_mask
+from utils.vision.transforms import normalise
 
 TINY8 = BackboneSpec(dim=48, depth=4, heads=3, patch=8, native_res=224)
 PUBLISHED = {"model": "backbone", "decoder": "head", "project_head": "projection"}
@@ -59,6 +60,19 @@ def test_segmenter__gradients_reach_head_and_projection_alone(segmenter, stored)
     assert all(parameter.grad is not None for parameter in segmenter.trainable())
     assert all(parameter.grad is None for parameter in segmenter.backbone.parameters())
     assert not segmenter.backbone.training
+
+
+def test_frozen_weights__cast_once_give_what_autocast_gives(segmenter):
+    image = torch.randint(256, (2, 3, 32, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    grid, backbone = segmenter.grid(image), segmenter.backbone
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = backbone.tokens(normalise(image))
+        assert torch.equal(segmenter.tokens(image), expected)
+        assert torch.equal(segmenter.features(expected, grid), backbone.last_features(expected, grid))
+        with torch.no_grad():
+            backbone.pos_embed.zero_()  # as if other weights were loaded
+        assert not torch.equal(segmenter.tokens(image), expected)
+    assert all(weight.dtype == torch.float32 for weight in segmenter.state_dict().values())
 
 
 def test_dropout_mask__factors_of_channels():

@@ -11,12 +11,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from utils.config.cli import guarded, parse_arguments, plan_jobs
+from utils.config.cli import guarded, parse_arguments, parse_overrides, plan_jobs, print_options
 from utils.config.options import Options
 from utils.errors import UserError
 from utils.files import find_checkpoint
 from utils.training.launch import is_rank_zero
 from utils.vision.crf import crf_missing
+
+EXAMPLES = """\
+  python eval.py --checkpoint demo
+  python eval.py --checkpoint demo --images photographs --out masks
+  python eval.py --opt cocostuff_eval.json --data_path <cocostuff>"""
 
 # Commands import torch lazily, so that a mistyped option is reported at once and the CRF's processes, which
 # import this file again, stay small.
@@ -126,10 +131,25 @@ def export_checkpoint(options: Options, path: Path) -> None:
     print(f"{found} written in the published format: {path}")
 
 
+def _stored_options(arguments: Namespace) -> dict[str, Any]:
+    """The flat options in --checkpoint."""
+    from model.checkpoint import read_checkpoint, stored_options
+
+    (output_dir,) = parse_overrides(arguments.overrides).choices.get("output_dir", [Options().output_dir])
+    return stored_options(read_checkpoint(find_checkpoint(arguments.checkpoint, output_dir)))
+
+
 def main(argv: Sequence[str] | None = None) -> list[Any]:
     """Runs the command that the flags choose, once per job."""
-    arguments = parse_arguments(argv, description="Evaluate a PPAP checkpoint.", training=False)
-    jobs = plan_jobs(arguments)
+    arguments = parse_arguments(
+        argv, description="Evaluate a PPAP checkpoint.", examples=EXAMPLES, training=False
+    )
+    if arguments.export and not arguments.opt:
+        jobs = plan_jobs(arguments, {})
+    else:
+        jobs = plan_jobs(arguments, None if arguments.opt else _stored_options(arguments))
+    if arguments.print_options:
+        return print_options(jobs)
     if arguments.export:
         return [export_checkpoint(jobs[0].options, Path(arguments.export))]
     if arguments.measure_sets or arguments.explain is not None:

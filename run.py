@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval import evaluate, results_folder
-from utils.config.cli import Job, guarded, parse_arguments, plan_jobs
+from utils.config.cli import Job, guarded, parse_arguments, plan_jobs, print_options
 from utils.config.loading import with_changes
 from utils.config.options import FROZEN, Options
 from utils.training.launch import is_rank_zero
@@ -20,6 +20,11 @@ from utils.training.launch import is_rank_zero
 if TYPE_CHECKING:
     from model.callbacks import HtmlReport, WandbImages
     from utils.training.run_dir import RunDir
+
+EXAMPLES = """\
+  python run.py --opt demo.json
+  python run.py --opt cocostuff.json --data_path <cocostuff> --resume
+  python run.py --opt demo.json training_coeff.prop_iter=0,1,2 train.seed=0,1,2"""
 
 # Commands import torch lazily, so that a mistyped option is reported at once.
 
@@ -129,7 +134,12 @@ def run_job(job: Job) -> dict[str, dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Runs all jobs of a command line, one after another; returns the metrics of each."""
-    jobs = plan_jobs(parse_arguments(argv, description="Train PPAP and evaluate it.", training=True))
+    arguments = parse_arguments(
+        argv, description="Train PPAP and evaluate it.", examples=EXAMPLES, training=True
+    )
+    jobs = plan_jobs(arguments)
+    if arguments.print_options:
+        return print_options(jobs)
     from utils.files import move_aside
     from utils.plots.tables import class_table, metrics_table, sweep_table, write_sweep
 

@@ -171,7 +171,10 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> Batch:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         position = self._position(index)
-        image, label = self.source.read(position)
+        try:
+            image, label = self.source.read(position)
+        except UserError as error:
+            raise UserError(f"{error}; dataset.skip_damaged=true skips all damaged files") from None
         if self.crops:
             box = crop_boxes(image.size, *self.crops, position)[index % CROPS]
             image, label = image.crop(box), None if label is None else label.crop(box)

@@ -13,7 +13,12 @@ from torch.utils.data import DataLoader, Sampler
 
 from dataset.base import DataSetKind, FileSource, SegmentationDataset, Source, class_rule
 from dataset.crops import CROPS, prepared_folder
-from dataset.samplers import EvaluationBatchSampler, TrainBatchSampler, validation_batch_size
+from dataset.samplers import (
+    EvaluationBatchSampler,
+    TrainBatchSampler,
+    loader_workers,
+    validation_batch_size,
+)
 from dataset.token_cache import Encoder, TokenDataset, TokenLoader, cache_tokens
 from dataset.verify import sound_items
 from utils.config.options import DatasetOptions, Options
@@ -35,14 +40,16 @@ class SegmentationDataModule(LightningDataModule):
         sources = ({"train": source} if train else {}) | {"val": kind.source(chosen, "val")}
         kept, self.damaged = {}, []
         if chosen.check_files or chosen.skip_damaged:
-            workers = options.dataloader.num_workers
-            kept, self.damaged = sound_items(sources, skip=chosen.skip_damaged, workers=workers)
+            reading = {"skip": chosen.skip_damaged, "workers": loader_workers(options)}
+            kept, self.damaged = sound_items(sources, **reading)
         self.options, self.kind, self.labels = options, kind, kind.labels(chosen)
         geometry = Geometry(chosen.val_res, "center", chosen.interpolation)
         self.validation_set = SegmentationDataset(sources["val"], geometry, kept=kept.get("val"))
         self.validation_labelled = len(self.validation_set) > 0 and sources["val"].labelled
         self.train_set, self.train_labelled = None, train and source.labelled
         if train:
+            if (workers := loader_workers(options)) < (wanted := options.dataloader.num_workers):
+                print(f"dataloader.num_workers is {wanted}; using {workers}, the number of cores")
             geometry = Geometry(chosen.res, chosen.loader_crop_type, chosen.interpolation)
             seed = options.train.seed
             self.train_set = SegmentationDataset(source, geometry, seed, crops, kept.get("train"))
@@ -104,7 +111,7 @@ class SegmentationDataModule(LightningDataModule):
         return self._loader(self.validation_set, batches)
 
     def _loader(self, items: SegmentationDataset, batches: Sampler) -> DataLoader:
-        workers, pinned = self.options.dataloader.num_workers, torch.cuda.is_available()
+        workers, pinned = loader_workers(self.options), torch.cuda.is_available()
         how = {"num_workers": workers, "pin_memory": pinned, "batch_sampler": batches}
         if isinstance(items, TokenDataset):
             return TokenLoader(items, **how)

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dataset.base import Batch, SegmentationDataset
-from dataset.samplers import validation_batch_size
+from dataset.samplers import loader_workers, validation_batch_size
 from utils.config.options import Options
 from utils.errors import UserError
 from utils.files import TOKENS_FOLDER, exclusive, make_folder
@@ -103,10 +103,8 @@ def cache_tokens(
     gib = f"{size / 2**30:.2f} GiB"
 
     def fill(tokens: Tensor, labels: Tensor) -> None:
-        batch_size, workers = validation_batch_size(options), options.dataloader.num_workers
-        for batch in tqdm(
-            DataLoader(items, batch_size, num_workers=workers), f"{split} tokens", unit="batch"
-        ):
+        loader = DataLoader(items, validation_batch_size(options), num_workers=loader_workers(options))
+        for batch in tqdm(loader, desc=f"{split} tokens", unit="batch"):
             tokens[batch.index] = encode(batch.image).half().to(tokens.device)
             labels[batch.index] = batch.label.to(labels.device)
 

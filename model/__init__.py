@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from model.backbone import BackboneSpec, FrozenViT
-from model.checkpoint import Checkpoint, n_classes, read_checkpoint, restore
+from model.checkpoint import Checkpoint, n_classes, read_checkpoint, restore, stored_options
 from model.criterion import register_loss
 from model.module import PPAPModule
 from model.predictor import Predictor
 from model.segmenter import Segmenter
 from model.weights import build_backbone, load_backbone, register_backbone
-from utils.config.loading import build_options, find_option_file, flatten, load_options
-from utils.config.options import Options
+from utils.config.loading import build_options, find_option_file, load_options
+from utils.config.options import ARCHS, Options
+from utils.config.plugins import load_plugins
 from utils.errors import UserError
 from utils.files import find_checkpoint
 from utils.training.randomness import seeded
@@ -88,6 +89,7 @@ def load_segmenter(
     *,
     opt: str | Options | None = None,
     labels: LabelSpace | None = None,
+    trust_plugins: bool = False,
     **arguments: Any,
 ) -> Predictor:
     """Loads a trained network as a function from a photograph to its class map.
@@ -96,17 +98,17 @@ def load_segmenter(
         checkpoint: a file, a folder or a run below `output_dir`.
         opt: an option file, or options; None uses those stored in the checkpoint (published ones have none).
         labels: classes for a published checkpoint; ours contain them. None names them class 0, class 1, ...
+        trust_plugins: whether to run the Python files that the checkpoint's options name.
         arguments: `device`, `res`, `head`, `crf` and `tile` of `Predictor`.
     """
     if isinstance(opt, str):
         opt = load_options(find_option_file(opt))
     loaded = read_checkpoint(find_checkpoint(str(checkpoint), (opt or Options()).output_dir))
     about = loaded.about
-    if opt is None and not about:
-        hint = 'name its option file, as in load_segmenter(..., opt="cocostuff_eval.json")'
-        raise UserError(f"{loaded.path}: a published checkpoint contains no options; {hint}")
     if opt is None:
-        flat = flatten(about["options"])
+        flat = stored_options(loaded)
+        if trust_plugins or flat["model.arch"] not in ARCHS:
+            load_plugins(flat, trusted=trust_plugins)
         kept = {key: value for key, value in flat.items() if key.startswith(READ_AFTER_TRAINING)}
         opt = build_options(kept, source=f"the options in {loaded.path}")
     if about:

@@ -8,6 +8,9 @@ import torch
 
 from model.module import CHECKPOINT_ENTRY, PPAPModule
 from model.weights import is_state, load_strictly
+from utils.config.loading import flatten
+from utils.config.options import REMOVED_KEYS
+from utils.config.plugins import report_changes
 from utils.errors import UserError
 from utils.training.torch_files import read_torch_file, write_torch_file
 
@@ -20,6 +23,8 @@ PUBLISHED = {  # part of the published format -> published prefix of a parameter
     "linear_model_state_dict": {"": "linear_probe.classifier."},
     "cluster_model_state_dict": {"": "cluster_probe."},
 }
+
+OF_MACHINE = ("checkpoint", "gpu_ids", "output_dir", "resume", "trainer.", "wandb.id")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
             return Checkpoint(path, _published_state(content), {})
     keys = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
     raise UserError(f"{path}: neither one of our checkpoints nor a published one (it contains: {keys})")
+
+
+def stored_options(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The flat options of the run that wrote a checkpoint, without those of its machine.
+
+    Raises:
+        UserError: a published checkpoint has no options.
+    """
+    if not checkpoint.about:
+        hint = "name its option file with --opt, or in Python as load_segmenter(..., opt=)"
+        raise UserError(f"{checkpoint.path}: a published checkpoint contains no options; {hint}")
+    flat = flatten(checkpoint.about["options"])
+    return {key: value for key, value in flat.items() if not key.startswith((*OF_MACHINE, *REMOVED_KEYS))}
 
 
 def _published_state(content: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -77,6 +95,7 @@ def n_classes(state: dict[str, torch.Tensor]) -> int:
 
 def restore(module: PPAPModule, checkpoint: Checkpoint) -> None:
     """Loads all parameters, strictly; a UserError names both sides if classes, keys or shapes differ."""
+    report_changes(checkpoint.about.get("plugins", {}), checkpoint.path)
     names, labels = checkpoint.about.get("class_names"), module.labels
     if names is not None and tuple(names) != labels.names:
         raise UserError(

@@ -1,27 +1,64 @@
 """Builds the loss that the options select: PPAP's or a registered one."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loss import PPAPLoss
 from utils.config.options import LOSSES, Options
+from utils.errors import UserError
 
 COEFFICIENTS = (
     *("initialcrit_pos", "initialcrit_amb", "prop_iter", "sigma_pos", "sigma_amb"),
     *("trainpatchsplit", "tau", "group_size", "chunk_size"),
 )
-_registered: dict[str, Callable[[Options], nn.Module]] = {}
+_registered: dict[str, Callable[[Options], Callable[..., Any]]] = {}
 
 
-def register_loss(name: str, build: Callable[[Options], nn.Module]) -> None:
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss, (), without statistics of sets."""
+
+    loss: Tensor
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Nothing to log beside the loss."""
+        return {}
+
+
+class OwnLoss(nn.Module):
+    """Calls a registered loss, which may ignore the generator and may return a scalar."""
+
+    def __init__(self, name: str, loss: Callable[..., Any]) -> None:
+        super().__init__()
+        self.name, self.loss = name, loss
+        known = signature(loss.forward if isinstance(loss, nn.Module) else loss).parameters.values()
+        self.drawn = any(each.name == "generator" or each.kind == each.VAR_KEYWORD for each in known)
+
+    def forward(self, z: Tensor, features: Tensor, *, generator: torch.Generator) -> Any:
+        """Loss and statistics; raises a UserError if the loss is no scalar with a gradient."""
+        found = self.loss(z, features, **({"generator": generator} if self.drawn else {}))
+        output = LossOutput(found) if isinstance(found, Tensor) else found
+        if not (hasattr(output, "statistics") and output.loss.ndim == 0 and output.loss.requires_grad):
+            raise UserError(
+                f"training_coeff.loss is {self.name}, which returned {str(found)[:80]}; must return a scalar "
+                "tensor that depends on z, or a PPAPLossOutput"
+            )
+        return output
+
+
+def register_loss(name: str, build: Callable[[Options], Callable[..., Any]]) -> None:
     """Makes your own loss available as `training_coeff.loss=<name>`.
 
     Args:
         name: an unused name.
-        build: takes all options, returns a module that is called like `PPAPLoss`: with z (N, D), the
-            criterion features (B, D, h, w) and `generator`, returning a `PPAPLossOutput`.
+        build: takes all options, returns a function or module of z (N, D), the criterion features
+            (B, D, h, w) and, if it has such a parameter, `generator`. It returns the loss, () with a
+            gradient in z, or a `PPAPLossOutput`.
     """
     if name in LOSSES:
         raise ValueError(f"loss {name} already exists; choose another name")
@@ -33,6 +70,7 @@ def build_criterion(options: Options) -> nn.Module:
     """The loss that `training_coeff.*` describes."""
     chosen = options.training_coeff
     if chosen.loss in _registered:
-        return _registered[chosen.loss](options)
+        loss = _registered[chosen.loss](options)
+        return loss if isinstance(loss, PPAPLoss) else OwnLoss(chosen.loss, loss)
     coefficients = {name: getattr(chosen, name) for name in COEFFICIENTS}
     return PPAPLoss(**coefficients, similarity_dtype=getattr(torch, chosen.similarity_dtype))

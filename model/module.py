@@ -14,6 +14,7 @@ from model.probes import ClusterProbe, LinearProbe
 from model.segmenter import Segmenter, dropout_mask
 from utils.config.loading import as_tree
 from utils.config.options import Options
+from utils.config.plugins import plugin_digests
 from utils.training.device import upload
 from utils.training.distributed import world_size
 from utils.training.randomness import generator, seed_globally, seeded
@@ -189,6 +190,7 @@ class PPAPModule(LightningModule):
             "epoch": max(0, self.global_step - 1) // self.trainer.num_training_batches,
             "skipped_steps": self.guard.skipped,
             "options": as_tree(self.options),
+            "plugins": plugin_digests(),
             **provenance(),
         }
 

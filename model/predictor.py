@@ -87,8 +87,18 @@ class Predictor:
         self.module = module.to(self.device).eval()
 
     @torch.no_grad()
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """The class map (H, W) uint8 of a photograph of any mode, at its size after EXIF rotation."""
+    def __call__(self, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+        """The class map (H, W) uint8 of a photograph, at its size after EXIF rotation.
+
+        The photograph is a file, a PIL image of any mode, or an array (H, W, 3) uint8, RGB.
+        """
+        if isinstance(image, (str, Path)):
+            image = open_image(Path(image))
+        elif isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                found = f"{image.shape} {image.dtype}"
+                raise UserError(f"the image is an array {found}, must be (H, W, 3) uint8, RGB")
+            image = Image.fromarray(image)
         rgb = upright_rgb(image, "the image")
         size = rgb.height, rgb.width
         scaled = np.asarray(rgb.resize(resized(rgb.size, self.res), self._resampling))  # (h', w', 3)

@@ -1,9 +1,8 @@
 """Builds the backbone that the options describe and loads its weights, from a file or a published address."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -146,10 +145,29 @@ def clean_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 
 def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """load_state_dict(strict=True); raises a UserError with file, keys and both shapes on a mismatch."""
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, NotImplementedError) as error:  # the latter: sparse or quantized tensors
-        mistakes = [shorten(line.strip(), 400) for line in str(error).splitlines()[1:9]]
+    """load_state_dict(strict=True); a UserError names the sizes of both sides and the first differences."""
+    wanted = module.state_dict()
+    differing = [f"{name}: {shape}, must be {other}" for name, shape, other in _differences(state, wanted)]
+    if differing:
+        sides = f"{source} ({_size(state)}) does not fit the options ({_size(wanted)})"
         hint = "compare model.* and the data set with those that the file was made for"
-        raise UserError([*mistakes, hint], f"{source}, which does not fit") from None
+        more = [f"and {len(differing) - 3} more"] if len(differing) > 3 else []
+        raise UserError(f"{sides}; {hint}: " + "; ".join([*differing[:3], *more]))
+    module.load_state_dict(state)
+
+
+def _differences(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> Iterator[tuple[str, str, str]]:
+    """Name, shape in the file and shape in the network of parameters that differ."""
+    for name in sorted(state.keys() | wanted.keys()):
+        shapes = [str(list(each[name].shape)) if name in each else "missing" for each in (state, wanted)]
+        if name in state and state[name].layout != torch.strided:
+            shapes[0] = str(state[name].layout)
+        if shapes[0] != shapes[1]:
+            yield name, *shapes
+
+
+def _size(state: dict[str, Tensor]) -> str:
+    """Width and number of blocks of the backbone in a state dict."""
+    widths = [value.shape[-1] for name, value in state.items() if name.endswith("pos_embed")]
+    blocks = {found[1] for name in state if (found := re.search(r"\bblocks\.(\d+)\.", name))}
+    return f"width {widths[0] if widths else 'unknown'}, {len(blocks)} blocks"

@@ -1,9 +1,10 @@
 """The exception for mistakes that a user can fix, and helpers for its messages."""
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 
 SHOWN = 20  # lines of a long list in a message
+SIMILAR = 0.68  # likeness from which a key is suggested
 
 
 class UserError(Exception):
@@ -49,9 +50,16 @@ def first_line(error: BaseException) -> str:
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean X?' with the most similar key, full or without its section; '' if none is close."""
-    full = {key: key for key in known}
-    by_name = {key.rsplit(".", 1)[-1]: key for key in full} | full
-    queries = (word, word.rsplit(".", 1)[-1])
-    found = [name for query in queries for name in get_close_matches(query, by_name, n=1, cutoff=0.75)]
-    return f" Did you mean {by_name[found[0]]}?" if found else ""
+    """' Did you mean X?' with the most similar key; '' if none is similar."""
+    best = max(known, key=lambda key: _likeness(word, key), default="")
+    return f" Did you mean {best}?" if _likeness(word, best) >= SIMILAR else ""
+
+
+def _likeness(word: str, key: str) -> float:
+    """From 0 to 1: by the letters or words of the names, and slightly by their sections."""
+    (section, _, name), (other, _, known) = word.rpartition("."), key.rpartition(".")
+    letters = SequenceMatcher(None, name, known).ratio()
+    parts, known_parts = set(name.split("_")), set(known.split("_"))
+    shared = max(map(len, parts & known_parts), default=0) > 3  # patch, dino_patch_size
+    initials = len(name.split("_")) > 1 and known == "".join(part[:1] for part in name.split("_"))  # lr
+    return 0.9 * max(letters, 0.8 * shared, initials) + 0.1 * SequenceMatcher(None, section, other).ratio()

@@ -3,25 +3,36 @@
 import argparse
 import errno
 import itertools
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 
-from utils.config.loading import FIELDS, build_options, find_option_file, flatten, read_option_file
+from utils.config.loading import (
+    FIELDS,
+    as_tree,
+    build_options,
+    find_option_file,
+    flatten,
+    read_option_file,
+)  # fmt: skip
 from utils.config.options import Options
-from utils.errors import UserError, first_line
+from utils.config.plugins import load_plugins, with_absolute_plugins
+from utils.errors import UserError
 from utils.files import read_json_object
 from utils.training.launch import is_rank_zero, process_index
 
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG)
-QUOTING = """write key=value; quote values that contain spaces, commas or brackets twice: 'key="a, b"'"""
-NEEDED_BY = dict.fromkeys(("out", "res", "head", "crf", "tile", "names"), "images") | {"patch": "explain"}
+QUOTING = """must be key=value or key=a,b,c, no spaces around =; quote other values twice: 'key="a, b"'"""
+NEEDED_BY = dict.fromkeys(("out", "flat", "res", "head", "crf", "tile", "names"), "images")
+NEEDED_BY |= {"patch": "explain"}
 
 
 class Job(NamedTuple):
@@ -38,35 +49,29 @@ class _Overrides(NamedTuple):
     mistakes: list[str]
 
 
-def parse_arguments(argv: Sequence[str] | None, *, description: str, training: bool) -> argparse.Namespace:
+def parse_arguments(
+    argv: Sequence[str] | None, *, description: str, examples: str, training: bool
+) -> argparse.Namespace:
     """Parses the flags; flags for options are stored under the option's key, overrides as strings."""
-    parser = argparse.ArgumentParser(description=description)
-    flag = parser.add_argument
-    flag("--opt", help="option file: a path, or a name in json/ or json/server/")
+    epilog = f"examples:\n{examples}\n\nAll options are described in json/README.md."
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=layout)
+    flag, path = parser.add_argument, {"type": os.path.expanduser}
+    flag("--opt", **path, help="option file: a path, or a name in json/ or json/server/")
     flag("--debug", dest="wandb.mode", action="store_const", const="disabled", help="disable wandb")
     flag("--test", action="store_true", help="evaluate only (eval.py always does)")
-    flag("--checkpoint", help="checkpoint file, folder or name of a run")
-    flag("--data_path", dest="dataset.data_path", metavar="DIR", help="folder of the data set")
+    flag("--checkpoint", **path, help="checkpoint file, folder or name of a run")
+    data = {"dest": "dataset.data_path", "metavar": "DIR", **path}
+    flag("--data_path", "--data-path", **data, help="folder of the data set")
     on = {"action": "store_const", "const": True}
     flag("--check", dest="dataset.check_files", **on, help="read all files first; stop if any is damaged")
+    flag("--print-options", action="store_true", help="print the resolved options and exit")
     if training:
         flag("--resume", action="store_const", const="auto", help="continue from the last checkpoint")
         flag("--frozen", dest="train.frozen", **on, help="baseline: never update the head")
-        flag("--variants", help="JSON file of named overrides, one run each: ablation.json")
+        flag("--variants", **path, help="JSON file of named overrides, one run each: ablation.json")
     else:
-        command = parser.add_mutually_exclusive_group().add_argument
-        command("--measure-sets", action="store_true", help="compare positives and negatives with labels")
-        command("--explain", metavar="IMAGE", help="plot an anchor of an image: a file or an index")
-        command("--images", metavar="PATH", help="write masks of an image or of a folder")
-        command("--export", metavar="FILE", help="write the checkpoint in the published format")
-        flag("--patch", metavar="ROW,COL", type=_row_and_column, help="anchor; default: the centre patch")
-        flag = parser.add_argument_group("with --images").add_argument
-        flag("--out", metavar="DIR", help="folder for masks, overlays and a legend")
-        flag("--res", type=int, help="pixels of the shorter side; default: dataset.val_res")
-        flag("--head", choices=("cluster", "linear"), help="default: cluster")
-        flag("--crf", action="store_true", help="refine masks with the CRF of eval.crf_backend")
-        flag("--tile", type=int, help="split large images into overlapping tiles of this size")
-        flag("--names", help='names for the legend: "0=road,1=car", or a JSON file')
+        _add_evaluation_flags(parser)
     parser.add_argument("overrides", nargs="*", help="key=value, or key=a,b,c for a sweep")
     arguments = parser.parse_intermixed_args(argv)
     given = {name for name, value in vars(arguments).items() if value not in (None, False)}
@@ -75,9 +80,31 @@ def parse_arguments(argv: Sequence[str] | None, *, description: str, training: b
             parser.error(f"--{name} is only allowed with --{NEEDED_BY[name]}")
     if "images" in given and "out" not in given:
         parser.error("--images needs --out, the folder to write to")
-    if arguments.opt is None and not {"export", "checkpoint"} <= given:  # an export needs no options
-        parser.error("--opt is missing: name an option file, such as --opt demo.json")
+    if arguments.opt is None and (training or arguments.checkpoint is None):
+        missing = "--opt is missing: name an option file, such as --opt demo.json"
+        parser.error(missing if training else f"{missing}, or a checkpoint of this project with --checkpoint")
     return arguments
+
+
+def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    path = {"type": os.path.expanduser}
+    trust = {"action": "store_true", "help": "run the plugins that a checkpoint names"}
+    parser.add_argument("--trust-plugins", **trust)
+    command = parser.add_mutually_exclusive_group().add_argument
+    command("--measure-sets", action="store_true", help="compare positives and negatives with labels")
+    command("--explain", metavar="IMAGE", **path, help="plot an anchor of an image: a file or an index")
+    command("--images", metavar="PATH", **path, help="write masks of an image or of a folder")
+    command("--export", metavar="FILE", **path, help="write the checkpoint in the published format")
+    row = {"metavar": "ROW,COL", "type": _row_and_column}
+    parser.add_argument("--patch", **row, help="anchor; default: the centre patch")
+    flag = parser.add_argument_group("with --images").add_argument
+    flag("--out", metavar="DIR", **path, help="folder for masks, overlays, a legend and index.html")
+    flag("--flat", action="store_true", help="write <name>.png instead of a folder for each image")
+    flag("--res", type=int, help="pixels of the shorter side; default: dataset.val_res")
+    flag("--head", choices=("cluster", "linear"), help="default: cluster")
+    flag("--crf", action="store_true", help="refine masks with the CRF of eval.crf_backend")
+    flag("--tile", type=int, help="split large images into overlapping tiles of this size")
+    flag("--names", help='names for the legend: "0=road,1=car", or a JSON file')
 
 
 def _row_and_column(text: str) -> tuple[int, int]:
@@ -85,20 +112,22 @@ def _row_and_column(text: str) -> tuple[int, int]:
     return row, column
 
 
-def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
-    """Plans all runs of a command line and validates them, so that all mistakes are reported at once."""
-    path, flags = find_option_file(arguments.opt or "demo.json"), vars(arguments)
-    stored, (choices, mistakes) = read_option_file(path), parse_overrides(arguments.overrides)
-    variants: dict[str, Any] = {"": {}}
-    if flags.get("variants"):
-        file = find_option_file(flags["variants"], asked="--variants")
-        variants = read_json_object(file)
-        if not variants or not all(isinstance(changed, dict) for changed in variants.values()):
-            raise UserError(f"{file}: must map names to objects of options, such as {{'name': {{}}}}")
+def plan_jobs(arguments: argparse.Namespace, stored: dict[str, Any] | None = None) -> list[Job]:
+    """Plans all runs of a command line and validates them, so that all mistakes are reported at once.
+
+    `stored` are the flat options of a checkpoint, instead of those of --opt.
+    """
+    flags, (choices, mistakes) = vars(arguments), parse_overrides(arguments.overrides)
+    source = f"the options of {arguments.checkpoint}"
+    if arguments.opt is not None:
+        source = find_option_file(arguments.opt)
+        stored = read_option_file(source)
     given = {key: value for key, value in flags.items() if key in FIELDS and value is not None}
+    trusted = arguments.opt is not None or "plugins" in choices or flags.get("trust_plugins", False)
     jobs = []
-    for (variant, changed), *combination in itertools.product(variants.items(), *choices.values()):
-        chosen, changed = given | dict(zip(choices, combination, strict=True)), flatten(changed)
+    for (variant, changed), *combination in itertools.product(_variants(flags), *choices.values()):
+        chosen = given | dict(zip(choices, combination, strict=True))
+        chosen, changed = with_absolute_plugins(chosen, Path()), flatten(changed)
         twice = changed.keys() & chosen
         mistakes += [f"{variant}: {key} is also set by the command line; remove one" for key in twice]
         flat = stored | chosen | changed
@@ -111,13 +140,32 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
             if suffix and flat.get(key):
                 flat[key] = re.sub(r"[^\w.=+-]+", "_", f"{flat[key]}{suffix}")
         try:
+            load_plugins(flat, trusted=trusted)
             options = build_options(flat, source="", check_files=not flags.get("images"))
             jobs.append(Job(options, " ".join(filter(None, setting)), arguments.test, str(base)))
         except UserError as error:
             mistakes += error.mistakes
     if mistakes:
-        raise UserError(dict.fromkeys(mistakes), f"{path} and the command line")
+        raise UserError(dict.fromkeys(mistakes), f"{source} and the command line")
     return jobs
+
+
+def print_options(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Prints the options of each job as JSON, which is an option file."""
+    trees = [as_tree(job.options) for job in jobs]
+    print("\n".join(json.dumps(tree, indent=2) for tree in trees))
+    return trees
+
+
+def _variants(flags: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Name and changed options of each variant; one without a name if there is no --variants."""
+    if not flags.get("variants"):
+        return [("", {})]
+    file = find_option_file(flags["variants"], asked="--variants")
+    variants = read_json_object(file)
+    if not variants or not all(isinstance(changed, dict) for changed in variants.values()):
+        raise UserError(f"{file}: must map names to objects of options, such as {{'name': {{}}}}")
+    return list(variants.items())
 
 
 def parse_overrides(words: Sequence[str]) -> _Overrides:
@@ -125,8 +173,9 @@ def parse_overrides(words: Sequence[str]) -> _Overrides:
     choices, mistakes = {}, []
     parser = OverridesParser.create()
     for word in words:
+        key, equals, value = word.partition("=")
         try:
-            override = parser.parse_override(word)
+            override = parser.parse_override(f"{key}{equals}{os.path.expanduser(value)}")
             key, values = override.key_or_group, [override.value()]
             if override.is_sweep_override():
                 texts = override.sweep_string_iterator()
@@ -134,8 +183,8 @@ def parse_overrides(words: Sequence[str]) -> _Overrides:
             if override.type is not OverrideType.CHANGE or override.package is not None or not values:
                 raise ValueError("not a value or a sweep of an existing key")
             choices[key] = values
-        except (HydraException, ValueError) as error:
-            mistakes.append(f"{word}: {first_line(error)}; {QUOTING}")
+        except (HydraException, ValueError):
+            mistakes.append(f"{word}: {QUOTING}")
     return _Overrides(choices, mistakes)
 
 

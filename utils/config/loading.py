@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from utils.config.options import LEGACY, REMOVED_KEYS, WITHOUT_FOLDER, Options
+from utils.config.plugins import load_plugins, with_absolute_plugins
 from utils.errors import UserError, closest
 from utils.files import REPOSITORY, read_json_object, weights_file
 
@@ -54,7 +55,8 @@ def find_option_file(name: str, *, beside: Path = Path(), asked: str = "--opt") 
             if os.path.isfile(path):
                 return path
     known = sorted({path.name for folder in folders for path in folder.glob("*.json")})
-    there = f"in json/ or json/server/.{closest(name, known)} Available: {', '.join(known)}"
+    hint = closest(name.removesuffix(".json"), [file.removesuffix(".json") for file in known])
+    there = f"in json/ or json/server/.{hint} Available: {', '.join(known)}"
     raise UserError(f"{asked} {name}: no such file, and no such name {there}")
 
 
@@ -63,16 +65,22 @@ def read_option_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in seen:
         raise UserError(f"{path}: base: the option files form a cycle; remove one base")
     tree = read_json_object(path)
+    groups = all(isinstance(value, dict) for value in tree.values())
+    if tree and groups and tree.keys().isdisjoint(Options.model_fields):
+        raise UserError(f"{path}: is not an option file; if it holds variants, give it to --variants")
     base = tree.pop("base", None)
+    flat = with_absolute_plugins(flatten(tree), path.parent)
     if base is None:
-        return flatten(tree)
+        return flat
     base_path = find_option_file(str(base), beside=path.parent, asked=f"{path}: base")
-    return read_option_file(base_path, (*seen, path)) | flatten(tree)
+    return read_option_file(base_path, (*seen, path)) | flat
 
 
 def load_options(path: Path, overrides: dict[str, Any] | None = None) -> Options:
-    """Reads an option file, applies overrides and validates the result; see `build_options`."""
-    return build_options(read_option_file(path) | flatten(overrides or {}), source=str(path))
+    """Reads an option file, applies overrides, runs plugins and validates the result; see `build_options`."""
+    flat = read_option_file(path) | flatten(overrides or {})
+    load_plugins(flat, trusted=True)
+    return build_options(flat, source=str(path))
 
 
 def build_options(flat: dict[str, Any], *, source: str, check_files: bool = False) -> Options:
@@ -135,8 +143,10 @@ def missing_files(flat: dict[str, Any]) -> list[str]:
     key, mistakes = "model.pretrained.pretrained_weights", []
     if flat[key] is not None and not weights_file(flat[key]).is_file():
         mistakes.append(f"{key} is {flat[key]}: no such file; null: the official weights")
-    name = flat["dataset.data_type"]
-    if name not in (None, *WITHOUT_FOLDER) and not flat["dataset.data_path"]:
+    name, folder = flat["dataset.data_type"], flat["dataset.data_path"]
+    if folder and os.path.isfile(folder):
+        mistakes.append(f"dataset.data_path is {folder}: a file, must be the folder of the data set")
+    if name not in (None, *WITHOUT_FOLDER) and not folder:
         mistakes.append(f"dataset.data_path is not set: name the {name} folder with --data_path")
     return mistakes
 

@@ -5,6 +5,7 @@ The keys are those of the published option files, the defaults the paper's value
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from operator import attrgetter
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Not, Predicate
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -61,6 +63,7 @@ def _is_interval(every: str | None) -> bool:
 
 # Types with further checks; the last item describes or lists what is allowed.
 Text = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
+PathName = Annotated[Text, AfterValidator(os.path.expanduser)]
 Number = Annotated[
     float,
     BeforeValidator(lambda value: float(value) if value in ("inf", "-inf") else value),
@@ -108,7 +111,7 @@ class DatasetOptions(_Section):
     data_type: Annotated[Text, Predicate(DATA_TYPES.__contains__), DATA_TYPES] = option(
         "cocostuff27", "data set"
     )
-    data_path: Text = option("", "folder of the data set (`--data_path`)")
+    data_path: PathName = option("", "folder of the data set (`--data_path`)")
     loader_crop_type: Literal["center", "random", None] = option("center", "crop to a square; null: resize")
     crop_type: Literal["five", "random", None] = option("five", "crops to train on; null: whole images")
     crop_ratio: Number = option(0.5, "side of each crop relative to the image's", gt=0, le=1)
@@ -153,7 +156,7 @@ class _Pretrained(_Section):
     depth: int | None = option(None, "use only the first `depth` blocks; null: all (vit: 4)", ge=2)
     heads: int = option(3, "vit: number of attention heads", ge=1)
     native_res: int | None = option(None, "vit: pixels of the position embedding; null: res", ge=1)
-    pretrained_weights: Text | None = option(None, "local weights file; null: the official weights")
+    pretrained_weights: PathName | None = option(None, "local weights file; null: the official weights")
 
 
 class _Model(_Section):
@@ -239,8 +242,9 @@ class Options(_Section):
     """All options of a run."""
 
     gpu_ids: list[int] = option([0], "CUDA devices; [0]: the first `trainer.devices`")
-    output_dir: Text = option("./output/", "folder that holds the runs' folders")
-    checkpoint: Text = option("", "checkpoint file, folder or name of a run (`--checkpoint`)")
+    output_dir: PathName = option("./output/", "folder that holds the runs' folders")
+    checkpoint: PathName = option("", "checkpoint file, folder or name of a run (`--checkpoint`)")
+    plugins: list[str] = option([], "your own Python files that register data sets, backbones or losses")
     resume: Literal["auto", None] = option(None, "auto: continue from the last checkpoint (`--resume`)")
     wandb: WandbOptions = WandbOptions()
     dataset: DatasetOptions = DatasetOptions()

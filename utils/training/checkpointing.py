@@ -110,8 +110,18 @@ class CheckpointManager(Callback):
             self._save(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
-        """Restores the position that the run resumes from."""
-        self._loops = checkpoint["loops"]["fit_loop"]
+        """Restores the position that the run resumes from.
+
+        An epoch whose last batch is trained becomes complete, or Lightning would count it twice; the last
+        epoch stays open, so that the hooks around training still run.
+        """
+        self._loops = state = checkpoint["loops"]["fit_loop"]
+        epochs = state["epoch_progress"]["current"]["ready"]
+        if state["epoch_loop.batch_progress"]["is_last_batch"] and epochs < trainer.max_epochs:
+            batches = state["epoch_loop.batch_progress"]["total"]
+            _set_counters(batches, batches["ready"])
+            for counters in state["epoch_progress"].values():
+                _set_counters(counters, epochs)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
         """Adds the progress, and the position between two steps instead of the one inside a hook."""
@@ -145,19 +155,9 @@ class CheckpointManager(Callback):
 
 
 def _resumable_loops(trainer: Trainer) -> dict[str, Any]:
-    """State of Lightning's loops after a training batch, in a form that Lightning resumes correctly.
-
-    A validation starts from its first batch. An epoch whose last batch is trained counts as complete, or
-    Lightning would count it twice; the last epoch stays open, so that the hooks around training still run.
-    """
+    """State of Lightning's loops after a training batch; a validation starts from its first batch."""
     state = copy.deepcopy(trainer.fit_loop.state_dict())
     _set_counters(state["epoch_loop.val_loop.batch_progress"]["current"], 0)
-    epochs = trainer.current_epoch + 1
-    if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and epochs < trainer.max_epochs:
-        batches = state["epoch_loop.batch_progress"]["total"]
-        _set_counters(batches, batches["ready"])
-        for counters in state["epoch_progress"].values():
-            _set_counters(counters, epochs)
     return state
 
 

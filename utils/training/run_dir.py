@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from utils.config.loading import as_tree, flatten
 from utils.config.options import Options
+from utils.config.plugins import plugin_digests, report_changes
 from utils.errors import UserError
 from utils.files import make_folder, move_aside, read_json_object, write_json
 from utils.training.launch import cores, is_rank_zero
@@ -26,7 +27,7 @@ from utils.training.torch_files import read_torch_file
 BEST, LAST = "best.ckpt", "last.ckpt"
 MAY_DIFFER = (  # on resume: keys and sections that change where and how fast a run computes, not its result
     "checkpoint", "dataloader.num_workers", "dataset.check_files", "dataset.data_path", "eval.crf_workers",
-    "gpu_ids", "output_dir", "resume", "train.checkpoint_every", "trainer.", "wandb.",
+    "gpu_ids", "output_dir", "plugins", "resume", "train.checkpoint_every", "trainer.", "wandb.",
 )  # fmt: skip
 PACKAGES = (
     "torch", "torchvision", "pytorch-lightning", "torchmetrics", "timm", "numpy", "scipy", "pydensecrf2",
@@ -92,24 +93,36 @@ class RunDir:
             print(f"moved the earlier run in {self.path} to {earlier}")
         make_folder(self.path)
         write_json(self.path / "options.json", as_tree(options))
-        write_json(self.path / "provenance.json", provenance())
+        write_json(self.path / "provenance.json", provenance() | {"plugins": plugin_digests()})
         if damaged:
             write_json(self.path / "left_out.json", list(damaged))
 
     def check_options(self, options: Options) -> None:
-        """Raises a UserError if an option that affects the result differs from the run in this folder."""
-        path = self.path / "options.json"
+        """Raises a UserError if an option that affects the result differs from the run in this folder.
+
+        More epochs are allowed; the metrics of a finished run are then kept as metrics-<epochs>-epochs.json.
+        """
+        path, origin = self.path / "options.json", self.path / "provenance.json"
         if not path.exists():
             return
+        if origin.exists():
+            report_changes(read_json_object(origin).get("plugins", {}), origin)
         before = flatten(as_tree(Options())) | flatten(read_json_object(path))
+        epochs, more = before["train.epoch"], options.train.epoch > before["train.epoch"]
+        may_differ = (*MAY_DIFFER, "train.epoch") if more else MAY_DIFFER
         differing = [
             f"{key} was {json.dumps(before.get(key))}, is {json.dumps(value)}"
             for key, value in flatten(as_tree(options)).items()
-            if before.get(key) != value and not key.startswith(MAY_DIFFER)
+            if before.get(key) != value and not key.startswith(may_differ)
         ]
         if differing:
             fix = "use the options of that run, or start a new run under another wandb.name"
             raise UserError([*differing, fix], f"{path}, the run to resume")
+        if more and is_rank_zero():
+            print(f"{self.path}: {epochs} epochs become {options.train.epoch}")
+            if self._metrics.exists():
+                self._metrics.rename(self.path / f"metrics-{epochs}-epochs.json")
+            write_json(path, as_tree(options))
 
     def resume_point(self, options: Options) -> tuple[Path | None, Progress]:
         """The checkpoint to resume from and its progress: best.ckpt if last.ckpt is damaged, None if new."""

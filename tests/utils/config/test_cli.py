@@ -13,7 +13,7 @@ from utils.files import REPOSITORY
 
 
 def jobs(*argv, training=True):
-    return plan_jobs(parse_arguments(argv, description="", training=training))
+    return plan_jobs(parse_arguments(argv, description="", examples="", training=training))
 
 
 @pytest.mark.parametrize("program", ["run.py", "eval.py"])

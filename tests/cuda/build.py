@@ -49,10 +49,8 @@ def build(folder: Path) -> Path:
         if path.exists():
             listing = subprocess.run(["nm", "-D", path], capture_output=True, text=True, check=True).stdout
             names |= {name for name in SYMBOL.findall(listing) if not OTHER_LIBRARIES.match(name)}
-    rest = folder / "rest.c"
-    rest.write_text(
-        "".join(f"__attribute__((weak)) int {name}() {{ return 0; }}\n" for name in sorted(names))
-    )
+    rest, stub = folder / "rest.c", "__attribute__((weak)) int {}() {{ return 0; }}"
+    rest.write_text("\n".join(map(stub.format, sorted(names))))
     flags = ["-O1", "-shared", "-fPIC", "-w", f"-I{headers()}"]
     subprocess.run(["gcc", *flags, SOURCE, rest, "-o", library, "-ldl", "-lpthread"], check=True)
     (folder / "libcuda.so.1").symlink_to(library)  # for Triton

@@ -1,4 +1,4 @@
-"""Runs commands of run.py and eval.py in one process on the null GPU: python -m tests.cuda.drive CASES RESULTS
+"""Runs commands in one process on the null GPU: python -m tests.cuda.drive CASES RESULTS
 
 CASES is a JSON object of name -> {"program": "run", "eval" or "coco", "words": [...]} and optionally
   stop_at: sends SIGTERM after this training step,
@@ -40,10 +40,10 @@ def mask_on_cpu(crit: Tensor, *, probability: float, generator: torch.Generator)
     return crit * (torch.rand(*crit.shape[:2], 1, 1, generator=generator) >= probability)
 
 
-def train_at_coco_shape(words: list[str]) -> dict[str, int]:
-    """Some steps of ViT-S/8 with random weights on 64 images of 224 pixels; returns the bytes of the weights."""
-    changed = {word.split("=")[0]: int(word.split("=")[1]) for word in words}
-    options = shape_options("cocostuff", {"train.epoch": 1} | changed)
+def train_at_coco_shape(words: list[int]) -> dict[str, int]:
+    """Some steps of ViT-S/8 with random weights on noise, given the chunk size; returns the weights' bytes."""
+    (chunk_size,) = words
+    options = shape_options("cocostuff", {"train.epoch": 1, "training_coeff.chunk_size": chunk_size})
     cpu = torch.device("cpu")
     module, batch = random_module(options, cpu), random_batch(options, cpu, n_classes_of(options))
     loader = DataLoader([batch] * STEPS, batch_size=None, pin_memory=True)

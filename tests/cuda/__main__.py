@@ -1,39 +1,30 @@
 """Runs a program of the project on the null GPU: python -m tests.cuda run --opt demo.json --debug
 
-Prints the waits, copies and kernel launches of training steps and validation batches, and the peak memory.
+Prints how often each line of a training step or validation batch waits or copies, and launches and memory.
 """
 
-import importlib
 import os
-import subprocess
 import sys
 import tempfile
+from collections import Counter, defaultdict
 from pathlib import Path
+from statistics import median
 
-from tests.cuda.build import build, environment, missing
+from tests.cuda.build import missing, run_cases
 
-
-def main() -> None:
-    if "nullgpu" not in os.environ.get("LD_PRELOAD", ""):
-        if reason := missing():
-            sys.exit(reason)
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "tests.cuda", *sys.argv[1:]]
-            devices = int(os.environ.get("NULLGPU_COUNT", 1))
-            done = subprocess.run(command, env=environment(build(Path(folder)), devices=devices), check=False)
-        sys.exit(done.returncode)
-    import torch
-
-    from tests.cuda.trace import Trace, table
-    from utils.config.cli import guarded
-
-    trace = Trace()
-    trace.install()
-    status = guarded(lambda: importlib.import_module(sys.argv[1]).main(sys.argv[2:]))
-    print(table(trace.steps))
-    print(f"peak memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
-    sys.exit(status)
-
-
-if __name__ == "__main__":
-    main()
+if reason := missing():
+    sys.exit(reason)
+with tempfile.TemporaryDirectory() as folder:
+    case, devices = {"program": sys.argv[1], "words": sys.argv[2:]}, int(os.environ.get("NULLGPU_COUNT", 1))
+    found = run_cases({"case": case}, Path(folder), devices=devices)["case"]
+phases = defaultdict(list)
+for step in found["steps"]:
+    phases[step["phase"]].append(step)
+for phase, steps in phases.items():
+    launches = median(step["launches"] for step in steps)
+    print(f"\n{len(steps)} x {phase}: {launches:g} kernel launches; in each, on average:")
+    events = Counter(tuple(event) for step in steps for event in step["events"])
+    for (call, memory, size, line, caller), count in events.most_common():
+        print(f"{count / len(steps):7.2f} {call:<24} {memory:<8} {size:>11,} B  {line} <- {caller}")
+print(f"peak memory in MiB: {', '.join(f'{peak / 2**20:.0f}' for peak in found['peaks'])}")
+sys.exit(found["error"])

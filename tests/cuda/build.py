@@ -1,7 +1,8 @@
-"""Builds the null GPU: a library that stands in for the CUDA runtime, driver and cuBLAS."""
+"""Builds the null GPU, which replaces the CUDA runtime, driver and cuBLAS, and runs programs on it."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,17 +10,19 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
-SOURCE = Path(__file__).with_name("nullgpu.c")
+from utils.config.loading import REPOSITORY
+
 CALLERS = ("c10_cuda", "torch_cuda", "torch_python", "torch_cpu", "caffe2_nvrtc", "torch_cuda_linalg")
-SYMBOL = re.compile(r" U (cuda[A-Z]\w*|cu[A-Z][a-z]\w*|cublas\w*)")
-OTHER_LIBRARIES = re.compile(r"cu(sparse|solver|fft|rand|File)")
-TRITON = (  # what Triton's launcher is linked against
+SYMBOL = re.compile(r" U ((?!cu(?:sparse|solver|fft|rand|File))(?:cuda[A-Z]|cu[A-Z][a-z]|cublas)\w*)")
+TRITON = (  # called by Triton's launcher
     *("cuOccupancyMaxActiveClusters", "cuTensorMapEncodeTiled", "cuTensorMapEncodeIm2col"),
     *("cuPointerGetAttributes", "cuModuleUnload", "cuCtxGetLimit", "cuCtxSetLimit"),
 )
+STUB = "__attribute__((weak)) int {}() {{ return 0; }}"
 
 
 def headers() -> Path | None:
@@ -31,34 +34,42 @@ def headers() -> Path | None:
 
 def missing() -> str | None:
     """Why the null GPU cannot be built here, or None."""
-    if sys.platform != "linux":
-        return f"the null GPU needs Linux, not {sys.platform}"
-    if torch.version.cuda is None:
-        return "torch is built without CUDA"
-    tools = [tool for tool in ("gcc", "nm") if shutil.which(tool) is None]
-    if tools or headers() is None:
-        return f"the null GPU needs {' and '.join(tools) or 'the CUDA headers of the triton wheel'}"
-    return None
+    needed = {
+        "Linux": sys.platform == "linux",
+        "torch with CUDA": torch.version.cuda is not None,
+        "gcc": shutil.which("gcc"),
+        "nm": shutil.which("nm"),
+        "the CUDA headers of the triton wheel": headers(),
+    }
+    lacking = [name for name, found in needed.items() if not found]
+    return f"the null GPU needs {', '.join(lacking)}" if lacking else None
 
 
 def build(folder: Path) -> Path:
     """Writes libnullgpu.so to a folder; what torch calls and nullgpu.c does not define returns 0."""
-    names, library = set(TRITON), folder / "libnullgpu.so"
+    names, rest, library = set(TRITON), folder / "rest.c", folder / "libnullgpu.so"
     for caller in CALLERS:
         path = Path(torch.__file__).parent / f"lib/lib{caller}.so"
         if path.exists():
             listing = subprocess.run(["nm", "-D", path], capture_output=True, text=True, check=True).stdout
-            names |= {name for name in SYMBOL.findall(listing) if not OTHER_LIBRARIES.match(name)}
-    rest, stub = folder / "rest.c", "__attribute__((weak)) int {}() {{ return 0; }}"
-    rest.write_text("\n".join(map(stub.format, sorted(names))))
+            names.update(SYMBOL.findall(listing))
+    rest.write_text("\n".join(map(STUB.format, sorted(names))))
+    sources = [Path(__file__).with_name("nullgpu.c"), rest]
     flags = ["-O1", "-shared", "-fPIC", "-w", f"-I{headers()}"]
-    subprocess.run(["gcc", *flags, SOURCE, rest, "-o", library, "-ldl", "-lpthread"], check=True)
+    subprocess.run(["gcc", *flags, *sources, "-o", library, "-ldl", "-lpthread"], check=True)
     (folder / "libcuda.so.1").symlink_to(library)  # for Triton
     return library
 
 
-def environment(library: Path, *, devices: int = 1) -> dict[str, str]:
-    """Environment variables of a process that runs on the null GPU."""
-    paths = filter(None, (str(library.parent), os.environ.get("LD_LIBRARY_PATH")))
-    preload = {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": ":".join(paths)}
-    return os.environ | preload | {"NULLGPU_COUNT": str(devices), "OMP_NUM_THREADS": "1"}
+def run_cases(cases: dict[str, Any], folder: Path, *, devices: int, capture: bool = False) -> dict[str, Any]:
+    """Runs cases, as drive.py describes, in one process on the null GPU; `folder` is empty at first."""
+    given, results = folder / "cases.json", folder / "results.json"
+    given.write_text(json.dumps(cases))
+    preload = {"LD_PRELOAD": str(build(folder)), "LD_LIBRARY_PATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cuda.drive", given, results],
+        cwd=REPOSITORY, capture_output=capture, text=True, check=False,
+        env=os.environ | preload | {"NULLGPU_COUNT": str(devices), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return json.loads(results.read_text())

@@ -22,6 +22,8 @@ TRITON = (  # called by Triton's launcher
     *("cuOccupancyMaxActiveClusters", "cuTensorMapEncodeTiled", "cuTensorMapEncodeIm2col"),
     *("cuPointerGetAttributes", "cuModuleUnload", "cuCtxGetLimit", "cuCtxSetLimit"),
 )
+# as a module, processes that it spawns would import it, and torch, again
+DRIVE = "from tests.cuda.drive import main; main()"
 STUB = "__attribute__((weak)) int {}() {{ return 0; }}"
 
 
@@ -65,9 +67,10 @@ def run_cases(cases: dict[str, Any], folder: Path, *, devices: int, capture: boo
     """Runs cases, as drive.py describes, in one process on the null GPU; `folder` is empty at first."""
     given, results = folder / "cases.json", folder / "results.json"
     given.write_text(json.dumps(cases))
-    preload = {"LD_PRELOAD": str(build(folder)), "LD_LIBRARY_PATH": str(folder)}
+    paths = f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":")
+    preload = {"LD_PRELOAD": str(build(folder)), "LD_LIBRARY_PATH": paths}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cuda.drive", given, results],
+        [sys.executable, "-c", DRIVE, given, results],
         cwd=REPOSITORY, capture_output=capture, text=True, check=False,
         env=os.environ | preload | {"NULLGPU_COUNT": str(devices), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -1,10 +1,10 @@
-"""Runs cases in one process on the null GPU: python -m tests.cuda.drive CASES RESULTS
+"""Runs cases in one process on the null GPU; `main` takes the paths of two JSON files, cases and results.
 
-CASES is a JSON object of name -> {"program": "run", "eval" or "coco", "words": [...]} and optionally
+Cases are an object of name -> {"program": "run", "eval" or "coco", "words": [...]} and optionally
   stop_at: sends SIGTERM after this training step,
   mask_on_cpu: leaves the dropout mask on the CPU,
   freed: bytes to allocate and free on device 1 beforehand.
-RESULTS gets error, result, steps and peak memory of each; an event of a step is a wait or a copy:
+Results are error, result, steps and peak memory of each; an event of a step is a wait or a copy:
 [call, memory, bytes, innermost line of the project, innermost line of all].
 """
 
@@ -98,7 +98,7 @@ def dropout_on_cpu(crit: Tensor, *, probability: float, generator: torch.Generat
 
 
 def train_at_coco_shape(words: list[int]) -> dict[str, int]:
-    """Steps of ViT-S/8 with random weights on noise, given the chunk size; returns the size of the weights."""
+    """Steps of ViT-S/8 with random weights on noise, given the chunk size; returns the weights' size."""
     options = shape_options("cocostuff", {"train.epoch": 1, "training_coeff.chunk_size": words[0]})
     cpu = torch.device("cpu")
     module, batch = random_module(options, cpu), random_batch(options, cpu, n_classes_of(options))
@@ -141,7 +141,3 @@ def main() -> None:
         print(f"\n== {name}", flush=True)
         results[name] = perform(case, trace)
     Path(sys.argv[2]).write_text(json.dumps(results, default=str))
-
-
-if __name__ == "__main__":
-    main()

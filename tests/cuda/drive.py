@@ -54,7 +54,8 @@ class Trace:
         self._wrap(_EvaluationLoop, "_evaluation_step")
 
     def _add_event(self, call: bytes, size: int, pinned: int) -> None:
-        self._events.append([call.decode(), "pinned" if pinned else "pageable", size, *innermost_lines()])
+        memory = ("pageable", "pinned")[pinned] if size else "-"
+        self._events.append([call.decode(), memory, size, *innermost_lines()])
 
     def _wrap(self, loop: type, method: str) -> None:
         original: Callable[..., Any] = getattr(loop, method)

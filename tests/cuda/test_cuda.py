@@ -13,15 +13,8 @@ from tests.cuda.drive import CRF, LOGGED, TRAIN, VALIDATION
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 STEPS, STOP_AT = 8, 6  # 2 epochs of 4 steps
-SETTINGS = {
-    "train__epoch": 2,
-    "train__print_freq": 3,
-    "train__valid_freq": 4,
-    "dataloader__val_batch_size": 2,
-    "eval__batch_size": 2,
-    "eval__pictures": 1,
-    "eval__is_crf": False,
-}
+SETTINGS = {"train__epoch": 2, "train__print_freq": 3, "train__valid_freq": 4, "eval__is_crf": False}
+SETTINGS |= {"dataloader__val_batch_size": 2, "eval__batch_size": 2, "eval__pictures": 1}
 TRAINED = {
     "fp16": ["eval.is_crf=true"],
     "bf16": ["train.precision=bf16"],
@@ -33,7 +26,6 @@ TRAINED = {
 }
 SCALER = "torch/amp/grad_scaler.py"  # reads found_inf before the optimizer's step
 WAITS = {TRAIN: (1, 0), LOGGED: (2, 1), VALIDATION: (1, 1)}  # at most; at most outside GradScaler
-LAUNCHES = 460
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +73,7 @@ def steady(result, phase):
 
 
 def listed(step, events):
-    shown = (f"{call}, {memory}, {size} B: {line} <- {caller}" for call, memory, size, line, caller in events)
+    shown = (f"{call}, {memory}: {line} <- {caller}" for call, memory, _, line, caller in events)
     return "\n  ".join([f"{step['phase']}, batch {step['batch']}:", *shown])
 
 
@@ -144,7 +136,7 @@ def test_step__uploads_from_pinned_memory(results, phase):
 
 
 def test_step__launches_few_kernels(results):
-    assert max(step["launches"] for step in steady(results["fp16"], TRAIN)) <= LAUNCHES
+    assert max(step["launches"] for step in steady(results["fp16"], TRAIN)) <= 450
 
 
 @pytest.mark.slow

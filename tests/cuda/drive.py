@@ -30,11 +30,10 @@ from torch.utils.data import DataLoader
 
 import eval
 import run
-from model.segmenter import criterion_dropout
 from tests.benchmarks.inputs import n_classes_of, random_batch, random_module, shape_options
 from utils.config.loading import REPOSITORY
 from utils.errors import UserError
-from utils.training.device import hardware_settings
+from utils.training.device import hardware_settings, upload
 from utils.training.trainer import build_trainer
 
 TRAIN, LOGGED, VALIDATION, CRF = "train step", "logged train step", "validation batch", "CRF batch"
@@ -94,8 +93,8 @@ def innermost_lines() -> tuple[str, str]:
     return next((line for ours, line in lines if ours), "-"), lines[0][1] if lines else "-"
 
 
-def dropout_on_cpu(crit: Tensor, *, probability: float, generator: torch.Generator) -> Tensor:
-    return crit * (torch.rand(*crit.shape[:2], 1, 1, generator=generator) >= probability)
+def upload_without_masks(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if tensor.is_floating_point() else upload(tensor, device)
 
 
 def train_at_coco_shape(words: list[int]) -> dict[str, int]:
@@ -121,9 +120,9 @@ def perform(case: dict[str, Any], trace: Trace) -> dict[str, Any]:
     before = [torch.cuda.memory_allocated(device) for device in devices]
     if "freed" in case:
         torch.empty(case["freed"], dtype=torch.uint8, device="cuda:1")
-    dropout = dropout_on_cpu if case.get("mask_on_cpu") else criterion_dropout
+    uploads = upload_without_masks if case.get("mask_on_cpu") else upload
     try:
-        with patch("model.module.criterion_dropout", dropout):
+        with patch("model.module.upload", uploads):
             result = PROGRAMS[case["program"]](case["words"])
     except UserError as mistake:
         error = f"{type(mistake).__name__}: {mistake}"

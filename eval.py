@@ -40,7 +40,8 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
     from model.checkpoint import read_checkpoint
     from model.evaluator import open_refiner
     from model.results import evaluation_result, shown_indices, write_pictures
-    from utils.files import make_folder, write_json
+    from utils.files import make_folder, write_json, write_text
+    from utils.plots.tables import metrics_markdown
     from utils.training.device import explained_errors, hardware_settings
     from utils.training.trainer import build_trainer
 
@@ -62,6 +63,7 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
     result |= evaluation_result(plain, refined, names=data.labels.names) | {"after_crf_missing": missing}
     if is_rank_zero():
         write_json(folder / "metrics.json", result)
+        write_text(folder / "metrics.md", metrics_markdown(result))
         write_pictures(folder, data.labels, predictions=predictions, plain=plain, refined=refined)
     return result
 
@@ -162,10 +164,10 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
         find_checkpoint(job.options.checkpoint, job.options.output_dir)
     results = []
     for job in jobs:
-        name, folder = job.options.wandb.name, results_folder(job.options)
+        folder = results_folder(job.options)
         results.append(evaluate(job.options, checkpoint=job.options.checkpoint, folder=folder))
-        table = {name: results[-1]}
-        print(f"\n{class_table(table)}\n\n{metrics_table(table)}\n\nresults: {folder}")
+        tables = [class_table(results[-1]), metrics_table({job.options.wandb.name: results[-1]})]
+        print("\n".join(["", *tables[len(jobs) > 1 :], f"results: {folder}"]))
     if len(jobs) > 1:
         print("\n" + sweep_table([(job.setting, result) for job, result in zip(jobs, results, strict=True)]))
     return results

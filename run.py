@@ -6,6 +6,7 @@ options -> data -> network -> loss and probes -> best checkpoint -> metrics befo
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from eval import evaluate, results_folder
 from utils.config.cli import Job, guarded, parse_arguments, plan_jobs, print_options
 from utils.config.loading import with_changes
 from utils.config.options import FROZEN, Options
+from utils.progress import duration
 from utils.training.launch import is_rank_zero
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
     from model import build_module
     from model.callbacks import HtmlReport, WandbImages
     from model.checkpoint import read_checkpoint
-    from model.results import shown_indices
+    from model.results import run_summary, shown_indices
     from utils.files import find_checkpoint
     from utils.training.checkpointing import CheckpointManager
     from utils.training.device import explained_errors, hardware_settings
@@ -45,19 +47,16 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
 
     hardware, data = hardware_settings(options), build_data(options)
     start = options.checkpoint and read_checkpoint(find_checkpoint(options.checkpoint, options.output_dir))
-    validation, labelled = data.validation_set, data.train_labelled
+    validation = data.validation_set
     indices = shown_indices(options.eval.pictures, len(validation))
-    known = {"checkpoint": start or None, "train_labelled": labelled, "pictured": indices}
+    known = {"checkpoint": start or None, "train_labelled": data.train_labelled, "pictured": indices}
     module = build_module(options, data.labels, **known)
-    if not labelled:
-        print("train data has no labels: no linear probe")
     checkpoint, progress = run_dir.resume_point(options)
     if checkpoint is None:
         run_dir.prepare(options, data.damaged)
     loggers = build_loggers(options, run_dir.path, step=progress.step, wandb_id=progress.wandb_id)
     shown = [(validation.name(index), validation[index].image) for index in indices]
-    images = WandbImages(wandb_runs(loggers), shown, best=progress.best)
-    report = HtmlReport(run_dir.path, data.labels, shown)
+    images, report = WandbImages(wandb_runs(loggers), shown), HtmlReport(run_dir.path, data.labels, shown)
     with StopSignal() as stop, explained_errors(options):
         checkpoints = CheckpointManager(
             run_dir.path,
@@ -67,6 +66,7 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
             progress=progress,
         )
         trainer = build_trainer(options, hardware, loggers=loggers, callbacks=[images, report, checkpoints])
+        print(run_summary(module, data, trainer, folder=run_dir.path))
         if options.dataset.cache_features:
             backbone, precision = module.segmenter.backbone, trainer.precision_plugin.precision
             encode = partial(module.frozen_tokens, trainer=trainer)
@@ -116,56 +116,83 @@ def as_baseline(options: Options) -> Options:
     return with_changes(options, {"train.frozen": True, **names})
 
 
-def run_job(job: Job) -> dict[str, dict[str, Any]]:
-    """Runs one job; with `train.compare_frozen`, its frozen baseline first."""
+def planned_runs(job: Job) -> list[Options]:
+    """The runs of a job; with `train.compare_frozen`, its frozen baseline first."""
     options = as_baseline(job.options) if job.options.train.frozen else job.options
-    name = options.wandb.name
-    if job.evaluate_only:
-        checkpoint, folder = options.checkpoint or f"{options.output_dir}/{name}", results_folder(options)
-        print(f"{name}: evaluating {checkpoint}, results in {folder}")
-        return {name: evaluate(options, checkpoint=checkpoint, folder=folder)}
-    compares = options.train.compare_frozen and not options.train.frozen
-    results = {}
-    for each in [as_baseline(options), options] if compares else [options]:
-        print(f"\n{each.wandb.name}: {'frozen baseline' if each.train.frozen else 'PPAP'}")
-        results[each.wandb.name] = train_and_evaluate(each)
-    return results
+    compares = options.train.compare_frozen and not options.train.frozen and not job.evaluate_only
+    return [as_baseline(options), options] if compares else [options]
+
+
+def run_one(options: Options, *, evaluate_only: bool) -> dict[str, Any]:
+    """Trains and evaluates, or evaluates only."""
+    if not evaluate_only:
+        return train_and_evaluate(options)
+    checkpoint = options.checkpoint or f"{options.output_dir}/{options.wandb.name}"
+    folder = results_folder(options)
+    print(f"evaluating {checkpoint}, results in {folder}")
+    return evaluate(options, checkpoint=checkpoint, folder=folder)
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Runs all jobs of a command line, one after another; returns the metrics of each."""
-    arguments = parse_arguments(
-        argv, description="Train PPAP and evaluate it.", examples=EXAMPLES, training=True
-    )
+    about = {"description": "Train PPAP and evaluate it.", "examples": EXAMPLES}
+    arguments = parse_arguments(argv, **about, training=True)
     jobs = plan_jobs(arguments)
     if arguments.print_options:
         return print_options(jobs)
     from utils.files import move_aside
-    from utils.plots.tables import class_table, metrics_table, sweep_table, write_sweep
+    from utils.plots.sweep import write_sweep
+    from utils.plots.tables import sweep_table
 
-    finished, rows = [], []
-    for job in jobs:
-        results = run_job(job)
-        print(f"\n{class_table(results)}\n\n{metrics_table(results)}")
-        for name, result in results.items():
-            if "train_hours" in result:
-                spent = f"{result['train_hours']:.2f} h, peak memory {result['peak_memory_gib']:.1f} GiB"
-                folder = Path(job.options.output_dir) / name
-                print(f"{name}: best at step {result['step']}, {spent}, results in {folder}")
-            compared = len(results) > 1 and ("frozen" if name.endswith(FROZEN) else "PPAP")
-            setting = " ".join(filter(None, (job.setting, compared)))
-            rows.append((setting, result))
-            if "last_step" in result:
-                rows.append((f"{setting}, last step".removeprefix(", "), result["last_step"]))
-        finished.append(result)
+    planned, finished, rows, done = [planned_runs(job) for job in jobs], [], [], 0
+    total, began = sum(map(len, planned)), time.monotonic()
+    for job, runs in zip(jobs, planned, strict=True):
+        results = {}
+        for options in runs:
+            kind = "frozen baseline" if options.train.frozen else options.training_coeff.loss
+            left = (time.monotonic() - began) / max(1, done) * (total - done)
+            place = f", run {done + 1} of {total}" + (f", about {duration(left)} left" if done else "")
+            print(f"\n{options.wandb.name}: {kind}{place if total > 1 else ''}")
+            results[options.wandb.name] = run_one(options, evaluate_only=job.evaluate_only)
+            done += 1
+        print(closing_words(job, results, alone=len(jobs) == 1))
+        finished.append(results)
+        rows += sweep_results(job, results)
         folder = Path(job.options.output_dir) / f"{job.base}-sweep"
         if len(jobs) > 1 and is_rank_zero():  # after each job: an interrupted sweep keeps its results
             if job is jobs[0]:
                 move_aside(folder)
-            write_sweep(folder, rows)
+            write_sweep(folder, rows, title=job.base)
     if len(jobs) > 1:
-        print(f"\n{sweep_table(rows)}\n\nresults of all runs: {folder}")
+        print(f"\n{sweep_table(rows)}\n\nreport: {folder / 'report.html'}")
     return finished
+
+
+def closing_words(job: Job, results: dict[str, dict[str, Any]], *, alone: bool) -> str:
+    """Tables of a job, its time and memory, and the next commands; `alone` unless it is part of a sweep."""
+    from utils.plots.tables import class_table, metrics_table
+
+    name, result = list(results.items())[-1]
+    parts = ["", *([class_table(result), ""] if alone else []), metrics_table(results)]
+    if "train_hours" in result:
+        folder = Path(job.options.output_dir) / name
+        spent, memory = duration(3600 * result["train_hours"]), f"{result['peak_memory_gib']:.1f} GiB"
+        parts += [f"\n{name}: best at step {result['step']}, trained in {spent}, peak memory {memory}"]
+        parts += [f"report: {folder / 'report.html'}"]
+        parts += [f"masks:  python eval.py --checkpoint {folder} --images <folder> --out <masks>"]
+    return "\n".join(parts)
+
+
+def sweep_results(job: Job, results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """(setting, result) of each run of a job, and of its last step if that was evaluated."""
+    rows = []
+    for name, result in results.items():
+        kind = "frozen" if name.endswith(FROZEN) else job.options.training_coeff.loss
+        setting = " ".join(filter(None, (job.setting, kind if len(results) > 1 else "")))
+        rows.append((setting, result | {"name": name}))
+        if "last_step" in result:
+            rows.append((f"{setting}, last step".removeprefix(", "), result["last_step"]))
+    return rows
 
 
 if __name__ == "__main__":

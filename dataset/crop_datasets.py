@@ -15,7 +15,6 @@ if not __package__:  # run as a file: modules are found from the project's root,
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from dataset import DATA_SETS
 from dataset.base import Source, classes_of
@@ -25,6 +24,7 @@ from utils.config.loading import find_option_file, load_options
 from utils.config.options import WITHOUT_FOLDER, DatasetOptions, Options
 from utils.errors import UserError, listed
 from utils.files import exclusive, make_folder, replacing
+from utils.progress import Bar
 from utils.training.launch import cores
 from utils.vision.labels import IGNORE
 
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         make_folder(folder / part / "train", named_by="dataset.data_path")
     with exclusive(folder):
         loader = DataLoader(writer, batch_size=1, collate_fn=list, num_workers=arguments.workers)
-        damaged = [line for (line,) in tqdm(loader, desc="crops", unit="image") if line]
+        damaged = [line for (line,) in Bar(loader, desc="crops", unit="image") if line]
     if damaged:
         message = listed(f"{len(damaged)} of {len(source)} images are damaged and have no crops", damaged)
         if not options.skip_damaged:

@@ -17,13 +17,13 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dataset.base import Batch, SegmentationDataset
 from dataset.samplers import loader_workers, validation_batch_size
 from utils.config.options import Options
 from utils.errors import UserError
 from utils.files import TOKENS_FOLDER, exclusive, make_folder
+from utils.progress import Bar
 from utils.training.device import upload
 
 FORMAT = 3  # raised when tokens or labels change for the same inputs
@@ -104,7 +104,7 @@ def cache_tokens(
 
     def fill(tokens: Tensor, labels: Tensor) -> None:
         loader = DataLoader(items, validation_batch_size(options), num_workers=loader_workers(options))
-        for batch in tqdm(loader, desc=f"{split} tokens", unit="batch"):
+        for batch in Bar(loader, desc=f"{split} tokens", unit="batch"):
             tokens[batch.index] = encode(batch.image).half().to(tokens.device)
             labels[batch.index] = batch.label.to(labels.device)
 

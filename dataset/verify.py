@@ -3,10 +3,10 @@
 from functools import partial
 
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dataset.base import Source, classes_of
 from utils.errors import UserError, listed
+from utils.progress import Bar
 
 _checked: dict[str, list[str]] = {}  # by digest: the runs of a sweep read the same files once
 
@@ -31,7 +31,7 @@ def sound_items(
     for split, source in sources.items():
         if (key := source.digest()) not in _checked:
             loader = DataLoader(range(len(source)), num_workers=workers, collate_fn=partial(_message, source))
-            _checked[key] = list(tqdm(loader, desc=f"checking {split} files", unit="item"))
+            _checked[key] = list(Bar(loader, desc=f"checking {split} files", unit="item"))
         messages[split] = _checked[key]
     damaged = [line for lines in messages.values() for line in lines if line]
     if damaged:

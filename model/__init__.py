@@ -63,10 +63,10 @@ def build_module(
     source = load_backbone(backbone, weights) if checkpoint is None else checkpoint.path
     with seeded(options.train.seed, "projection"):
         segmenter = Segmenter(backbone, compile=options.train.compile)
-    module = PPAPModule(options, labels, segmenter, train_labelled=train_labelled, **evaluation)
+    evaluation |= {"train_labelled": train_labelled, "weights": f"from {source}"}
+    module = PPAPModule(options, labels, segmenter, **evaluation)
     if checkpoint is not None:
         restore(module, checkpoint)
-    print(f"backbone: {options.model.arch}, {backbone.spec.depth} blocks, from {source}")
     return module
 
 

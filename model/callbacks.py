@@ -32,20 +32,18 @@ class WandbImages(Callback):
     Args:
         runs: the wandb run of this process, if any.
         shown: the images that the module keeps predictions of.
-        best: largest sum of metrics before a resume.
     """
 
-    def __init__(self, runs: Sequence[wandb.Run], shown: Shown, *, best: float) -> None:
-        self.runs, self.shown, self.best = runs, shown, best
+    def __init__(self, runs: Sequence[wandb.Run], shown: Shown) -> None:
+        self.runs, self.shown = runs, shown
 
     def on_validation_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
         """Sends tables, and the metrics if they are the best."""
         evaluation, step = pl_module.last_evaluation, pl_module.global_step
         predictions = pl_module.evaluator.predictions()  # gathered on all ranks
-        improved, self.best = pl_module.score > self.best, max(pl_module.score, self.best)
         with errors_as_warnings():
             for run in self.runs:
-                if improved:
+                if pl_module.improved:
                     run.summary.update(summary_of({"step": step, "before_crf": evaluation.metrics()}))
                 tables = self._tables(pl_module, predictions)
                 # with the run's step: wandb would count a call without one as a step, and drop the next point

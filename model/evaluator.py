@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from model.probes import ClusterProbe, LinearProbe, read_both
 from utils.config.options import Options
+from utils.progress import Bar
 from utils.training.distributed import all_gather_object
-from utils.training.launch import cores, is_rank_zero
+from utils.training.launch import cores
 from utils.vision.crf import CrfPool, HeadLogits, resolve_backend
 from utils.vision.mean_field import MeanField
 from utils.vision.metrics import ConfusionMatrix, Scores, score
@@ -167,7 +167,7 @@ class Evaluator(nn.Module):
         """Waits for the CRF, with a progress bar."""
         if self.refiner is None:
             return
-        with tqdm(total=self.images, desc="CRF", unit="image", disable=not is_rank_zero()) as bar:
+        with Bar(total=self.images, desc="CRF", unit="image") as bar:
             while len(self.refiner):
                 self._count_refined(wait_for_one=True)
                 bar.update(self.images - len(self.refiner) - bar.n)

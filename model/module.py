@@ -31,6 +31,7 @@ class PPAPModule(LightningModule):
 
     Args:
         train_labelled: whether train items have labels; without them there is no linear probe.
+        weights: where the parameters come from, in words.
         evaluation: `pictured` and `refiner` of the `Evaluator`.
     """
 
@@ -41,10 +42,12 @@ class PPAPModule(LightningModule):
         segmenter: Segmenter,
         *,
         train_labelled: bool = True,
+        weights: str = "",
         **evaluation: Any,
     ) -> None:
         super().__init__()
         self.options, self.labels, self.train_labelled = options, labels, train_labelled
+        self.weights = weights
         self.segmenter, self.frozen = segmenter, options.train.frozen
         if self.frozen:
             self.segmenter.requires_grad_(False)
@@ -57,7 +60,7 @@ class PPAPModule(LightningModule):
         heads = {"is_direct": options.eval.is_direct, "with_linear": train_labelled}
         self.evaluator = Evaluator(labels.n_classes, n_clusters, **heads, **evaluation)
         self.last_evaluation: Evaluation | None = None
-        self.score = float("-inf")
+        self.best, self.improved = float("-inf"), False
         self.metrics: dict[str, float] = {}
         self.assignment: list[int] | None = None
         self.scalars: dict[str, Tensor] = {}  # of the last step
@@ -165,11 +168,12 @@ class PPAPModule(LightningModule):
         self.evaluator.update(code, batch.image, batch.label, first=number * batches.batch_size, **probes)
 
     def on_validation_epoch_end(self) -> None:
-        """Scores the set; `score`, the sum of the metrics that exist, chooses the best checkpoint."""
+        """Scores the set; `improved` says whether the sum of its metrics is the largest so far."""
         self.last_evaluation = self.evaluator.compute()
         self.metrics, self.assignment = self.last_evaluation.metrics(), self.last_evaluation.assignment
         # without labels the newest checkpoint is the best
-        self.score = sum(self.metrics.values()) if self.metrics else float(self.global_step)
+        score = sum(self.metrics.values()) if self.metrics else float(self.global_step)
+        self.improved, self.best = score > self.best, max(score, self.best)
         if self.trainer.state.fn == "fit":
             self._write(self.metrics | {"valid_loss": self.last_evaluation.valid_loss})
 
@@ -195,8 +199,8 @@ class PPAPModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the last scores of a run that is resumed."""
-        entry = checkpoint[CHECKPOINT_ENTRY]
+        """Restores the last and the best score of a run that is resumed."""
+        entry, self.best = checkpoint[CHECKPOINT_ENTRY], checkpoint["progress"]["best"]
         self.assignment, self.metrics = entry["assignment"], entry["metrics"]
         self.guard = NonFiniteGuard(skip=self.guard.skip, skipped=entry.get("skipped_steps", 0))
 

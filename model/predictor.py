@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from model.evaluator import CLUSTER_ALPHA, HEADS
 from model.module import PPAPModule
@@ -18,6 +17,7 @@ from utils.errors import LeftOut, UserError
 from utils.files import make_folder, write_json
 from utils.plots.figures import draw_legend
 from utils.plots.mask_files import mask_ids, renamed, result_folders, write_results
+from utils.progress import Bar
 from utils.training.device import accelerator, chosen_precision
 from utils.vision import crf, mean_field
 from utils.vision.crf import crf_missing, resolve_backend
@@ -193,7 +193,7 @@ def predict_folder(
     if predictor.unmatched:
         print("no cluster has a class (no labels, or a published checkpoint): ids are cluster numbers")
     counts, skipped = np.zeros(len(named), dtype=np.int64), []
-    for path, folder in tqdm(folders.items(), desc="masks", unit="image"):
+    for path, folder in Bar(folders.items(), desc="masks", unit="image"):
         try:
             image = open_image(path)
             classes = predictor(image)

@@ -5,10 +5,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pytorch_lightning import Trainer
 
 from model.evaluator import Evaluation, Prediction
+from model.module import PPAPModule
 from utils.plots.figures import IGNORED, UNMATCHED, colour, draw_class_iou, draw_confusion, draw_predictions
 from utils.vision.labels import IGNORE, LabelSpace
+
+
+def run_summary(module: PPAPModule, data: Any, trainer: Trainer, *, folder: Path) -> str:
+    """Five lines about a run that starts."""
+    options, spec = module.options, module.segmenter.backbone.spec
+    labels = "labels" if data.train_labelled else "no labels, so no linear probe"
+    batches, epochs = len(data.train_dataloader()), options.train.epoch
+    device, precision = trainer.strategy.root_device, trainer.precision_plugin.precision
+    items = f"{len(data.train_set):,} train items, {len(data.validation_set):,} images to evaluate"
+    lines = {
+        "data": f"{options.dataset.data_type}: {items}, {data.labels.n_classes} classes, {labels}",
+        "backbone": f"{options.model.arch}, {spec.depth} blocks of width {spec.dim}, {module.weights}",
+        "device": f"{trainer.world_size} x {device.type}, precision {precision}",
+        "steps": f"{batches * epochs:,}: {epochs} epochs of {batches:,}",
+        "folder": f"{folder}, which will contain report.html",
+    }
+    return "\n".join(f"{name:10}{words}" for name, words in lines.items())
 
 
 def shown_indices(count: int, images: int) -> list[int]:

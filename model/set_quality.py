@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from loss import ieee_float32
 from loss.propagation import Boundaries, propagations, select_sets
@@ -15,6 +14,7 @@ from model.module import PPAPModule
 from utils.errors import UserError
 from utils.files import make_folder, write_json
 from utils.plots.figures import draw_sets
+from utils.progress import Bar
 from utils.training.device import hardware_settings
 from utils.training.randomness import generator
 from utils.training.trainer import build_trainer
@@ -39,7 +39,7 @@ def measure_sets(module: PPAPModule, data: Any, *, folder: Path) -> list[dict[st
     how = {"boundaries": criterion.boundaries, "operand": criterion.similarity_dtype}
     batches = DataLoader(data.validation_set, options.dataloader.batch_size)
     totals: Tensor | float = 0.0
-    for step, batch in enumerate(tqdm(batches, desc="sets", unit="batch"), start=1):
+    for step, batch in enumerate(Bar(batches, desc="sets", unit="batch"), start=1):
         bank = criterion.bank(module.frozen_features(batch.image, trainer))  # (N, D)
         classes = patch_classes(batch.label, patch, n_classes=n_classes).to(bank.device)  # (N,)
         drawn = criterion.sample_anchors(len(classes), generator(options.train.seed, "anchors", step))

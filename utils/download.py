@@ -10,11 +10,11 @@ from pathlib import Path
 import requests
 from requests.adapters import HTTPAdapter
 from requests.exceptions import ChunkedEncodingError, ConnectionError
-from tqdm import tqdm
 from urllib3.util import Retry
 
 from utils.errors import UserError, first_line
 from utils.files import sha256_of
+from utils.progress import Bar
 
 CHUNK = 1 << 16  # bytes
 TRIES = 5  # failed requests in a row before the next address is used
@@ -85,7 +85,7 @@ def _copy(response: requests.Response, part: Path, start: int, size: int | None)
     total = size if length is None else start + int(length)
     if size not in (None, total):
         raise DownloadError(f"has {total:,} bytes, must have {size:,}")
-    bar = tqdm(total=total, initial=start, desc=part.stem, unit="B", unit_scale=True, disable=None)
+    bar = Bar(total=total, initial=start, desc=part.stem, unit="B", unit_scale=True)
     with part.open("ab" if start else "wb") as file, bar:
         for chunk in response.iter_content(CHUNK):
             file.write(chunk)
@@ -106,7 +106,7 @@ def extract(archive: Path, folder: Path, wanted: Sequence[str]) -> None:
     target = None
     try:
         with zipfile.ZipFile(archive) as opened:
-            members = tqdm(opened.infolist(), desc=f"unpacking {archive.name}", unit="file", disable=None)
+            members = Bar(opened.infolist(), desc=f"unpacking {archive.name}", unit="file")
             for member in members:
                 match = pattern.fullmatch(member.filename)
                 if match is None or member.is_dir():

@@ -56,12 +56,8 @@ def write_report(
     provenance = flatten(read_json_object(folder / "provenance.json"))
     provenance |= {key: f"{result[key]:.2f}" for key in ("train_hours", "peak_memory_gib") if key in result}
     figures = {title: folder / f"{title.lower()}.png" for title in PICTURES} if pictures else {}
-    templates = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    page = environment.get_template(NAME).render(
+    page = render(
+        NAME,
         options=options,
         defaults=defaults,
         state=state,
@@ -72,13 +68,25 @@ def write_report(
         colours=dict(zip(labels.names, labels.palette, strict=True)),
         heads=_class_iou(result.get("class_iou") or {}),
         pictures=[
-            (title, PICTURES[title], base64.b64encode(path.read_bytes()).decode())
-            for title, path in figures.items()
-            if path.exists()
+            (title, PICTURES[title], embedded(path)) for title, path in figures.items() if path.exists()
         ],
         provenance=provenance,
     )
     write_text(folder / NAME, page)
+
+
+def render(template: str, **content: Any) -> str:
+    """A page from a template beside this file."""
+    how = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), **how)
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    return environment.get_template(template).render(**content)
+
+
+def embedded(path: Path) -> str:
+    """A picture as a data URL."""
+    kind = "jpeg" if path.suffix == ".jpg" else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _read_scalars(path: Path) -> list[dict[str, float]]:

@@ -1,13 +1,9 @@
-"""Markdown tables of metrics, IoU per class and sweeps, and the files of a sweep."""
+"""Tables of metrics, IoU per class, sweeps and sets: for an 80-column terminal, and in Markdown."""
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
-
-from utils.files import make_folder, write_json
-from utils.plots.figures import draw_sweep
 
 METRICS = ("Cluster_Accuracy", "Cluster_mIoU", "Linear_Accuracy", "Linear_mIoU")
 METRIC_TITLES = tuple(name.replace("_", " ") for name in METRICS)
@@ -30,43 +26,86 @@ def percent(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns for a terminal of 80 columns, two spaces apart; the first is cut if necessary."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    widths[0] = min(widths[0], 80 - sum(width + 2 for width in widths[1:]))
+    lines = []
+    for first, *others in (header, *rows):
+        cells = [first[: widths[0]].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(cells))
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
 def metrics_table(results: dict[str, dict[str, Any]]) -> str:
-    """The four metrics of each run before and after CRF, followed by the reasons for a missing CRF."""
+    """Accuracy and mIoU of each run before and after CRF, followed by the reasons for a missing CRF."""
     rows, notes = [], []
     for run, result in results.items():
         for name, each in ((run, result), (f"{run}, last step", result.get("last_step"))):
             for stage, title in STAGES.items() if each else ():
-                cells = [percent((each[stage] or {}).get(metric)) for metric in METRICS]
-                rows.append([f"{name}, {title}", *cells])
+                if metrics := each[stage]:
+                    rows.append([f"{name}, {title}", *_pairs(_percents(metrics))])
         if result["after_crf_missing"]:
             notes.append(f"{run}, after CRF: {result['after_crf_missing']}")
-    return "\n".join([markdown(["", *METRIC_TITLES], rows), *notes])
+        if shares := result.get("cluster_shares"):
+            parts = ", ".join(f"{cluster}: {percent(share)}" for cluster, share in shares.items())
+            notes.append(f"{run}: pixels of each cluster in the images shown, in percent: {parts}")
+    table = [text_table(["accuracy / mIoU, %", "clusters", "linear probe"], rows)] if rows else []
+    return "\n".join([*table, *notes])
 
 
-def class_table(results: dict[str, dict[str, Any]]) -> str:
-    """IoU per class in percent, one column for each run, head and stage that was evaluated."""
-    columns: dict[str, dict[str, float]] = {}
-    for run, result in results.items():
-        for stage, suffix in zip(STAGES, ("", " CRF"), strict=True):
-            for head, iou in (result["class_iou"].get(stage) or {}).items():
-                columns[f"{run} {head}{suffix}"] = iou
-    if not columns:
-        return "no labels, so no IoU"
-    names = next(iter(columns.values()))
-    return markdown(
-        ["IoU", *columns], [[name, *(percent(c[name]) for c in columns.values())] for name in names]
-    )
+def _percents(metrics: Mapping[str, float]) -> list[str]:
+    return [percent(metrics.get(name)) for name in METRICS]
+
+
+def _pairs(cells: Sequence[str]) -> list[str]:
+    """Accuracy / mIoU of the clusters and of the linear probe, from the cells of `METRICS`."""
+    return [f"{cells[0]} / {cells[1]}", f"{cells[2]} / {cells[3]}"]
+
+
+def metrics_markdown(result: dict[str, Any]) -> str:
+    """The metrics and the IoU per class of one run, in Markdown."""
+    rows = [[title, *_percents(result[stage])] for stage, title in STAGES.items() if result[stage]]
+    header, classes = _class_rows(result)
+    return "\n\n".join([markdown(["%", *METRIC_TITLES], rows), markdown(header, classes)]) + "\n"
+
+
+def class_table(result: dict[str, Any]) -> str:
+    """IoU per class in percent of each head, before and, if it was evaluated, after CRF."""
+    header, rows = _class_rows(result)
+    return text_table(header, rows) if rows else "no labels, so no IoU"
+
+
+def _class_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    before, after = (result["class_iou"].get(stage) or {} for stage in STAGES)
+    names = list(next(iter(before.values()), ()))
+    arrow = " -> CRF" if after else ""
+    rows = [[name, *(_cell(before, after, head, name) for head in before)] for name in names]
+    return ["IoU, %", *(f"{head}{arrow}" for head in before)], rows
+
+
+def _cell(before: Mapping[str, Any], after: Mapping[str, Any], head: str, name: str) -> str:
+    refined = f" -> {percent(after[head][name])}" if after else ""
+    return percent(before[head][name]) + refined
 
 
 def sweep_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """Mean and sample standard deviation over the runs (seeds) of each setting, from (setting, result)."""
+    header = ["accuracy / mIoU, %", "runs", "clusters", "linear probe"]
+    return text_table(header, [[*row[:2], *_pairs(row[2:])] for row in sweep_rows(results)])
+
+
+def sweep_rows(results: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]:
+    """Setting and stage, number of runs, and "mean ± standard deviation" of each of `METRICS`."""
     rows = []
     for setting in dict.fromkeys(setting for setting, _ in results):
         group = [result for other, result in results if other == setting]
         for stage, title in STAGES.items():
-            cells = [_mean_and_deviation([(r[stage] or {}).get(name) for r in group]) for name in METRICS]
-            rows.append([f"{setting or 'all'}, {title}", str(len(group)), *cells])
-    return markdown(["setting", "runs", *METRIC_TITLES], rows)
+            metrics = [result[stage] for result in group if result[stage]]
+            cells = [_mean_and_deviation([each.get(name) for each in metrics]) for name in METRICS]
+            rows += [[f"{setting or 'all'}, {title}", str(len(group)), *cells]] if metrics else []
+    return rows
 
 
 def _mean_and_deviation(values: Sequence[float | None]) -> str:
@@ -76,10 +115,10 @@ def _mean_and_deviation(values: Sequence[float | None]) -> str:
 
 def sets_table(rows: Sequence[dict[str, float]]) -> str:
     """Quality and size of the sets after t = 0..T relocations, in percent, averaged over anchors."""
-    header = ["t", "precision of positives", "recall of positives", "purity of negatives"]
-    header += ["positives", "ambiguous", "negatives"]
-    keys = [title.split(" of ")[0] for title in header[1:]]
-    return markdown(header, [[str(t), *(percent(row[key]) for key in keys)] for t, row in enumerate(rows)])
+    keys = ("precision", "recall", "purity", "positives", "ambiguous", "negatives")
+    cells = [[str(t), *(percent(row[key]) for key in keys)] for t, row in enumerate(rows)]
+    table = text_table(["t", *keys], cells)
+    return f"percent; precision and recall of positives, purity of negatives\n{table}"
 
 
 def explanation_table(result: dict[str, Any]) -> str:
@@ -88,15 +127,4 @@ def explanation_table(result: dict[str, Any]) -> str:
     formats |= dict.fromkeys(("positives", "ambiguous", "negatives"), ",d")
     rows = [[format(step[key], style) for key, style in formats.items()] for step in result["steps"]]
     row, column = result["patch"]
-    return f"{result['image']}, patch {row},{column}\n" + markdown(list(formats), rows)
-
-
-def write_sweep(folder: Path, results: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """Writes sweep.json, (setting, result) of each run, and sweep.png, a figure of the metrics before CRF."""
-    make_folder(folder)
-    kept = ("step", *STAGES, "train_hours", "checkpoint")
-    rows = [{"setting": setting} | {key: result.get(key) for key in kept} for setting, result in results]
-    write_json(folder / "sweep.json", rows)
-    scored = [(setting, result["before_crf"]) for setting, result in results if result["before_crf"]]
-    if scored:
-        draw_sweep(folder / "sweep.png", scored)
+    return f"{result['image']}, patch {row},{column}\n" + text_table(list(formats), rows)

@@ -92,10 +92,8 @@ class CheckpointManager(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves, and updates best.ckpt if the score improved."""
-        improved = pl_module.score > self.progress.best
-        best = max(self.progress.best, pl_module.score)
-        self.progress = replace(self.progress, validated=True, best=best)
-        self._save(trainer, best=improved)
+        self.progress = replace(self.progress, validated=True, best=pl_module.best)
+        self._save(trainer, best=pl_module.improved)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves after each epoch if there is no validation."""

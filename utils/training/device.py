@@ -45,8 +45,6 @@ def device_settings(options: Options) -> dict[str, Any]:
             )
     elif found == "mps" and wanted.devices > 1:
         raise UserError(f"trainer.devices is {wanted.devices}, must be 1 on mps")
-    else:
-        print(f"device: {found} (no CUDA device; gpu_ids {list(options.gpu_ids)} ignored)")
     spread = {"num_nodes": wanted.num_nodes, "strategy": wanted.strategy}
     return {"accelerator": found, "devices": devices, **spread}
 

@@ -2,15 +2,19 @@
 
 import logging
 import math
+import sys
 import warnings
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 
 from utils.config.options import Options
+from utils.progress import Bar
 from utils.training.checkpointing import AtomicCheckpointIO
+from utils.training.launch import is_rank_zero
+
+BAR = "{desc} {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 
 class ValidationSteps(Callback):
@@ -31,19 +35,65 @@ class ValidationSteps(Callback):
         trainer.val_check_batch = step if due else math.inf
 
 
-class RunBar(TQDMProgressBar):
-    """Lightning's progress bar with the last logged loss and metrics."""
+class RunBar(Callback):
+    """One bar for the whole run with the last logged loss, and a line for each validation."""
+
+    def __init__(self, refresh_rate: int) -> None:
+        self.refresh_rate = refresh_rate
+        self._bar: Bar | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Opens the bar at the step that the run continues from."""
+        total = trainer.max_epochs * trainer.num_training_batches
+        self._bar = Bar(total=total, initial=trainer.global_step, bar_format=BAR, desc="training")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Shows loss and best score every `refresh_rate` steps; newer ones would have to be waited for."""
+        if trainer.global_step % self.refresh_rate and trainer.global_step < self._bar.total:
+            return
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        self._bar.set_description(epoch, refresh=False)
+        shown = [f"loss {pl_module.logged['total_loss']:.3f}"] if pl_module.logged else []
+        shown += [f"best {pl_module.best:.1f}"] if pl_module.metrics else []
+        self._bar.set_postfix_str(", ".join(shown), refresh=False)
+        self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Opens the bar of an evaluation; a validation during training is shown in that of the training."""
+        if self._bar is None:
+            self._bar = Bar(total=sum(trainer.num_val_batches), desc="evaluation", unit="batch")
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Counts a batch."""
+        if trainer.state.fn == "validate":
+            self._bar.update()
+        elif sys.stderr.isatty():
+            self._bar.set_description(f"validation {batch_idx + 1}/{sum(trainer.num_val_batches)}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the line of a validation, or closes the bar of an evaluation."""
+        if trainer.state.fn == "validate":
+            self._bar.close()
+            return
+        metrics, words = pl_module.metrics, [f"step {trainer.global_step:<6,}"]
+        for name, head in (("clusters", "Cluster"), ("linear", "Linear")):
+            if f"{head}_mIoU" in metrics:
+                words.append(f"{name} {metrics[f'{head}_Accuracy']:.1f} / {metrics[f'{head}_mIoU']:.1f}")
+        if metrics and is_rank_zero():
+            self._bar.write("   ".join([*words, *(["best"] if pl_module.improved else [])]))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Closes the bar."""
+        self._bar.close()
 
     def on_exception(self, *_: Any) -> None:
-        """Closes the bars, which would otherwise write whenever they are garbage-collected."""
-        for bar in filter(None, (self._train_progress_bar, self._val_progress_bar)):
-            bar.close()
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
-        """Loss and metrics; those of the last step would have to be waited for."""
-        shown = {"loss": pl_module.logged["total_loss"]} if pl_module.logged else {}
-        shown |= {name: value for name, value in pl_module.metrics.items() if name.startswith("Cluster")}
-        return {name: f"{value:.3f}" for name, value in shown.items()}
+        """Closes the bar, which would otherwise be written again when it is garbage-collected."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 def build_trainer(
@@ -67,5 +117,6 @@ def build_trainer(
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=False,
         use_distributed_sampler=False,
     )

@@ -35,11 +35,11 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
         checkpoint: a file, a folder, or a run below `output_dir`.
         folder: for metrics.json, confusion.npz, predictions.png, confusion.png and class_iou.png.
     """
-    from dataset import build_data
+    from dataset import build_data, spread_indices
     from model import build_module
     from model.checkpoint import read_checkpoint
     from model.evaluator import open_refiner
-    from model.results import evaluation_result, shown_indices, write_pictures
+    from model.results import cluster_shares, evaluation_result, write_pictures
     from utils.files import make_folder, write_json, write_text
     from utils.plots.tables import metrics_markdown
     from utils.training.device import explained_errors, hardware_settings
@@ -49,7 +49,7 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
     stored = read_checkpoint(find_checkpoint(str(checkpoint), options.output_dir))
     make_folder(folder)
     missing = _why_no_crf(options, labelled=data.validation_labelled)
-    pictured = shown_indices(options.eval.pictures, len(data.validation_set))
+    pictured = spread_indices(options.eval.pictures, len(data.validation_set))
     with nullcontext() if missing else open_refiner(options) as refiner:
         module = build_module(options, data.labels, checkpoint=stored, pictured=pictured, refiner=refiner)
         if len(data.validation_set):
@@ -57,10 +57,12 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
             with explained_errors(options):
                 trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)
         module.evaluator.finish_refining()
-    plain, predictions = module.evaluator.compute(), module.evaluator.predictions()
+    plain, predictions = module.evaluator.compute(), module.last_predictions
     refined = None if missing else module.evaluator.compute(refined=True)
     result = {"checkpoint": str(stored.path), "step": stored.about.get("step")}
     result |= evaluation_result(plain, refined, names=data.labels.names) | {"after_crf_missing": missing}
+    if not data.validation_labelled:
+        result["cluster_shares"] = cluster_shares(predictions)
     if is_rank_zero():
         write_json(folder / "metrics.json", result)
         write_text(folder / "metrics.md", metrics_markdown(result))

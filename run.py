@@ -33,11 +33,11 @@ EXAMPLES = """\
 
 def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbImages]:
     """Trains or resumes one run; returns its training seconds and the callbacks that report results."""
-    from dataset import build_data
+    from dataset import build_data, spread_indices
     from model import build_module
     from model.callbacks import HtmlReport, WandbImages
     from model.checkpoint import read_checkpoint
-    from model.results import run_summary, shown_indices
+    from model.results import run_summary
     from utils.files import find_checkpoint
     from utils.training.checkpointing import CheckpointManager
     from utils.training.device import explained_errors, hardware_settings
@@ -48,7 +48,7 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
     hardware, data = hardware_settings(options), build_data(options)
     start = options.checkpoint and read_checkpoint(find_checkpoint(options.checkpoint, options.output_dir))
     validation = data.validation_set
-    indices = shown_indices(options.eval.pictures, len(validation))
+    indices = spread_indices(options.eval.pictures, len(validation))
     known = {"checkpoint": start or None, "train_labelled": data.train_labelled, "pictured": indices}
     module = build_module(options, data.labels, **known)
     checkpoint, progress = run_dir.resume_point(options)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from dataset import cityscapes, cocostuff, image_folder, potsdam, synthetic
-from dataset.base import DataSetKind, FileSource, RawItem, Source, class_rule
+from dataset.base import DataSetKind, FileSource, RawItem, Source, class_rule, spread_indices
 from dataset.datamodule import SegmentationDataModule
 from utils.config.options import DATA_TYPES, WITHOUT_FOLDER, DatasetOptions, Options
 from utils.errors import UserError
@@ -20,7 +20,16 @@ DATA_SETS = {
     "synthetic": DataSetKind(synthetic.labels, synthetic.Synthetic),
 }
 
-__all__ = ["DATA_SETS", "FileSource", "RawItem", "Source", "build_data", "class_rule", "register_data_set"]
+__all__ = [
+    "DATA_SETS",
+    "FileSource",
+    "RawItem",
+    "Source",
+    "build_data",
+    "class_rule",
+    "register_data_set",
+    "spread_indices",
+]
 
 
 def build_data(options: Options, *, train: bool = True) -> SegmentationDataModule:

@@ -131,6 +131,12 @@ def require_files(options: DatasetOptions, paths: Sequence[Path], *, unless: boo
         )
 
 
+def spread_indices(count: int, images: int) -> list[int]:
+    """`count` indices spread over a split of `images` images, or all if it has fewer."""
+    count = min(count, images)
+    return [number * images // count for number in range(count)]
+
+
 class Batch(NamedTuple):
     """One item, or a batch of items with a leading axis."""
 
@@ -153,6 +159,7 @@ class SegmentationDataset(Dataset):
     seed: int = 0
     crops: tuple[float, str] | None = None  # ratio and kind: item 5 * i + k is crop k of image i
     kept: Sequence[int] | None = None  # indices in the source of the images to use; None: all
+    hides_labels: bool = False
 
     def __post_init__(self) -> None:
         if self.kept is None:
@@ -181,7 +188,7 @@ class SegmentationDataset(Dataset):
         drawn = generator(self.seed, "crop", epoch, index) if self.geometry.crop == "random" else None
         image, label = self.geometry(image, label, drawn)
         pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # (3, H, W)
-        if label is None:
+        if label is None or self.hides_labels:
             return Batch(pixels, torch.full(pixels.shape[1:], IGNORE, dtype=torch.uint8), torch.tensor(index))
         classes = classes_of(label, self.source, position)
         return Batch(pixels, torch.from_numpy(classes), torch.tensor(index))

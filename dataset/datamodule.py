@@ -11,7 +11,14 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
-from dataset.base import DataSetKind, FileSource, SegmentationDataset, Source, class_rule
+from dataset.base import (
+    DataSetKind,
+    FileSource,
+    SegmentationDataset,
+    Source,
+    class_rule,
+    spread_indices,
+)
 from dataset.crops import CROPS, prepared_folder
 from dataset.samplers import (
     EvaluationBatchSampler,
@@ -29,6 +36,7 @@ from utils.vision.transforms import Geometry
 class SegmentationDataModule(LightningDataModule):
     """Train (unless `train` is false) and validation data, opened before any weights are loaded.
 
+    Without validation images, some train images take their place, without labels: to see what is found.
     `train_labelled` and `validation_labelled` say whether there are labels for the linear probe and metrics,
     `damaged` has an error message per skipped item.
     """
@@ -46,6 +54,11 @@ class SegmentationDataModule(LightningDataModule):
         geometry = Geometry(chosen.val_res, "center", chosen.interpolation)
         self.validation_set = SegmentationDataset(sources["val"], geometry, kept=kept.get("val"))
         self.validation_labelled = len(self.validation_set) > 0 and sources["val"].labelled
+        if len(self.validation_set) == 0:
+            photographs = source if train else _open_train(chosen, kind)[0]
+            sound = kept.get("train", range(len(photographs)))
+            examples = [sound[index] for index in spread_indices(options.eval.pictures, len(sound))]
+            self.validation_set = SegmentationDataset(photographs, geometry, kept=examples, hides_labels=True)
         self.train_set, self.train_labelled = None, train and source.labelled
         if train:
             if (workers := loader_workers(options)) < (wanted := options.dataloader.num_workers):
@@ -87,8 +100,8 @@ class SegmentationDataModule(LightningDataModule):
         return TrainBatchSampler(len(self.train_set), batch_size, seed=seed, first_step=first_step)
 
     def example_split(self) -> SegmentationDataset:
-        """The validation split; without validation images, the train split at its geometry."""
-        if len(self.validation_set):
+        """The validation split; without one, the train split at its geometry."""
+        if not self.validation_set.hides_labels:
             return self.validation_set
         train = self.kind.source(self.options.dataset, "train")
         return SegmentationDataset(train, self.validation_set.geometry)
@@ -125,7 +138,6 @@ def _open_train(options: DatasetOptions, kind: DataSetKind) -> tuple[Source, tup
         return kind.source(options, "train"), None
     folder = prepared_folder(Path(options.data_path), options.data_type, crop_type, ratio)
     if not folder.is_dir():
-        print(f"train crops: {crop_type}, ratio {ratio}, cut on the fly")
         return kind.source(options, "train"), (ratio, crop_type)
     crops = prepared_crops(folder, kind.labels(options).n_classes)
     try:
@@ -138,7 +150,6 @@ def _open_train(options: DatasetOptions, kind: DataSetKind) -> tuple[Source, tup
             "write the missing ones with: python dataset/crop_datasets.py --opt <option file> --data_path "
             f"{shlex.quote(options.data_path)}; or remove the folder to cut them during training"
         )
-    print(f"train crops: {len(crops)} in {folder}")
     return crops, None
 
 

@@ -64,8 +64,6 @@ class ImageFolder(FileSource):
                 endings = ", ".join(sorted(IMAGE_ENDINGS))
                 message = f"{folder} holds no image ({endings}); put yours there"
                 raise UserError(f"dataset.data_path is {root}: {message}" + (skipped and f"; {skipped}"))
-            if plain:
-                print(f"{root} has no folder imgs: training on all {len(images)} images, without labels")
         elif plain:
             images, skipped = [], ""
         if skipped:

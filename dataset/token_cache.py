@@ -117,6 +117,7 @@ def cache_tokens(
         fill(*stored)
         return TokenDataset(**vars(items), stored=stored)
     about = FORMAT, items.source.digest(), list(items.kept), items.crops, items.geometry, model, shapes
+    about += ("labels hidden",) if items.hides_labels else ()
     key = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
     path = make_folder(Path(options.output_dir) / TOKENS_FOLDER) / f"{split}-{key}"
     with exclusive(path):  # another run or process may be writing the same cache

@@ -15,14 +15,17 @@ from model.explain import explain_images
 from model.module import PPAPModule
 from model.results import class_iou, class_maps
 from utils.errors import first_line
+from utils.files import make_folder
 from utils.plots.explain_figure import draw_explanation
-from utils.plots.report import NAME, write_report
+from utils.plots.figures import UNMATCHED, colour, write_strip
+from utils.plots.report import NAME, STRIPS, write_report
 from utils.plots.tables import METRICS, STAGES
 from utils.plots.wandb_media import confusion_table, iou_chart, prediction_table
 from utils.training.loggers import attach
 from utils.vision.labels import LabelSpace
 
 PICTURES = ("predictions.png", "confusion.png", "class_iou.png", "explanation.png")
+STRIP_IMAGES = 4
 Shown = Sequence[tuple[str, Tensor]]  # name and (3, H, W) uint8 of the validation images that are shown
 
 
@@ -40,12 +43,11 @@ class WandbImages(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
         """Sends tables, and the metrics if they are the best."""
         evaluation, step = pl_module.last_evaluation, pl_module.global_step
-        predictions = pl_module.evaluator.predictions()  # gathered on all ranks
         with errors_as_warnings():
             for run in self.runs:
                 if pl_module.improved:
                     run.summary.update(summary_of({"step": step, "before_crf": evaluation.metrics()}))
-                tables = self._tables(pl_module, predictions)
+                tables = self._tables(pl_module)
                 # with the run's step: wandb would count a call without one as a step, and drop the next point
                 run.log(tables | {"iters": step}, step=step)
 
@@ -64,7 +66,7 @@ class WandbImages(Callback):
                     model.add_file(str(artifact))
                     run.log_artifact(model)
 
-    def _tables(self, module: PPAPModule, predictions: Sequence[Any]) -> dict[str, Any]:
+    def _tables(self, module: PPAPModule) -> dict[str, Any]:
         evaluation, labels, tables = module.last_evaluation, module.labels, {}
         for head, iou in class_iou(evaluation, labels.names).items():
             confusion = evaluation.scores[head].confusion
@@ -72,7 +74,7 @@ class WandbImages(Callback):
             tables[f"validation/iou_{head}"] = iou_chart(iou, title=f"IoU per class, {head} probe (%)")
         if self.shown:
             names, images = zip(*self.shown, strict=True)
-            maps = [class_maps(prediction, labels, evaluation) for prediction in predictions]
+            maps = [class_maps(prediction, labels, evaluation) for prediction in module.last_predictions]
             photographs = torch.stack(images).permute(0, 2, 3, 1).numpy()  # (P, H, W, 3)
             table = prediction_table(names, photographs, maps=maps, labels=labels)
             tables |= {"validation/predictions": table}
@@ -101,21 +103,32 @@ class HtmlReport(Callback):
         state = f"Training: step {step:,} of {total:,}. Pictures and CRF follow at the end."
         with errors_as_warnings():
             self._explain(trainer, pl_module)
+            if self.shown:
+                self._add_strip(pl_module)
             write_report(self.folder, labels=self.labels, state=state, result=result, pictures=False)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Writes the page of the finished run; `result` is the content of metrics.json."""
         minutes = 60 * result["train_hours"]
-        state = f"Finished: {result['images']:,} validation images, {minutes:.1f} minutes of training."
+        state = f"Finished: {minutes:.1f} minutes of training, {result['images']:,} images evaluated."
         with errors_as_warnings():
             write_report(self.folder, labels=self.labels, state=state, result=result)
+
+    def _add_strip(self, module: PPAPModule) -> None:
+        """Draws the clusters of the first images of this validation, and once the images."""
+        folder, shown = make_folder(self.folder / STRIPS), module.last_predictions[:STRIP_IMAGES]
+        maps = [class_maps(prediction, self.labels, module.last_evaluation) for prediction in shown]
+        clusters = [colour(each["clusters"], self.labels, missing=UNMATCHED) for each in maps]
+        write_strip(folder / f"{module.global_step:08}.png", clusters)
+        photographs = [image.permute(1, 2, 0).numpy() for _, image in self.shown[: len(shown)]]
+        write_strip(folder / "photographs.png", photographs)
 
     def _explain(self, trainer: Trainer, module: PPAPModule) -> None:
         path, propagates = self.folder / "explanation.png", module.options.training_coeff.loss == "ppap"
         if not self.shown or not propagates or module.frozen or path.exists():
             return
         names, images = zip(*self.shown, strict=True)
-        stacked, about = torch.stack(images), f"bank: {len(images)} validation images"  # (P, 3, H, W)
+        stacked, about = torch.stack(images), f"bank: {len(images)} images"  # (P, 3, H, W)
         with torch.no_grad():
             found = explain_images(module, stacked, patch=None, trainer=trainer)
         draw_explanation(path, found, pictures=stacked.permute(0, 2, 3, 1).numpy(), names=names, about=about)

@@ -1,5 +1,6 @@
 """PPAP as a LightningModule: training step, validation step, optimizer and checkpoint entry."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor
 
 from loss import PPAPLoss
 from model.criterion import build_criterion
-from model.evaluator import Evaluation, Evaluator
-from model.monitoring import NonFiniteGuard, Throughput
+from model.evaluator import Evaluation, Evaluator, Prediction
+from model.monitoring import NonFiniteGuard, SetWatch, Throughput
 from model.probes import ClusterProbe, LinearProbe
 from model.segmenter import Segmenter, dropout_mask
 from utils.config.loading import as_tree
@@ -60,12 +61,14 @@ class PPAPModule(LightningModule):
         heads = {"is_direct": options.eval.is_direct, "with_linear": train_labelled}
         self.evaluator = Evaluator(labels.n_classes, n_clusters, **heads, **evaluation)
         self.last_evaluation: Evaluation | None = None
+        self.last_predictions: list[Prediction] = []
         self.best, self.improved = float("-inf"), False
         self.metrics: dict[str, float] = {}
         self.assignment: list[int] | None = None
         self.scalars: dict[str, Tensor] = {}  # of the last step
         self.logged: dict[str, float] = {}  # those of the last logged step
-        self.guard, self.throughput = NonFiniteGuard(skip=options.train.skip_nonfinite), Throughput()
+        self.guard, self.watch = NonFiniteGuard(skip=options.train.skip_nonfinite), SetWatch()
+        self.throughput = Throughput()
         self._grad_norm = torch.tensor(0.0)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -110,7 +113,7 @@ class PPAPModule(LightningModule):
         mask = upload(dropout_mask(shape, probability=share, generator=dropout), self.device)
         if not isinstance(self.criterion, PPAPLoss):
             return mask, {"generator": anchors}
-        patches = world_size() * images * grid[0] * grid[1]
+        patches = world_size() * images * math.prod(grid)
         return mask, {"anchors": upload(self.criterion.sample_anchors(patches, anchors), self.device)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -147,10 +150,17 @@ class PPAPModule(LightningModule):
         self.logged = dict(zip(tensors, stacked.tolist(), strict=True))  # waits for a GPU once
         if self.logged.pop("first_nonfinite_step"):
             self.guard.raise_if_found(self.trainer.datamodule)
+        patches = world_size() * len(batch.label) * math.prod(self.segmenter.grid(batch.label))
+        logged_steps = self.trainer.estimated_stepping_batches // self.options.train.print_freq
+        self.watch.add(self.logged, patches=patches, logged_steps=logged_steps)
         scalars = self.logged | {"epoch": self.current_epoch, "net_lr": self.options.optimizer.net.lr}
         if self.guard.skip:
             scalars["skipped_steps"] = self.guard.skipped
         self._write(scalars | self.throughput.scalars(self.device))
+
+    def on_train_end(self) -> None:
+        """Repeats the warning about degenerate sets."""
+        self.watch.report()
 
     def on_validation_epoch_start(self) -> None:
         """Resets the evaluator."""
@@ -169,7 +179,7 @@ class PPAPModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Scores the set; `improved` says whether the sum of its metrics is the largest so far."""
-        self.last_evaluation = self.evaluator.compute()
+        self.last_evaluation, self.last_predictions = self.evaluator.compute(), self.evaluator.predictions()
         self.metrics, self.assignment = self.last_evaluation.metrics(), self.last_evaluation.assignment
         # without labels the newest checkpoint is the best
         score = sum(self.metrics.values()) if self.metrics else float(self.global_step)

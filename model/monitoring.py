@@ -1,6 +1,7 @@
-"""Training monitors: throughput and non-finite losses."""
+"""Training monitors: non-finite losses, degenerate sets and throughput."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,8 +9,10 @@ from torch import Tensor
 
 from utils.errors import NotFinite, listed
 from utils.training.device import peak_memory_gib
+from utils.training.launch import is_rank_zero
 
-PARTS = {"supcon_loss": "PPAP", "linear_loss": "linear", "cluster_loss": "cluster"}
+# Sets beyond these shares teach nothing: of the bank, and of the anchors.
+MOST_POSITIVES, LEAST_NEGATIVES, MOST_ALONE = 0.5, 0.01, 0.5
 
 
 class NonFiniteGuard:
@@ -42,20 +45,52 @@ class NonFiniteGuard:
         if self.skip or self._first is None or not self._first[0]:
             return
         step, *losses = self._first.tolist()
-        parts = [f"{PARTS[name]} {loss:g}" for name, loss in zip(self._parts, losses, strict=True)]
-        mistake = (
-            f"the loss is not finite at step {int(step)} ({', '.join(parts)}); lower optimizer.*.lr, set "
-        )
-        mistake += (
-            "train.precision=fp32, or skip such steps with train.skip_nonfinite=true. Images of that step"
-        )
-        raise NotFinite(listed(mistake, data.image_names(int(step))))
+        parts = [f"{name} {loss:g}" for name, loss in zip(self._parts, losses, strict=True)]
+        found = f"the loss is not finite at step {int(step)} ({', '.join(parts)})"
+        hint = "lower optimizer.*.lr, set train.precision=fp32, or skip such steps by train.skip_nonfinite"
+        raise NotFinite(listed(f"{found}; {hint}. Images of that step", data.image_names(int(step))))
 
     def skips_step(self) -> bool:
         """Whether to skip the current step, and counts it if so; waits for the device if `skip`."""
         skips = self.skip and bool(self._first[0])
         self.skipped += skips
         return skips
+
+
+class SetWatch:
+    """Warns if PPAP's sets are so unbalanced that training learns nothing.
+
+    Checks the means over the logged steps after ten of them, or a quarter if these are fewer, and at the end.
+    """
+
+    def __init__(self) -> None:
+        self._sums, self._count = [0.0, 0.0, 0.0], 0
+
+    def add(self, scalars: Mapping[str, float], *, patches: int, logged_steps: int) -> None:
+        """Adds the scalars of a logged step, whose bank has `patches` entries; prints a warning if due."""
+        if "without_positives" not in scalars:
+            return
+        shares = (scalars["num_positives"] / patches, scalars["num_negatives"] / patches)
+        found = (*shares, scalars["without_positives"])
+        self._sums, self._count = [a + b for a, b in zip(self._sums, found, strict=True)], self._count + 1
+        if self._count == max(1, min(10, logged_steps // 4)):
+            self.report()
+
+    def report(self) -> None:
+        """Prints a warning if the means so far are degenerate."""
+        if self._count == 0:
+            return
+        positives, negatives, alone = (total / self._count for total in self._sums)
+        problems = [f"{positives:.1%} of the patches are positives"] if positives > MOST_POSITIVES else []
+        problems += [f"{negatives:.2%} are negatives"] if negatives < LEAST_NEGATIVES else []
+        problems += [f"{alone:.0%} of the anchors have no positive"] if alone > MOST_ALONE else []
+        if problems and is_rank_zero():
+            print(
+                f"\nwarning: training hardly learns: {', '.join(problems)} (means over {self._count} logged "
+                "steps). Adapt training_coeff.initialcrit_pos and training_coeff.initialcrit_amb to the "
+                "backbone's similarities; eval.py --explain and, with labels, --measure-sets show the sets",
+                flush=True,
+            )
 
 
 class Throughput:

@@ -30,12 +30,6 @@ def run_summary(module: PPAPModule, data: Any, trainer: Trainer, *, folder: Path
     return "\n".join(f"{name:10}{words}" for name, words in lines.items())
 
 
-def shown_indices(count: int, images: int) -> list[int]:
-    """`count` indices spread over a split of `images` images, or all if it has fewer."""
-    count = min(count, images)
-    return [number * images // count for number in range(count)]
-
-
 def class_iou(evaluation: Evaluation, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Head -> class name -> IoU in percent, of the heads that have scores."""
     return {head: dict(zip(names, scores.iou, strict=True)) for head, scores in evaluation.scores.items()}
@@ -50,6 +44,14 @@ def evaluation_result(
         result[stage] = found and (found.metrics() or None)
         result["class_iou"][stage] = found and class_iou(found, names)
     return result | {"assignment": plain.assignment}
+
+
+def cluster_shares(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Percent of the pixels in each cluster, the largest first."""
+    pixels = np.concatenate([prediction.cluster.numpy().ravel() for prediction in predictions] or [[]])
+    clusters, counts = np.unique(pixels.astype(int), return_counts=True)
+    order = np.argsort(-counts)
+    return {str(clusters[k]): float(100 * counts[k] / counts.sum()) for k in order}
 
 
 def class_maps(prediction: Prediction, labels: LabelSpace, plain: Evaluation) -> dict[str, np.ndarray]:

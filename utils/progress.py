@@ -23,7 +23,17 @@ class Bar(tqdm):
     @staticmethod
     def status_printer(file: TextIO) -> Callable[[str], None]:
         """Lines instead of one line that is overwritten, if the output is not a terminal."""
-        return tqdm.status_printer(file) if file.isatty() else lambda text: print(text.strip(), file=file)
+
+        def line(text: str) -> None:
+            if text.strip():
+                print(text.strip(), file=file, flush=True)
+
+        return tqdm.status_printer(file) if file.isatty() else line
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if not self.disable:
+            self.write(text) if sys.stderr.isatty() else print(text, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import seaborn
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image
 
 from utils.vision.labels import LabelSpace
 
@@ -58,6 +59,12 @@ def _legend(figure: Figure, named: Sequence[tuple[str, tuple[int, ...]]], **argu
 def _save(figure: Figure, path: Path, *, dpi: int = 120) -> None:
     figure.savefig(path, dpi=dpi, bbox_inches="tight")
     plt.close(figure)
+
+
+def write_strip(path: Path, pictures: Sequence[np.ndarray]) -> None:
+    """Writes pictures (H, W, 3) uint8 of one size side by side, 160 pixels wide each."""
+    small = [Image.fromarray(picture).resize((160, 160), Image.Resampling.NEAREST) for picture in pictures]
+    Image.fromarray(np.concatenate(small, axis=1)).save(path)
 
 
 def draw_sweep(path: Path, rows: Sequence[tuple[str, dict[str, float]]]) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from utils.config.loading import as_tree, flatten
-from utils.config.options import Options
+from utils.config.options import FROZEN, Options
 from utils.files import read_json_object, write_text
 from utils.plots.tables import METRIC_TITLES, METRICS, STAGES, percent
 from utils.vision.labels import LabelSpace
 
 NAME = "report.html"
+STRIPS, MAX_STRIPS = "validations", 8  # folder of small pictures, and how many of them are shown
 MAX_POINTS = 300  # per curve; longer curves are averaged
 CURVES = (  # title, scalars, description, whether the axis is logarithmic
     ("Loss", ("total_loss", "supcon_loss"), "total_loss = supcon_loss + losses of the probes", False),
@@ -31,11 +32,12 @@ CURVES = (  # title, scalars, description, whether the axis is logarithmic
     ("Throughput", ("images_per_s",), "images per second, excluding validation", False),
     ("GPU memory", ("gpu_memory_gib",), "peak, in GiB", False),
 )
-PICTURES = {  # title -> description; the files are predictions.png, ...
+PICTURES = {  # title -> description; the files are predictions.png, ...; the baseline's is in its folder
     "Predictions": "Images from across the validation set; clusters have the colour of their matched class.",
     "Confusion": "Before CRF; each row in percent of its true class.",
     "Explanation": "Propagation for one anchor: similarities, sets and boundaries after t = 0..T "
     "relocations. It depends only on the frozen features and is the same throughout a run.",
+    "Frozen baseline": "The same images without training of the head, for comparison.",
 }
 
 
@@ -56,6 +58,8 @@ def write_report(
     provenance = flatten(read_json_object(folder / "provenance.json"))
     provenance |= {key: f"{result[key]:.2f}" for key in ("train_hours", "peak_memory_gib") if key in result}
     figures = {title: folder / f"{title.lower()}.png" for title in PICTURES} if pictures else {}
+    if pictures:
+        figures["Frozen baseline"] = folder.with_name(f"{folder.name}{FROZEN}") / "predictions.png"
     page = render(
         NAME,
         options=options,
@@ -70,9 +74,19 @@ def write_report(
         pictures=[
             (title, PICTURES[title], embedded(path)) for title, path in figures.items() if path.exists()
         ],
+        strips=_strips(folder / STRIPS),
         provenance=provenance,
     )
     write_text(folder / NAME, page)
+
+
+def _strips(folder: Path) -> list[tuple[str, str]]:
+    """Title and picture of the photographs and of up to `MAX_STRIPS` validations, the last one included."""
+    steps = sorted(folder.glob("[0-9]*.png"))
+    last, count = len(steps) - 1, min(MAX_STRIPS, len(steps))
+    chosen = [steps[round(k * last / max(1, count - 1))] for k in range(count)]
+    titled = [(f"step {int(path.stem):,}", embedded(path)) for path in chosen]
+    return [("photographs", embedded(folder / "photographs.png")), *titled] if titled else []
 
 
 def render(template: str, **content: Any) -> str:

@@ -51,10 +51,12 @@ def build_loggers(
                 return [*loggers, _start_wandb(options, folder, run_id, mode="online")]
             except wandb.errors.Error as error:
                 problem = first_line(error)
-        print(f"wandb: {problem}; recording offline in {folder}, upload later with wandb sync")
-    return (
-        loggers if mode == "disabled" else [*loggers, _start_wandb(options, folder, run_id, mode="offline")]
-    )
+        print(f"wandb: {problem}; recording offline")
+    if mode == "disabled":
+        return loggers
+    offline = _start_wandb(options, folder, run_id, mode="offline")
+    print(f"wandb: upload with: wandb sync {Path(offline.experiment.dir).parent}")
+    return [*loggers, offline]
 
 
 def csv_logger(folder: Path, *, step: int) -> CSVLogger:

@@ -12,7 +12,6 @@ from pytorch_lightning.loggers import Logger
 from utils.config.options import Options
 from utils.progress import Bar
 from utils.training.checkpointing import AtomicCheckpointIO
-from utils.training.launch import is_rank_zero
 
 BAR = "{desc} {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
@@ -41,6 +40,7 @@ class RunBar(Callback):
     def __init__(self, refresh_rate: int) -> None:
         self.refresh_rate = refresh_rate
         self._bar: Bar | None = None
+        self._best: list[str] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the bar at the step that the run continues from."""
@@ -56,8 +56,7 @@ class RunBar(Callback):
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         self._bar.set_description(epoch, refresh=False)
         shown = [f"loss {pl_module.logged['total_loss']:.3f}"] if pl_module.logged else []
-        shown += [f"best {pl_module.best:.1f}"] if pl_module.metrics else []
-        self._bar.set_postfix_str(", ".join(shown), refresh=False)
+        self._bar.set_postfix_str(", ".join([*shown, *self._best]), refresh=False)
         self._bar.update(trainer.global_step - self._bar.n)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,12 +78,16 @@ class RunBar(Callback):
         if trainer.state.fn == "validate":
             self._bar.close()
             return
-        metrics, words = pl_module.metrics, [f"step {trainer.global_step:<6,}"]
-        for name, head in (("clusters", "Cluster"), ("linear", "Linear")):
-            if f"{head}_mIoU" in metrics:
-                words.append(f"{name} {metrics[f'{head}_Accuracy']:.1f} / {metrics[f'{head}_mIoU']:.1f}")
-        if metrics and is_rank_zero():
-            self._bar.write("   ".join([*words, *(["best"] if pl_module.improved else [])]))
+        metrics = pl_module.metrics
+        pairs = {
+            name: f"{metrics[f'{head}_Accuracy']:.1f} / {metrics[f'{head}_mIoU']:.1f}"
+            for name, head in (("clusters", "Cluster"), ("linear", "Linear"))
+            if f"{head}_mIoU" in metrics
+        }
+        words = [f"step {trainer.global_step:<6,}", *(f"{name} {pair}" for name, pair in pairs.items())]
+        if pairs:
+            self._best = [f"best {pairs['clusters']}"] if pl_module.improved else self._best
+            self._bar.say("   ".join([*words, *(["best"] if pl_module.improved else [])]))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Closes the bar."""

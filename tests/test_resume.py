@@ -8,7 +8,6 @@ import random
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from functools import partialmethod
 from pathlib import Path
 
@@ -22,9 +21,8 @@ from tqdm import tqdm
 import run
 from loss import PPAPLossOutput
 from model import criterion, register_loss
-from model.callbacks import HtmlReport
 from model.module import PPAPModule
-from tests.conftest import write_tiny
+from tests.conftest import without_figures, write_tiny
 from utils.config.cli import guarded
 from utils.config.options import LOSSES
 from utils.errors import UserError
@@ -66,18 +64,9 @@ def assert_same_run(folder, whole):
         assert same(*(content["progress"]["step"] for content in contents))
 
 
-@contextmanager
-def without_pictures():
-    """Skips the figures, which take longer than these runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.results.write_pictures", lambda *_, **__: None)
-        patch.setattr(HtmlReport, "_explain", lambda *_: None)
-        yield
-
-
 @pytest.fixture(scope="module", autouse=True)
 def fast():
-    with without_pictures():
+    with without_figures():
         yield
 
 
@@ -320,7 +309,7 @@ def run_until(argv, *, renames=None, stuck_in_step=None):
         os.replace = counted
     if stuck_in_step is not None:
         PPAPModule.training_step = partialmethod(stay, step=stuck_in_step, step_of=PPAPModule.training_step)
-    with without_pictures():
+    with without_figures():
         sys.exit(guarded(lambda: run.main(argv)))
 
 

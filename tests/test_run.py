@@ -16,6 +16,8 @@ from tests.conftest import write_tiny
 from utils.config.loading import REPOSITORY, load_options
 from utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 METRICS = {"Cluster_Accuracy", "Cluster_mIoU", "Linear_Accuracy", "Linear_mIoU"}
 FILES = (
     *("best.ckpt", "last.ckpt", "options.json", "provenance.json", "metrics.json", "metrics.csv"),
@@ -33,9 +35,9 @@ def state_of(path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The option file, folder and result of a run with CRF; tests read it."""
+    """The option file, folder and result of a run with CRF and figures; tests read it."""
     folder = tmp_path_factory.mktemp("trained")
-    path = write_tiny(folder, train__seed=7)
+    path = write_tiny(folder, train__seed=7, eval__pictures=2)
     (result,) = run.main(["--opt", path])
     return path, folder / "output", result
 

@@ -2,8 +2,7 @@
 
 import json
 import shutil
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from PIL import Image
 import eval as evaluation
 import run
 from tests.conftest import write_tiny
-from utils.config.loading import REPOSITORY, load_options
+from utils.config.cli import guarded
+from utils.config.loading import load_options
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -211,35 +211,27 @@ def test_unlabelled__trains_clusters_alone_and_keeps_the_last(
         evaluation.main([*words, "dataset.n_classes=4"])
 
 
-def command(program, *arguments, cwd=REPOSITORY):
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / program), *arguments], capture_output=True, text=True, cwd=cwd
-    )
-
-
 @pytest.mark.parametrize(
-    ("program", "words"),
+    ("main", "words"),
     [
-        ("run.py", ["--opt", "demmo.json"]),
-        ("run.py", ["--opt", "demo.json", "train.epoc=1", "train.seed=x"]),
-        ("eval.py", ["--opt", "camvid.json", "--data_path", "nowhere"]),
-        ("eval.py", ["--opt", "demo.json", "--checkpoint", "nowhere"]),
+        (run.main, ["--opt", "demmo.json"]),
+        (evaluation.main, ["--opt", "camvid.json", "--data_path", "nowhere"]),
+        (evaluation.main, ["--opt", "demo.json", "--checkpoint", "nowhere"]),
     ],
 )
-def test_command_line__mistakes_give_status_two_without_a_traceback(program, words, tmp_path):
-    done = command(program, *words, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
+def test_command_line__mistakes_give_status_two(main, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert guarded(partial(main, words)) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_command_line__a_damaged_image_in_a_worker_is_one_line(tiny_file, unlabelled):
+def test_command_line__a_damaged_image_in_a_worker_is_one_line(tiny_file, unlabelled, capfd):
     (unlabelled / "imgs/train/3.jpg").write_bytes(b"no image")
     path = tiny_file(dataset__data_type="directory", dataset__n_classes=3, dataloader__num_workers=1)
-    done = command("run.py", "--opt", path, "--data_path", str(unlabelled))
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "3.jpg: not a readable image" in done.stderr.splitlines()[-1]
+    assert guarded(partial(run.main, ["--opt", path, "--data_path", str(unlabelled)])) == 2
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed
+    assert "3.jpg: not a readable image" in printed.splitlines()[-1]
 
 
 def test_measure_sets__needs_labels_and_no_checkpoint(tiny_file, tmp_path, unlabelled):

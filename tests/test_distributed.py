@@ -58,7 +58,8 @@ def started(tmp_path_factory):
 def finished(started):
     """The folder, what one process has come to, and what two have printed."""
     folder, pair = started
-    (one,) = run.main(["--opt", str(folder / "tiny.json")])
+    with in_two.without_explanation():
+        (one,) = run.main(["--opt", str(folder / "tiny.json")])
     printed, _ = pair.communicate(timeout=3 * MINUTE)
     assert pair.returncode == 0, printed
     return folder, one, printed

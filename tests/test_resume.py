@@ -190,7 +190,7 @@ def test_signal__a_second_ctrl_c_exits_at_once(tiny_file, tmp_path, start):
         for _ in range(2):
             os.kill(process.pid, signal.SIGINT)
             time.sleep(0.3)
-        process.join(10)
+        process.join(120)
         assert process.exitcode == 128 + signal.SIGINT
     finally:
         process.kill()

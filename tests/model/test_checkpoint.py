@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-import eval as evaluation
-import run
 from dataset import DATA_SETS
 from model import PPAPModule, build_module
 from model.backbone import FrozenViT
@@ -115,24 +113,6 @@ def test_restore__other_classes_are_named(tiny_options):
     about = {"class_names": ["x", "y"]}
     with pytest.raises(UserError, match=r"2 classes x, y.*\(synthetic\) has the 3 classes a, b, c"):
         restore(module, Checkpoint(Path("best.ckpt"), module.state_dict(), about))
-
-
-def test_export__round_trip_is_exact(tiny_file, tmp_path, capsys):
-    """Ours, written in the published format: the same parameters, the same metrics."""
-    path = tiny_file(eval__is_crf=False)
-    (trained,) = run.main(["--opt", path])
-    target = tmp_path / "output/released/ckpt.pth"
-    checkpoint = str(tmp_path / "output/tiny")
-    evaluation.main(["--export", str(target), "--checkpoint", checkpoint])
-    assert f"written in the published format: {target}" in capsys.readouterr().out
-    ours, theirs = read_checkpoint(tmp_path / "output/tiny/best.ckpt"), read_checkpoint(target)
-    assert ours.state.keys() == theirs.state.keys()
-    assert all(torch.equal(value, theirs.state[name]) for name, value in ours.state.items())
-    (evaluated,) = evaluation.main(["--opt", path, "--checkpoint", "released", "wandb.name=again"])
-    assert evaluated["before_crf"] == trained["before_crf"]
-    again = tmp_path / "again.pth"
-    evaluation.main(["--export", str(again), "--opt", path, "--checkpoint", "released"])
-    assert read_checkpoint(again).state.keys() == theirs.state.keys()
 
 
 def test_export__has_the_entries_of_the_released_files(shared, tmp_path):

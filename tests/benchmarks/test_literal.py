@@ -13,7 +13,7 @@ from dataset.datamodule import prepared_crops
 from loss import PPAPLoss
 from tests.benchmarks import literal
 from tests.benchmarks.__main__ import main
-from tests.benchmarks.inputs import loss_inputs, loss_of, shape_options, write_photographs
+from tests.benchmarks.inputs import SHAPES, loss_inputs, loss_of, shape_options, write_photographs
 from tests.benchmarks.measure import Bench, Cost
 from utils.vision.crf import crf_missing, upsample
 from utils.vision.transforms import Geometry, normalise, to_eight_bit
@@ -92,7 +92,10 @@ def test_bench__ratio_and_floor_of_known_times(monkeypatch):
     assert [row.seconds for row in bench.compare("a case", forms, once=True)] == [9.0, 9.0]
 
 
-def test_program__runs_every_case(monkeypatch, tmp_path, capsys):
+def test_program__runs_every_case(monkeypatch, tmp_path, tiny_file, capsys):
+    monkeypatch.setitem(SHAPES, "small", tiny_file())
+    monkeypatch.setattr(Bench, "_least", Bench.once)
+    monkeypatch.setattr("gc.collect", lambda: None)
     monkeypatch.setattr("tests.benchmarks.compute.GROWTH_BATCHES", (1,))
     monkeypatch.setattr("tests.benchmarks.compute.LOSS_BATCHES", {"cpu": (1,)})
     monkeypatch.setattr("tests.benchmarks.evaluation.REFINED", 1)

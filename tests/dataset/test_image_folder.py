@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tests.dataset.files import SIZE, picture, save
 from utils.errors import UserError
@@ -135,11 +134,3 @@ def test_directory__videos_are_refused_with_a_hint(data_of, tmp_path, directory,
     (alone / "imgs/train/walk.MOV").touch()
     with pytest.raises(UserError, match=r"holds no image .*ffmpeg -i walk\.MOV"):
         data_of("directory", alone, dataset__n_classes=3)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
-def test_directory__other_image_modes(data_of, directory, mode):
-    image = Image.fromarray(picture(0).astype(np.uint8)).convert(mode)
-    (directory / "imgs/val/0.jpg").unlink()
-    image.save(directory / "imgs/val" / ("0.tif" if mode == "CMYK" else "0.png"))
-    assert data_of("directory", directory).validation_set[0].image.shape == (3, 32, 32)

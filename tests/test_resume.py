@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from loss import PPAPLossOutput
 from model import criterion, register_loss
 from model.module import PPAPModule
 from tests.conftest import without_figures, write_tiny
+from tests.dataset.files import picture, save
 from utils.config.cli import guarded
 from utils.config.options import LOSSES
 from utils.errors import UserError
@@ -210,10 +210,8 @@ def test_signal__requeues_a_slurm_job(tiny_file, tmp_path, stop_in, monkeypatch)
 
 
 def test_resume__without_validation_images(tiny_file, tmp_path, stop_in):
-    (tmp_path / "photos").mkdir()
     for number in range(16):
-        pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"photos/{number}.png")
+        save(tmp_path / f"photos/{number}.png", picture(number))
     photos = {"data_type": "directory", "data_path": str(tmp_path / "photos"), "n_classes": 5}
     changed = {f"dataset__{key}": value for key, value in photos.items()}
     words = ["--opt", tiny_file(**LONG | changed | {"train__epoch": 2})]
@@ -259,8 +257,7 @@ def test_resume__skips_a_damaged_checkpoint(tiny_file, tmp_path, whole, stop_in,
 
 
 @pytest.mark.parametrize(
-    ("every", "expected"),
-    [("0.00001 min", [1, 2, 3, 4, 5, 6, 7, 8]), ("null", [4, 8]), ("3", [3, 4, 6, 8])],
+    ("every", "expected"), [("0.00001 min", [1, 2, 3, 4, 5, 6, 7, 8]), ("null", [4, 8]), ("3", [3, 4, 6, 8])]
 )
 def test_checkpoint_every__steps_or_minutes(tiny_file, tmp_path, monkeypatch, every, expected):
     saved, plain = [], CheckpointManager._save

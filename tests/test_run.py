@@ -7,12 +7,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import eval as evaluation
 import run
 from model.checkpoint import read_checkpoint
 from tests.conftest import write_tiny
+from tests.dataset.files import SIZE, picture, save
 from utils.config.cli import guarded
 from utils.config.loading import load_options
 from utils.errors import UserError
@@ -170,19 +170,16 @@ def test_non_finite_loss__stops_and_names_the_step(tiny_file):
 @pytest.fixture
 def unlabelled(tmp_path):
     for split, count in (("train", 8), ("val", 2)):
-        (tmp_path / "photos/imgs" / split).mkdir(parents=True)
         for number in range(count):
-            pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / f"photos/imgs/{split}/{number}.jpg")
+            save(tmp_path / f"photos/imgs/{split}/{number}.jpg", picture(number))
     return tmp_path / "photos"
 
 
 def test_validation_labels__that_are_all_ignored_keep_the_newest(tiny_file, unlabelled):
     for split in ("train", "val"):
-        (unlabelled / "labels" / split).mkdir(parents=True)
-        blank = Image.fromarray(np.full((40, 50), 255 if split == "val" else 1, dtype=np.uint8))
         for path in (unlabelled / "imgs" / split).iterdir():
-            blank.save(unlabelled / "labels" / split / f"{path.stem}.png")
+            label = np.full((SIZE[1], SIZE[0]), 255 if split == "val" else 1)
+            save(unlabelled / "labels" / split / f"{path.stem}.png", label)
     path = tiny_file(dataset__data_type="directory", dataset__n_classes=3, eval__is_crf=False)
     (result,) = run.main(["--opt", path, "--data_path", str(unlabelled), "train.epoch=2"])
     assert result["before_crf"] is None

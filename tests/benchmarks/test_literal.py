@@ -60,12 +60,6 @@ def test_two_views__the_first_is_our_item(tmp_path):
     assert second.shape == image.shape
 
 
-def test_confusion__counts():
-    counts = np.zeros((2, 3), dtype=np.int64)
-    literal.confusion(torch.tensor([2, 0, 1, 1]), torch.tensor([1, 0, 255, 0]), counts)
-    assert counts.tolist() == [[1, 1, 0], [0, 0, 1]]
-
-
 def test_inputs__every_set_is_there():
     options = shape_options("small")
     criterion = loss_of(options)

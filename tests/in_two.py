@@ -93,8 +93,7 @@ def without_explanation():
 
 if __name__ == "__main__":
     with without_explanation():
-        status = guarded(lambda: run.main(sys.argv[2:]))
-    if status:
-        sys.exit(status)
+        if status := guarded(lambda: run.main(sys.argv[2:])):
+            sys.exit(status)
     assert world_size() == 2
     torch.save(everything(), Path(sys.argv[1]) / f"{rank()}.pt")

@@ -1,5 +1,6 @@
 import json
 import os
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ TINY = {  # seconds, not minutes: 4 steps of 4 scenes of 32 pixels
     "train.print_freq": 2,
     "train.valid_freq": 3,
     "eval.crf_workers": 1,
-    "eval.pictures": 2,
+    "eval.pictures": 0,
 }
 
 
@@ -91,6 +92,20 @@ def write_tiny(folder: Path, **overrides) -> str:
     path = folder / "tiny.json"
     path.write_text(json.dumps(tree))
     return str(path)
+
+
+@contextmanager
+def without_figures():
+    """Skips the figures of evaluations, which take longer than these runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.results.write_pictures", lambda *_, **__: None)
+        yield
+
+
+@pytest.fixture
+def no_figures():
+    with without_figures():
+        yield
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch
 import run
 from dataset.samplers import EvaluationBatchSampler
 from tests import in_two
+from tests.conftest import write_tiny
 from tests.dataset.files import save
 from utils.config.cli import guarded
 from utils.config.loading import REPOSITORY
@@ -36,15 +37,7 @@ def started(tmp_path_factory):
     Lightning starts the second one, as it does for run.py.
     """
     folder = tmp_path_factory.mktemp("two")
-    make_photographs(folder / "data")
-    (folder / "tiny.json").write_text(json.dumps(few_steps(folder)))
-    words = [
-        "--opt",
-        str(folder / "tiny.json"),
-        "wandb.name=two",
-        "trainer.devices=2",
-        "trainer.strategy=ddp",
-    ]
+    words = ["--opt", few_steps(folder), "wandb.name=two", "trainer.devices=2", "trainer.strategy=ddp"]
     pair = subprocess.Popen(
         [sys.executable, "-m", "tests.in_two", str(folder), *words],
         cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -58,7 +51,8 @@ def started(tmp_path_factory):
 def finished(started):
     """The folder, what one process has come to, and what two have printed."""
     folder, pair = started
-    (one,) = run.main(["--opt", str(folder / "tiny.json")])
+    with in_two.without_explanation():
+        (one,) = run.main(["--opt", str(folder / "tiny.json")])
     printed, _ = pair.communicate(timeout=3 * MINUTE)
     assert pair.returncode == 0, printed
     return folder, one, printed
@@ -66,22 +60,11 @@ def finished(started):
 
 def few_steps(folder):
     """8 steps of 4 photographs, two validations an epoch of 7 images in 3 batches."""
-    return {
-        "output_dir": str(folder / "output"),
-        "wandb": {"name": "one", "mode": "disabled"},
-        "dataset": {
-            "data_type": "directory",
-            "data_path": str(folder / "data"),
-            "crop_type": None,
-            "res": 32,
-            "val_res": 32,
-        },
-        "dataloader": {"batch_size": 4, "val_batch_size": 3, "num_workers": 0},
-        "training_coeff": {"group_size": 16, "trainpatchsplit": 4},
-        "model": {"arch": "vit", "dim": 24, "pretrained": {"depth": 2}},
-        "train": {"epoch": 2, "print_freq": 1, "valid_freq": 3},
-        "eval": {"crf_backend": "torch", "pictures": 3, "batch_size": 2},
-    }
+    data = {"dataset__data_type": "directory", "dataset__data_path": str(folder / "data")}
+    train = {"train__epoch": 2, "train__print_freq": 1, "dataloader__val_batch_size": 3}
+    evaluation = {"eval__crf_backend": "torch", "eval__pictures": 3, "eval__batch_size": 2}
+    make_photographs(folder / "data")
+    return write_tiny(folder, wandb__name="one", **data, **train, **evaluation)
 
 
 def make_photographs(root):
@@ -276,8 +259,7 @@ sys.exit(guarded(run.main))
 @pytest.mark.slow
 def test_run__of_two_processes_goes_on_where_it_was_left(tmp_path):
     """The first process is asked to leave; the validation of that step is still to be done."""
-    make_photographs(tmp_path / "data")
-    (tmp_path / "tiny.json").write_text(json.dumps(few_steps(tmp_path)))
+    path = few_steps(tmp_path)
     (tmp_path / "leaving.py").write_text(LEAVING)
     plain = {name: value for name, value in os.environ.items() if name not in STARTERS}
     for program, status, words in (
@@ -285,7 +267,7 @@ def test_run__of_two_processes_goes_on_where_it_was_left(tmp_path):
         (str(tmp_path / "leaving.py"), 128 + signal.SIGTERM, ["wandb.name=left"]),
         ("run.py", 0, ["wandb.name=left", "--resume"]),
     ):
-        words += ["--opt", str(tmp_path / "tiny.json"), "trainer.devices=2", "eval.is_crf=false"]
+        words += ["--opt", path, "trainer.devices=2", "eval.is_crf=false"]
         done = subprocess.run(
             [sys.executable, program, *words],
             cwd=REPOSITORY, env=plain | {"PYTHONPATH": str(REPOSITORY)},

@@ -22,6 +22,8 @@ from utils.config.loading import find_option_file, load_options
 from utils.config.options import FULL_DEPTH
 from utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 METRICS = {"Cluster_Accuracy", "Cluster_mIoU", "Linear_Accuracy", "Linear_mIoU"}
 MAKERS = {
     "cocostuff27": miniatures.make_cocostuff,
@@ -46,6 +48,7 @@ SMALL = [
     "dataloader.batch_size=4",
     "dataloader.num_workers=0",
     "train.epoch=1",
+    "eval.pictures=0",
 ]
 
 
@@ -59,7 +62,7 @@ def test_data_set__trains_and_evaluates(data_type, tiny_file, tmp_path):
     crop = "random" if DATA_SETS[data_type].cropped else "five"
     chosen = {"data_type": data_type, "data_path": str(root), "crop_type": crop}
     changed = {f"dataset__{key}": value for key, value in chosen.items()}
-    (trained,) = run.main(["--opt", tiny_file(**changed, eval__crf_backend="torch", eval__pictures=1)])
+    (trained,) = run.main(["--opt", tiny_file(**changed, eval__crf_backend="torch")])
     assert set(trained["before_crf"]) == set(trained["after_crf"]) == METRICS
     assert trained["images"] == (6 if data_type in ("synthetic", "potsdamraw") else 2)
     names = DATA_SETS[data_type].labels(load_options(tmp_path / "tiny.json").dataset).names

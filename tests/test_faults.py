@@ -3,13 +3,12 @@
 import multiprocessing
 import resource
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import run
 from model.module import PPAPModule
+from tests.dataset.files import picture, save
 from tests.test_resume import LONG, assert_same_run, fast, whole  # noqa: F401
 from utils.errors import NotFinite, UserError
 
@@ -93,10 +92,8 @@ def test_nonfinite__a_step_is_skipped_and_counted(tiny_file, tmp_path, fault_at)
 
 @pytest.fixture
 def photographs(tmp_path):
-    (tmp_path / "photos").mkdir()
     for number in range(16):
-        pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"photos/{number}.png")
+        save(tmp_path / f"photos/{number}.png", picture(number))
     return {
         "dataset__data_type": "directory",
         "dataset__data_path": str(tmp_path / "photos"),

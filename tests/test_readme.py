@@ -147,13 +147,9 @@ def test_own_parts__train_as_the_readme_says(tmp_path):
     (example,) = python_blocks(text)
     (tmp_path / "mine.py").write_text(example)
     (command,) = re.findall(r"python mine\.py ([^\n]+)", re.sub(r"\\\n\s*", "", text))
-    quick = [
-        "train.epoch=2",
-        "eval.is_crf=false",
-        f"output_dir={tmp_path}",
-        "dataset.res=64",
-        "dataset.val_res=64",
-    ]
+    quick = ["train.epoch=1", "train.print_freq=1", "train.compare_frozen=false", "dataloader.num_workers=0"]
+    quick += ["dataset.res=64", "dataset.val_res=64", "eval.is_crf=false", "eval.pictures=0"]
+    quick += [f"output_dir={tmp_path}"]
     done = subprocess.run(
         [sys.executable, str(tmp_path / "mine.py"), *shlex.split(command), *quick],
         capture_output=True, text=True, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": "."}, check=False,

@@ -8,23 +8,21 @@ import random
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 import run
 from loss import PPAPLossOutput
 from model import criterion, register_loss
-from model.callbacks import HtmlReport
 from model.module import PPAPModule
-from tests.conftest import write_tiny
+from tests.conftest import without_figures, write_tiny
+from tests.dataset.files import picture, save
 from utils.config.cli import guarded
 from utils.config.options import LOSSES
 from utils.errors import UserError
@@ -66,18 +64,9 @@ def assert_same_run(folder, whole):
         assert same(*(content["progress"]["step"] for content in contents))
 
 
-@contextmanager
-def without_pictures():
-    """Skips the figures, which take longer than these runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.results.write_pictures", lambda *_, **__: None)
-        patch.setattr(HtmlReport, "_explain", lambda *_: None)
-        yield
-
-
 @pytest.fixture(scope="module", autouse=True)
 def fast():
-    with without_pictures():
+    with without_figures():
         yield
 
 
@@ -201,7 +190,7 @@ def test_signal__a_second_ctrl_c_exits_at_once(tiny_file, tmp_path, start):
         for _ in range(2):
             os.kill(process.pid, signal.SIGINT)
             time.sleep(0.3)
-        process.join(10)
+        process.join(120)
         assert process.exitcode == 128 + signal.SIGINT
     finally:
         process.kill()
@@ -221,10 +210,8 @@ def test_signal__requeues_a_slurm_job(tiny_file, tmp_path, stop_in, monkeypatch)
 
 
 def test_resume__without_validation_images(tiny_file, tmp_path, stop_in):
-    (tmp_path / "photos").mkdir()
     for number in range(16):
-        pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"photos/{number}.png")
+        save(tmp_path / f"photos/{number}.png", picture(number))
     photos = {"data_type": "directory", "data_path": str(tmp_path / "photos"), "n_classes": 5}
     changed = {f"dataset__{key}": value for key, value in photos.items()}
     words = ["--opt", tiny_file(**LONG | changed | {"train__epoch": 2})]
@@ -270,8 +257,7 @@ def test_resume__skips_a_damaged_checkpoint(tiny_file, tmp_path, whole, stop_in,
 
 
 @pytest.mark.parametrize(
-    ("every", "expected"),
-    [("0.00001 min", [1, 2, 3, 4, 5, 6, 7, 8]), ("null", [4, 8]), ("3", [3, 4, 6, 8])],
+    ("every", "expected"), [("0.00001 min", [1, 2, 3, 4, 5, 6, 7, 8]), ("null", [4, 8]), ("3", [3, 4, 6, 8])]
 )
 def test_checkpoint_every__steps_or_minutes(tiny_file, tmp_path, monkeypatch, every, expected):
     saved, plain = [], CheckpointManager._save
@@ -320,7 +306,7 @@ def run_until(argv, *, renames=None, stuck_in_step=None):
         os.replace = counted
     if stuck_in_step is not None:
         PPAPModule.training_step = partialmethod(stay, step=stuck_in_step, step_of=PPAPModule.training_step)
-    with without_pictures():
+    with without_figures():
         sys.exit(guarded(lambda: run.main(argv)))
 
 

@@ -2,19 +2,22 @@
 
 import json
 import shutil
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import eval as evaluation
 import run
+from model.checkpoint import read_checkpoint
 from tests.conftest import write_tiny
-from utils.config.loading import REPOSITORY, load_options
+from tests.dataset.files import SIZE, picture, save
+from utils.config.cli import guarded
+from utils.config.loading import load_options
 from utils.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 METRICS = {"Cluster_Accuracy", "Cluster_mIoU", "Linear_Accuracy", "Linear_mIoU"}
 FILES = (
@@ -33,9 +36,9 @@ def state_of(path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The option file, folder and result of a run with CRF; tests read it."""
+    """The option file, folder and result of a run with CRF and figures; tests read it."""
     folder = tmp_path_factory.mktemp("trained")
-    path = write_tiny(folder, train__seed=7)
+    path = write_tiny(folder, train__seed=7, eval__pictures=2)
     (result,) = run.main(["--opt", path])
     return path, folder / "output", result
 
@@ -64,22 +67,18 @@ def test_train__writes_all_files_of_a_run(trained):
     assert json.loads((output / "tiny/provenance.json").read_text())["versions"]["torch"]
 
 
-def test_published_checkpoint__is_evaluated_to_the_same_numbers(trained):
-    """<output_dir>/<checkpoint>/ckpt.pth, as the published README says."""
+def test_published_checkpoint__is_evaluated_to_the_same_numbers(trained, capsys):
+    """Exported to <output_dir>/<checkpoint>/ckpt.pth, as the published README says, and from there again."""
     path, output, result = trained
+    targets = [output / "released/ckpt.pth", output / "again.pth"]
+    evaluation.main(["--export", str(targets[0]), "--checkpoint", str(output / "tiny")])
+    evaluation.main(["--export", str(targets[1]), "--opt", path, "--checkpoint", "released"])
+    assert f"written in the published format: {targets[0]}" in capsys.readouterr().out
     state = state_of(result["checkpoint"])
-
-    def part(theirs, ours):
-        return {theirs + k.removeprefix(ours): v for k, v in state.items() if k.startswith(ours)}
-
-    net = part("model.", "segmenter.backbone.") | part("decoder.", "segmenter.head.")
-    published = {
-        "net_model_state_dict": net | part("project_head.", "segmenter.projection."),
-        "linear_model_state_dict": part("", "linear_probe.classifier."),
-        "cluster_model_state_dict": part("", "cluster_probe."),
-    }
-    (output / "released").mkdir()
-    torch.save(published, output / "released/ckpt.pth")
+    for target in targets:
+        exported = read_checkpoint(target).state
+        assert exported.keys() == state.keys()
+        assert all(torch.equal(value, exported[name]) for name, value in state.items())
     (evaluated,) = evaluation.main(["--opt", path, "--checkpoint", "released", "wandb.name=tiny_eval"])
     for stage in ("before_crf", "after_crf"):
         assert evaluated[stage] == result[stage]
@@ -171,19 +170,16 @@ def test_non_finite_loss__stops_and_names_the_step(tiny_file):
 @pytest.fixture
 def unlabelled(tmp_path):
     for split, count in (("train", 8), ("val", 2)):
-        (tmp_path / "photos/imgs" / split).mkdir(parents=True)
         for number in range(count):
-            pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / f"photos/imgs/{split}/{number}.jpg")
+            save(tmp_path / f"photos/imgs/{split}/{number}.jpg", picture(number))
     return tmp_path / "photos"
 
 
 def test_validation_labels__that_are_all_ignored_keep_the_newest(tiny_file, unlabelled):
     for split in ("train", "val"):
-        (unlabelled / "labels" / split).mkdir(parents=True)
-        blank = Image.fromarray(np.full((40, 50), 255 if split == "val" else 1, dtype=np.uint8))
         for path in (unlabelled / "imgs" / split).iterdir():
-            blank.save(unlabelled / "labels" / split / f"{path.stem}.png")
+            label = np.full((SIZE[1], SIZE[0]), 255 if split == "val" else 1)
+            save(unlabelled / "labels" / split / f"{path.stem}.png", label)
     path = tiny_file(dataset__data_type="directory", dataset__n_classes=3, eval__is_crf=False)
     (result,) = run.main(["--opt", path, "--data_path", str(unlabelled), "train.epoch=2"])
     assert result["before_crf"] is None
@@ -209,35 +205,27 @@ def test_unlabelled__trains_clusters_alone_and_keeps_the_last(
         evaluation.main([*words, "dataset.n_classes=4"])
 
 
-def command(program, *arguments, cwd=REPOSITORY):
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / program), *arguments], capture_output=True, text=True, cwd=cwd
-    )
-
-
 @pytest.mark.parametrize(
-    ("program", "words"),
+    ("main", "words"),
     [
-        ("run.py", ["--opt", "demmo.json"]),
-        ("run.py", ["--opt", "demo.json", "train.epoc=1", "train.seed=x"]),
-        ("eval.py", ["--opt", "camvid.json", "--data_path", "nowhere"]),
-        ("eval.py", ["--opt", "demo.json", "--checkpoint", "nowhere"]),
+        (run.main, ["--opt", "demmo.json"]),
+        (evaluation.main, ["--opt", "camvid.json", "--data_path", "nowhere"]),
+        (evaluation.main, ["--opt", "demo.json", "--checkpoint", "nowhere"]),
     ],
 )
-def test_command_line__mistakes_give_status_two_without_a_traceback(program, words, tmp_path):
-    done = command(program, *words, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
+def test_command_line__mistakes_give_status_two(main, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert guarded(partial(main, words)) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_command_line__a_damaged_image_in_a_worker_is_one_line(tiny_file, unlabelled):
+def test_command_line__a_damaged_image_in_a_worker_is_one_line(tiny_file, unlabelled, capfd):
     (unlabelled / "imgs/train/3.jpg").write_bytes(b"no image")
     path = tiny_file(dataset__data_type="directory", dataset__n_classes=3, dataloader__num_workers=1)
-    done = command("run.py", "--opt", path, "--data_path", str(unlabelled))
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "3.jpg: not a readable image" in done.stderr.splitlines()[-1]
+    assert guarded(partial(run.main, ["--opt", path, "--data_path", str(unlabelled)])) == 2
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed
+    assert "3.jpg: not a readable image" in printed.splitlines()[-1]
 
 
 def test_measure_sets__needs_labels_and_no_checkpoint(tiny_file, tmp_path, unlabelled):

@@ -13,7 +13,7 @@ from dataset.datamodule import prepared_crops
 from loss import PPAPLoss
 from tests.benchmarks import literal
 from tests.benchmarks.__main__ import main
-from tests.benchmarks.inputs import loss_inputs, loss_of, shape_options, write_photographs
+from tests.benchmarks.inputs import SHAPES, loss_inputs, loss_of, shape_options, write_photographs
 from tests.benchmarks.measure import Bench, Cost
 from utils.vision.crf import crf_missing, upsample
 from utils.vision.transforms import Geometry, normalise, to_eight_bit
@@ -60,12 +60,6 @@ def test_two_views__the_first_is_our_item(tmp_path):
     assert second.shape == image.shape
 
 
-def test_confusion__counts():
-    counts = np.zeros((2, 3), dtype=np.int64)
-    literal.confusion(torch.tensor([2, 0, 1, 1]), torch.tensor([1, 0, 255, 0]), counts)
-    assert counts.tolist() == [[1, 1, 0], [0, 0, 1]]
-
-
 def test_inputs__every_set_is_there():
     options = shape_options("small")
     criterion = loss_of(options)
@@ -92,7 +86,10 @@ def test_bench__ratio_and_floor_of_known_times(monkeypatch):
     assert [row.seconds for row in bench.compare("a case", forms, once=True)] == [9.0, 9.0]
 
 
-def test_program__runs_every_case(monkeypatch, tmp_path, capsys):
+def test_program__runs_every_case(monkeypatch, tmp_path, tiny_file, capsys):
+    monkeypatch.setitem(SHAPES, "small", tiny_file())
+    monkeypatch.setattr(Bench, "_least", Bench.once)
+    monkeypatch.setattr("gc.collect", lambda: None)
     monkeypatch.setattr("tests.benchmarks.compute.GROWTH_BATCHES", (1,))
     monkeypatch.setattr("tests.benchmarks.compute.LOSS_BATCHES", {"cpu": (1,)})
     monkeypatch.setattr("tests.benchmarks.evaluation.REFINED", 1)

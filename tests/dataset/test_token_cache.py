@@ -105,7 +105,7 @@ def test_random_crops__refuse_a_cache(tiny_options):
         tiny_options(dataset__cache_features="ram", dataset__loader_crop_type="random")
 
 
-def test_training__same_losses_to_the_rounding_of_float16(tiny_file, tmp_path):
+def test_training__same_losses_to_the_rounding_of_float16(tiny_file, tmp_path, no_figures):
     losses = {}
     for kind in (None, "ram", "disk"):
         path = tiny_file(dataset__cache_features=kind, wandb__name=str(kind), eval__is_crf=False)

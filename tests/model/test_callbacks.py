@@ -24,7 +24,8 @@ def recorded(tiny_file, tmp_path, monkeypatch):
     """The folder of a run of 8 steps, validated at 3, 4, 7 and 8, with tables after each."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     chosen = {"wandb__tags": ["a tag"], "wandb__notes": "notes", "wandb__id": "abc", "wandb__artifact": True}
-    run.main(["--opt", tiny_file(wandb__mode="offline", train__epoch=2, train__print_freq=1, **chosen)])
+    chosen |= {"wandb__mode": "offline", "train__epoch": 2, "train__print_freq": 1, "eval__pictures": 2}
+    run.main(["--opt", tiny_file(**chosen)])
     return tmp_path / "output/tiny"
 
 
@@ -76,14 +77,14 @@ def check_summary(read, metrics):
     assert read.summary["train_hours"] == pytest.approx(metrics["train_hours"])
 
 
-def test_flags__that_switch_wandb_off(tiny_file, tmp_path, monkeypatch):
+def test_flags__that_switch_wandb_off(tiny_file, tmp_path, monkeypatch, no_figures):
     monkeypatch.setattr("wandb.init", lambda **_: pytest.fail("wandb was started"))
     for flag in ("--debug", "--test"):
         run.main(["--opt", tiny_file(wandb__mode="online"), flag, "eval.is_crf=false"])
     assert not list((tmp_path / "output").rglob("wandb"))
 
 
-def test_report__is_updated_during_training(tiny_file, tmp_path, monkeypatch):
+def test_report__is_updated_during_training_and_changes_nothing(tiny_file, tmp_path, monkeypatch):
     pages, write = [], callbacks.write_report
 
     def noted(folder, **arguments):
@@ -91,10 +92,13 @@ def test_report__is_updated_during_training(tiny_file, tmp_path, monkeypatch):
         pages.append((folder / "report.html").read_text(encoding="utf-8"))
 
     monkeypatch.setattr(callbacks, "write_report", noted)
-    run.main(["--opt", tiny_file(), "eval.is_crf=false"])
+    (result,) = run.main(["--opt", tiny_file(eval__pictures=2), "eval.is_crf=false"])
     assert ["step 3 of 4" in pages[0], "step 4 of 4" in pages[1], "Finished" in pages[2]] == [True] * 3
     assert "data:image/png" not in pages[0]
     assert pages[2].count("data:image/png") == 3  # predictions, confusion, explanation
+    (plain,) = run.main(["--opt", tiny_file(), "eval.is_crf=false"])
+    assert not (tmp_path / "output/tiny/explanation.png").exists()
+    assert result["valid_loss"] == plain["valid_loss"]
 
 
 @pytest.mark.parametrize(
@@ -104,22 +108,14 @@ def test_report__is_updated_during_training(tiny_file, tmp_path, monkeypatch):
         (["dataset.cache_features=ram", "wandb.mode=offline"], True),  # the evaluator sees no photograph
     ],
 )
-def test_run__of_every_kind_has_a_report(tiny_file, tmp_path, words, explained):
-    run.main(["--opt", tiny_file(), "eval.is_crf=false", *words])
+def test_run__of_every_kind_has_a_report(tiny_file, tmp_path, no_figures, words, explained):
+    run.main(["--opt", tiny_file(eval__pictures=1), "eval.is_crf=false", *words])
     (page,) = (tmp_path / "output").glob("*/report.html")
     assert "Finished" in page.read_text(encoding="utf-8")
     assert (page.parent / "explanation.png").exists() == explained
 
 
-def test_pictures__do_not_change_the_result(tiny_file, tmp_path):
-    results = []
-    for pictures in (2, 0):
-        results += run.main(["--opt", tiny_file(eval__pictures=pictures), "eval.is_crf=false"])
-        assert (tmp_path / "output/tiny/explanation.png").exists() == bool(pictures)
-    assert results[0]["valid_loss"] == results[1]["valid_loss"]
-
-
-def test_wandb__an_error_does_not_end_the_run(tiny_file, tmp_path, monkeypatch, capsys):
+def test_wandb__an_error_does_not_end_the_run(tiny_file, tmp_path, monkeypatch, capsys, no_figures):
     def refuse(*_arguments, **_keywords):
         raise callbacks.wandb.errors.CommError("no room left")
 

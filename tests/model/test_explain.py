@@ -12,6 +12,7 @@ import eval as evaluation
 from dataset import build_data
 from loss.propagation import Boundaries, propagate, select_sets
 from model.explain import build_bank, explain
+from tests.dataset.files import picture, save
 from utils.errors import UserError
 from utils.plots.explain_figure import AMBIGUOUS, ANCHOR, NEGATIVE, POSITIVE
 
@@ -109,12 +110,10 @@ def test_explain__cuda_equals_cpu(bank):
 @pytest.fixture
 def photographs(tmp_path, tiny_options):
     def make(train, val):
-        """A directory data set of photographs of 50 x 40 pixels without labels."""
+        """A directory data set of photographs without labels."""
         for split, count in (("train", train), ("val", val)):
-            (tmp_path / "imgs" / split).mkdir(parents=True)
             for number in range(count):
-                pixels = np.random.default_rng([number, count]).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "imgs" / split / f"{number}.png")
+                save(tmp_path / "imgs" / split / f"{number}.png", picture([number, count]))
         changes = {"data_type": "directory", "n_classes": 3, "data_path": str(tmp_path), "crop_type": "five"}
         options = tiny_options(**{f"dataset__{key}": value for key, value in changes.items()})
         return build_data(options, train=False)

@@ -1,6 +1,6 @@
 """The demo's weights: the script that makes them, and their quality."""
 
-import subprocess
+import runpy
 import sys
 
 import torch
@@ -16,10 +16,12 @@ from utils.training.randomness import seeded
 from utils.vision.transforms import normalise
 
 
-def test_script__writes_weights_that_the_demo_loads(tmp_path):
+def test_script__writes_weights_that_the_demo_loads(tmp_path, monkeypatch):
     path = tmp_path / "there/demo.safetensors"
     words = ["--out", str(path), "--scenes", "6", "--steps", "3", "--batch_size", "2"]
-    subprocess.run([sys.executable, "model/weights/make_demo.py", *words], cwd=REPOSITORY, check=True)
+    monkeypatch.setattr(sys, "argv", ["make_demo.py", *words])
+    monkeypatch.setattr(sys, "path", [*sys.path])  # a script changes it
+    runpy.run_path(str(REPOSITORY / "model/weights/make_demo.py"), run_name="__main__")
     backbone = FrozenViT(backbone_spec(load_options(find_option_file("demo.json"))))
     load_backbone(backbone, str(path))
     assert all(torch.isfinite(value).all() for value in backbone.state_dict().values())

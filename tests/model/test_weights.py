@@ -75,30 +75,11 @@ def test_load__file_that_does_not_fit_names_keys_and_shapes(spec, tmp_path):
         assert part in str(error.value)
 
 
-def evil(path):
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(path.with_name("executed")), "w"))
-
-    torch.save({"teacher": Evil()}, path)
-
-
-@pytest.mark.parametrize(
-    ("name", "write", "why"),
-    [
-        ("w.pth", lambda path: path.write_bytes(b"a sentence"), "not a readable weights file"),
-        ("w.pth", lambda path: path.write_bytes(b"PK\x03\x04damaged"), "not a readable weights file"),
-        ("w.pth", evil, "not a readable weights file"),
-        ("w.safetensors", lambda path: path.write_bytes(b"\xff" * 30), "not a readable weights file"),
-        ("w.pth", lambda path: torch.save([torch.ones(1)], path), "must contain a state dict"),
-        ("w.pth", lambda path: torch.save({"a": 3}, path), "must contain a state dict"),
-    ],
-)
-def test_load__damaged_file_or_no_weights(spec, tmp_path, name, write, why):
-    write(tmp_path / name)
-    with pytest.raises(UserError, match=f"{name}: {why}"):
-        load(spec, tmp_path / name)
-    assert not (tmp_path / "executed").exists()
+@pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 3}])
+def test_load__file_without_weights(spec, tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w\.pth: must contain a state dict"):
+        load(spec, tmp_path / "w.pth")
 
 
 def test_table__has_every_backbone_that_options_can_choose(tiny_options):

@@ -37,7 +37,7 @@ class WandbFile:
 
     def __init__(self, folder: Path) -> None:
         (self.path,) = folder.rglob("run-*.wandb")
-        for _ in range(100):  # wandb's own process may still be writing
+        for _ in range(1000):  # wandb's own process may still be writing
             records = read_records(self.path)
             if records and records[-1].WhichOneof("record_type") == "exit":
                 break

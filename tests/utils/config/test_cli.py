@@ -137,13 +137,6 @@ def test_evaluation_flags__that_do_not_go_together(tiny_file, words):
     assert error.value.code == 2
 
 
-def test_evaluation_flags__of_eval_only(tiny_file):
-    words = ("--opt", tiny_file(checkpoint="nowhere"), "--explain", "0", "--patch", "12, 20")
-    assert parse_arguments(words, description="", training=False).patch == (12, 20)
-    with pytest.raises(SystemExit):
-        jobs(*words, training=True)
-
-
 def test_opt__is_needed_unless_a_checkpoint_is_exported(tmp_path):
     with pytest.raises(SystemExit):
         parse_arguments([], description="", training=True)

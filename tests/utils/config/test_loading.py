@@ -134,10 +134,7 @@ def test_registry__is_read_when_a_value_is_validated():
 
 
 def test_missing_files__are_reported_with_the_rest():
-    flat = {
-        "model.pretrained.pretrained_weights": "no.pth",
-        "train.epoch": -1,
-    }
+    flat = {"model.pretrained.pretrained_weights": "no.pth", "train.epoch": -1}
     found = mistakes(flat, check_files=True)
     parts = ("train.epoch is -1", "model.pretrained.pretrained_weights is no.pth: no", "dataset.data_path is")
     assert all(mistake.startswith(part) for mistake, part in zip(found, parts, strict=True))

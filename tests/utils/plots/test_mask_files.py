@@ -8,13 +8,7 @@ import pytest
 from PIL import Image
 
 from utils.errors import UserError
-from utils.plots.mask_files import (
-    mask_ids,
-    overlay,
-    renamed,
-    result_folders,
-    write_results,
-)
+from utils.plots.mask_files import mask_ids, overlay, renamed, result_folders, write_results
 from utils.vision.labels import LabelSpace
 
 LABELS = LabelSpace(("road", "sky", "tree"), ((1, 2, 3), (4, 5, 6), (7, 8, 9)))

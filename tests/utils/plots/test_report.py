@@ -119,14 +119,6 @@ def test_report__long_curve_is_averaged(folder):
     assert (line["x"][-1], line["y"][-1]) == (4999, 4998.5)  # 5000 = 294 * 17 + 2
 
 
-def test_report__during_training_without_pictures(folder):
-    running = {"step": 3, "before_crf": FOUR, "class_iou": {"before_crf": {}}}
-    text, seen = written(folder, state="Training", result=running, pictures=False)
-    assert "step 3, before CRF" in text
-    assert "last validation" not in text
-    assert "img" not in seen
-
-
 def test_report__without_labels_or_scalars(folder):
     (folder / "metrics.csv").unlink()
     nothing = finished(before_crf=None, after_crf=None, after_crf_missing="no labels", class_iou={})

@@ -16,13 +16,6 @@ def result(shift=0.0, **changes):
     } | changes
 
 
-def test_metrics_table__last_step_and_reason_for_missing_crf():
-    table = metrics_table({"run": result(last_step=result(-3.0))})
-    assert "| run, before CRF            |             50.0 |" in table
-    assert "| run, last step, before CRF |             47.0 |" in table
-    assert table.endswith("run, after CRF: no compiler")
-
-
 def test_metrics_table__without_labels():
     assert "| run, before CRF |                - |" in metrics_table({"run": result(before_crf=None)})
 

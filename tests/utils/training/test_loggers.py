@@ -54,10 +54,6 @@ def test_wandb__without_network_is_recorded_offline(monkeypatch, tmp_path, tiny_
     assert list(tmp_path.rglob("run-*.wandb"))
 
 
-def test_wandb__disabled_leaves_the_csv(tmp_path, tiny_options):
-    assert [type(logger).__name__ for logger in build_loggers(tiny_options(), tmp_path)] == ["CSVLogger"]
-
-
 def test_wandb__continues_a_run(monkeypatch, tmp_path, tiny_options):
     calls = []
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 
@@ -15,21 +13,6 @@ def damage(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-
-
-def test_prepare__describes_the_run_and_moves_an_earlier_one_aside(tiny_options):
-    options = tiny_options(training_coeff__sigma_pos=float("inf"))
-    run_dir = RunDir(options)
-    run_dir.prepare(options, [])
-    save(run_dir.best, 1)
-    run_dir.prepare(options, ["a.png: damaged"])
-    assert not run_dir.best.exists()
-    assert (run_dir.path.with_name("tiny.1") / "best.ckpt").exists()
-    assert json.loads((run_dir.path / "left_out.json").read_text()) == ["a.png: damaged"]
-    about = json.loads((run_dir.path / "provenance.json").read_text())
-    assert about["versions"]["torch"]
-    assert about["hardware"]["cores"] >= 1
-    run_dir.check_options(options)
 
 
 def test_finished__once_the_result_of_training_is_there(tiny_options):

@@ -60,19 +60,6 @@ def test_confusion__ignores_labels_outside_the_classes():
     assert metric.compute().tolist() == [[1, 0, 0], [0, 1, 0]]
 
 
-def test_confusion__batched_equals_single_and_reset_works():
-    drawn = torch.Generator().manual_seed(0)
-    label = torch.randint(-1, 4, (5, 6, 7), generator=drawn)
-    prediction = torch.randint(0, 5, (5, 6, 7), generator=drawn)
-    together, apart = ConfusionMatrix(4, 5), ConfusionMatrix(4, 5)
-    together.update(prediction, label)
-    for one in range(5):
-        apart.update(prediction[one], label[one])
-    assert torch.equal(together.compute(), apart.compute())
-    apart.reset()
-    assert apart.compute().sum() == 0
-
-
 def test_confusion__may_be_updated_inside_and_outside_inference_mode():
     metric = ConfusionMatrix(2, 2)
     with torch.inference_mode():

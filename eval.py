@@ -123,7 +123,8 @@ def write_masks(options: Options, arguments: Namespace) -> dict[str, Any]:
         "tile": arguments.tile,
     }
     predictor = load_segmenter(options.checkpoint, opt=options, labels=labels, device=device, **flags)
-    return predict_folder(predictor, Path(arguments.images), Path(arguments.out), names=arguments.names)
+    paths, how = (Path(arguments.images), Path(arguments.out)), {"names": arguments.names}
+    return predict_folder(predictor, *paths, **how, flat=arguments.flat)
 
 
 def export_checkpoint(options: Options, path: Path) -> None:

@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             results[options.wandb.name] = run_one(options, evaluate_only=job.evaluate_only)
             done += 1
         print(closing_words(job, results, alone=len(jobs) == 1))
-        finished.append(results)
+        finished.append(list(results.values())[-1])
         rows += sweep_results(job, results)
         folder = Path(job.options.output_dir) / f"{job.base}-sweep"
         if len(jobs) > 1 and is_rank_zero():  # after each job: an interrupted sweep keeps its results

@@ -16,7 +16,7 @@ from model.module import PPAPModule
 from utils.errors import LeftOut, UserError
 from utils.files import make_folder, write_json
 from utils.plots.figures import draw_legend
-from utils.plots.mask_files import mask_ids, renamed, result_folders, write_results
+from utils.plots.mask_files import mask_ids, renamed, result_files, write_contact_sheet, write_results
 from utils.progress import Bar
 from utils.training.device import accelerator, chosen_precision
 from utils.vision import crf, mean_field
@@ -171,15 +171,16 @@ def _tile_starts(length: int, side: int) -> list[int]:
 
 
 def predict_folder(
-    predictor: Predictor, images: Path, out: Path, *, names: str | None = None
+    predictor: Predictor, images: Path, out: Path, *, names: str | None = None, flat: bool = False
 ) -> dict[str, Any]:
-    """Writes masks of one photograph or of a folder; see `result_folders` for their paths.
+    """Writes masks of one photograph or of a folder; see `result_files` for their paths.
 
     Args:
         predictor: photograph -> class map.
         images: a photograph, or a folder that is searched recursively.
-        out: folder for mask.png and overlay.jpg of each photograph, legend.json and legend.png.
+        out: folder for masks, overlays, legend.json, legend.png and index.html, which shows them all.
         names: value of --names, replaces names in the legend.
+        flat: see `result_files`.
 
     Returns:
         The content of legend.json: `ids`, `images` (a count), `left_out` (messages).
@@ -187,32 +188,35 @@ def predict_folder(
     Raises:
         LeftOut: some photographs are damaged; the others have masks.
     """
-    folders = result_folders(images, out)
+    files = result_files(images, out, flat=flat)
     named = renamed(predictor.names, names) if names else predictor.names
     make_folder(out, named_by="--out")
     if predictor.unmatched:
         print("no cluster has a class (no labels, or a published checkpoint): ids are cluster numbers")
     counts, skipped = np.zeros(len(named), dtype=np.int64), []
-    for path, folder in Bar(folders.items(), desc="masks", unit="image"):
+    for path in Bar(list(files), desc="masks", unit="image"):
         try:
             image = open_image(path)
             classes = predictor(image)
         except UserError as error:
             skipped.append(str(error))
+            del files[path]
             continue
         except torch.OutOfMemoryError:
             size = f"{image.width} x {image.height}"
             skipped.append(f"{path}: {size} pixels do not fit into memory; set --tile or a smaller --res")
+            del files[path]
             continue
-        write_results(folder, image, classes, predictor.palette)
+        write_results(files[path], image, classes, predictor.palette)
         counts += np.bincount(classes.ravel(), minlength=len(counts))
     shares = (100 * counts / max(1, counts.sum())).tolist()
     rows = zip(range(len(named)), named, predictor.palette, shares, strict=True)
     legend = [dict(zip(("id", "name", "colour", "share"), row, strict=True)) for row in rows]
-    result = {"ids": legend, "images": len(folders) - len(skipped), "left_out": skipped}
+    result = {"ids": legend, "images": len(files), "left_out": skipped}
     write_json(out / "legend.json", result)
     draw_legend(out / "legend.png", legend)
-    print(f"\nresults: {out}")
+    write_contact_sheet(out, files, legend)
+    print(f"\nresults: {out}; open {out / 'index.html'}")
     if skipped:
         raise LeftOut(skipped, f"{images}; the other {result['images']} images are done")
     return result

@@ -76,7 +76,7 @@ def test_commands__parse(line, tmp_path, monkeypatch):
     line = re.sub(r"<[a-z]+>", str(tmp_path), line.replace("<weights>", str(tmp_path / "w.pth")))
     program, *words = shlex.split(line)
     monkeypatch.setattr("utils.config.loading.missing_files", lambda options: [])
-    assert plan_jobs(parse_arguments(words, description="", training=program == "run.py"))
+    assert plan_jobs(parse_arguments(words, description="", examples="", training=program == "run.py"))
 
 
 @pytest.mark.parametrize("line", commands(r"python dataset/([^\n`#&]+)"))

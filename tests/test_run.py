@@ -1,6 +1,7 @@
 """run.py and eval.py through the functions that the command line calls."""
 
 import json
+import re
 import shutil
 from functools import partial
 
@@ -118,8 +119,7 @@ def test_frozen__keeps_the_features_and_is_shown_beside_the_run(tiny_file, tmp_p
     moved = state_of(tmp_path / "output/tiny/best.ckpt")
     assert not torch.equal(moved["segmenter.head.mlp.fc1.weight"], frozen["segmenter.head.mlp.fc1.weight"])
     printed = capsys.readouterr().out
-    assert "| tiny-frozen, before CRF |" in printed
-    assert "| tiny, before CRF        |" in printed
+    assert re.search(r"^tiny-frozen, before CRF .*\ntiny, before CRF  ", printed, re.MULTILINE)
     assert "tiny, after CRF: eval.is_crf is false" in printed
 
 
@@ -143,8 +143,9 @@ def test_sweep__one_table_over_seeds(tiny_file, tmp_path, capsys, monkeypatch):
     results = run.main(["--opt", path, "--variants", str(variants), "train.seed=0,1"])
     assert len(results) == 4
     printed = capsys.readouterr().out
-    assert "| whole, before CRF               |    2 |" in printed
-    assert "| no steps, last step, before CRF |    2 |" in printed
+    assert "tiny-no_steps-seed=1: ppap, run 4 of 4, about" in printed
+    assert re.search(r"^whole, before CRF +2 ", printed, re.MULTILINE)
+    assert re.search(r"^no steps, last step, before CRF\n? +2 ", printed, re.MULTILINE)
     rows = json.loads((tmp_path / "output/tiny-sweep/sweep.json").read_text())
     assert [row["setting"] for row in rows[:3]] == ["whole", "whole, last step", "whole"]
     assert (tmp_path / "output/tiny-sweep/sweep.png").stat().st_size > 1000
@@ -159,11 +160,11 @@ def test_last_step__is_evaluated_beside_the_best(tiny_file, tmp_path, capsys):
     (last,) = evaluation.main(["--opt", path, "--checkpoint", str(tmp_path / "output/tiny/last.ckpt")])
     assert last["before_crf"] == result["last_step"]["before_crf"]
     assert metrics_of(tmp_path / "output/tiny")["last_step"]["before_crf"] == last["before_crf"]
-    assert "| tiny, last step, before CRF |" in capsys.readouterr().out
+    assert "\ntiny, last step, before CRF  " in capsys.readouterr().out
 
 
 def test_non_finite_loss__stops_and_names_the_step(tiny_file):
-    with pytest.raises(UserError, match=r"not finite at step 2 .*PPAP nan"):
+    with pytest.raises(UserError, match=r"not finite at step 2 .*supcon_loss nan"):
         run.main(["--opt", tiny_file(), "optimizer.net.lr=1e6", "train.grad_norm=inf", "eval.is_crf=false"])
 
 

@@ -62,16 +62,25 @@ def test_directory__more_than_255_classes(data_of, directory):
         data_of("directory", directory)
 
 
-def test_directory__plain_folder_is_trained_on(data_of, tmp_path, capsys):
+def test_directory__plain_folder_is_trained_on(data_of, tmp_path):
     save(tmp_path / "2019/summer/a.jpg", picture(0))
     save(tmp_path / "b.png", picture(1))
     save(tmp_path / ".thumbnails/b.png", picture(1))
     save(tmp_path / "cropped/directory_five_crop_0.5/img/train/0.jpg", picture(0))
     data = data_of("directory", tmp_path, dataset__n_classes=4)
     assert [path.name for path in data.train_set.source.images] == ["a.jpg", "b.png"]
-    assert len(data.validation_set) == 0
     assert not data.train_labelled
-    assert "training on all 2 images" in capsys.readouterr().out
+    assert not data.validation_labelled
+
+
+def test_directory__train_images_without_labels_take_the_place_of_validation_images(data_of, directory):
+    shutil.rmtree(directory / "imgs/val")
+    data = data_of("directory", directory, eval__pictures=3)
+    assert data.train_labelled
+    assert not data.validation_labelled
+    assert [data.validation_set.name(k) for k in range(3)] == [data.train_set.name(k) for k in (0, 1, 2)]
+    assert all((item.label == 255).all() for item in data.validation_set)
+    assert len(data_of("directory", directory, eval__pictures=0).validation_set) == 0
 
 
 def test_directory__nested_folders_and_a_subset_of_labels(data_of, directory):

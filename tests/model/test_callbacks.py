@@ -94,8 +94,10 @@ def test_report__is_updated_during_training_and_changes_nothing(tiny_file, tmp_p
     monkeypatch.setattr(callbacks, "write_report", noted)
     (result,) = run.main(["--opt", tiny_file(eval__pictures=2), "eval.is_crf=false"])
     assert ["step 3 of 4" in pages[0], "step 4 of 4" in pages[1], "Finished" in pages[2]] == [True] * 3
-    assert "data:image/png" not in pages[0]
-    assert pages[2].count("data:image/png") == 3  # predictions, confusion, explanation
+    strips = [2, 3, 3]  # photographs and the clusters of each validation
+    pictures = [0, 0, 3]  # predictions, confusion, explanation
+    found = [page.count("data:image/png") for page in pages]
+    assert found == [a + b for a, b in zip(strips, pictures, strict=True)]
     (plain,) = run.main(["--opt", tiny_file(), "eval.is_crf=false"])
     assert not (tmp_path / "output/tiny/explanation.png").exists()
     assert result["valid_loss"] == plain["valid_loss"]

@@ -118,7 +118,7 @@ def plan_jobs(arguments: argparse.Namespace, stored: dict[str, Any] | None = Non
     `stored` are the flat options of a checkpoint, instead of those of --opt.
     """
     flags, (choices, mistakes) = vars(arguments), parse_overrides(arguments.overrides)
-    source = f"the options of {arguments.checkpoint}"
+    source, stored = f"the options of {arguments.checkpoint}", stored or {}
     if arguments.opt is not None:
         source = find_option_file(arguments.opt)
         stored = read_option_file(source)
@@ -141,7 +141,8 @@ def plan_jobs(arguments: argparse.Namespace, stored: dict[str, Any] | None = Non
                 flat[key] = re.sub(r"[^\w.=+-]+", "_", f"{flat[key]}{suffix}")
         try:
             load_plugins(flat, trusted=trusted)
-            options = build_options(flat, source="", check_files=not flags.get("images"))
+            reads_data = not (flags.get("images") or flags.get("export"))
+            options = build_options(flat, source="", check_files=reads_data)
             jobs.append(Job(options, " ".join(filter(None, setting)), arguments.test, str(base)))
         except UserError as error:
             mistakes += error.mistakes

@@ -56,7 +56,7 @@ def find_option_file(name: str, *, beside: Path = Path(), asked: str = "--opt") 
                 return path
     known = sorted({path.name for folder in folders for path in folder.glob("*.json")})
     hint = closest(name.removesuffix(".json"), [file.removesuffix(".json") for file in known])
-    there = f"in json/ or json/server/.{hint} Available: {', '.join(known)}"
+    there = f"in json/ or json/server/.{hint.replace('?', '.json?')} Available: {', '.join(known)}"
     raise UserError(f"{asked} {name}: no such file, and no such name {there}")
 
 

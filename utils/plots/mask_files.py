@@ -1,19 +1,21 @@
 """Mask files of photographs: ids with names and colours, result folders, masks and overlays."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
 from utils.errors import UserError
-from utils.files import read_json_object, replacing
+from utils.files import read_json_object, replacing, write_text
+from utils.plots.report import render
 from utils.vision.images import find_images
 from utils.vision.labels import IGNORE, LabelSpace
 
-MASK, OVERLAY = "mask.png", "overlay.jpg"
+MASK, OVERLAY, OVERLAYS = "mask.png", "overlay.jpg", "overlays"
 MAX_OVERLAY_SIDE = 2048  # pixels; the mask keeps the full size
 OPACITY = 0.5
 CONTOUR = 255  # white; tinted segments never are
@@ -67,47 +69,82 @@ def renamed(names: Sequence[str], text: str) -> list[str]:
     return [new.get(number, name) for number, name in zip(known, names, strict=True)]
 
 
-def result_folders(images: Path, out: Path) -> dict[Path, Path]:
-    """Maps each photograph to its result folder: its path below `images`, without the ending, in `out`.
+class ResultFiles(NamedTuple):
+    """The files of one photograph."""
 
-    Photographs that differ only in the ending keep it. A folder `out` below `images` is not searched.
+    mask: Path
+    overlay: Path
+
+
+def result_files(images: Path, out: Path, *, flat: bool = False) -> dict[Path, ResultFiles]:
+    """Maps each photograph to its files in `out`, named by its path below `images` without the ending.
+
+    They are <name>/mask.png and <name>/overlay.jpg, or with `flat` <name>.png and overlays/<name>.jpg, where
+    folders are joined by "_". Photographs that differ only in the ending keep it. A folder `out` below
+    `images` is not searched.
 
     Raises:
         UserError: there is no image, or `out` is `images`.
     """
     if images.is_file():
-        return {images: out / images.stem}
+        names = {images: Path(images.name)}
+    else:
+        names = {images / name: name for name in _photographs_below(images, without=out)}
+    if flat:
+        names = {file: Path("_".join(name.parts)) for file, name in names.items()}
+    stems = {file: name.with_suffix("") for file, name in names.items()}
+    count = Counter(str(stem).casefold() for stem in stems.values())  # some file systems ignore case
+    files = {}
+    for file, name in names.items():
+        name = stems[file] if count[str(stems[file]).casefold()] == 1 else name
+        if flat:
+            files[file] = ResultFiles(out / f"{name}.png", out / OVERLAYS / f"{name}.jpg")
+        else:
+            files[file] = ResultFiles(out / name / MASK, out / name / OVERLAY)
+    return files
+
+
+def _photographs_below(images: Path, *, without: Path) -> list[Path]:
     if not images.exists():
         raise UserError(f"--images is {images}: no such file or folder")
-    if images.resolve() == out.resolve():
-        raise UserError(f"--out is {out}, the folder of the photographs; choose another, or one below it")
     root = images.resolve()
-    found, others = find_images(root, without=out.resolve())
+    if root == without.resolve():
+        raise UserError(f"--out is {without}, the folder of the photographs; choose another, or one below it")
+    found, others = find_images(root, without=without.resolve())
     if not found:
         raise UserError(f"--images is {images}: it contains no image; {others}")
     if others:
         print(f"{images}: skipped {others}")
-    files = [file.relative_to(root) for file in found]
-    stems = [str(file.with_suffix("")).casefold() for file in files]  # some file systems ignore case
-    count = Counter(stems)
-    short = [
-        file.with_suffix("") if count[stem] == 1 else file for file, stem in zip(files, stems, strict=True)
-    ]
-    return {images / file: out / name for file, name in zip(files, short, strict=True)}
+    return [file.relative_to(root) for file in found]
 
 
-def write_results(folder: Path, image: Image.Image, classes: np.ndarray, palette: Sequence[Colour]) -> None:
-    """Writes mask.png, the ids (H, W) uint8 of an RGB image, and overlay.jpg, the image in their colours."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_results(
+    files: ResultFiles, image: Image.Image, classes: np.ndarray, palette: Sequence[Colour]
+) -> None:
+    """Writes the mask, the ids (H, W) uint8 of an RGB image, and the overlay, the image in their colours."""
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
     mask = Image.fromarray(classes)
     mask.putpalette(np.array(palette, dtype=np.uint8).tobytes())
-    with replacing(folder / MASK) as temporary:
+    with replacing(files.mask) as temporary:
         mask.save(temporary, format="PNG")
     small = image.copy()
     small.thumbnail((MAX_OVERLAY_SIDE, MAX_OVERLAY_SIDE), Image.Resampling.BILINEAR)
     classes = np.asarray(Image.fromarray(classes).resize(small.size, Image.Resampling.NEAREST))
-    with replacing(folder / OVERLAY) as temporary:
+    with replacing(files.overlay) as temporary:
         overlay(small, classes, palette).save(temporary, format="JPEG", quality=90, subsampling=0)
+
+
+def write_contact_sheet(
+    out: Path, files: Mapping[Path, ResultFiles], legend: Sequence[dict[str, Any]]
+) -> None:
+    """Writes index.html: the overlay of each photograph, linked to its mask, and the legend."""
+    pictures = [
+        (str(path), *(file.relative_to(out).as_posix() for file in (each.mask, each.overlay)))
+        for path, each in files.items()
+    ]
+    used = [row for row in legend if row["share"]]
+    write_text(out / "index.html", render("masks.html", pictures=pictures, legend=used))
 
 
 def overlay(image: Image.Image, classes: np.ndarray, palette: Sequence[Colour]) -> Image.Image:

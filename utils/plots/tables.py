@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
+COLUMNS = 80  # of a terminal
 METRICS = ("Cluster_Accuracy", "Cluster_mIoU", "Linear_Accuracy", "Linear_mIoU")
 METRIC_TITLES = tuple(name.replace("_", " ") for name in METRICS)
 STAGES = {"before_crf": "before CRF", "after_crf": "after CRF"}
@@ -27,14 +28,15 @@ def percent(value: float | None) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns for a terminal of 80 columns, two spaces apart; the first is cut if necessary."""
+    """Columns for a terminal of 80 columns, two spaces apart; a long first cell gets its own line."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    widths[0] = min(widths[0], 80 - sum(width + 2 for width in widths[1:]))
+    widths[0] = min(widths[0], COLUMNS - sum(width + 2 for width in widths[1:]))
     lines = []
     for first, *others in (header, *rows):
-        cells = [first[: widths[0]].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join(cells))
+        if len(first) > widths[0]:
+            lines, first = [*lines, first], ""
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

@@ -137,11 +137,11 @@ def test_evaluation_flags__that_do_not_go_together(tiny_file, words):
     assert error.value.code == 2
 
 
-def test_opt__is_needed_unless_a_checkpoint_is_exported(tmp_path):
-    with pytest.raises(SystemExit):
-        parse_arguments([], description="", training=True)
-    words = ["--export", "out.pth", "--checkpoint", "a.ckpt"]
-    assert len(plan_jobs(parse_arguments(words, description="", training=False))) == 1
+def test_opt__is_needed_unless_a_checkpoint_is_named():
+    for words, training in (([], True), (["--checkpoint", "a.ckpt"], True), ([], False)):
+        with pytest.raises(SystemExit):
+            jobs(*words, training=training)
+    assert len(jobs("--export", "out.pth", "--checkpoint", "a.ckpt", training=False)) == 1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from utils.errors import UserError
-from utils.plots.mask_files import mask_ids, overlay, renamed, result_folders, write_results
+from utils.plots.mask_files import ResultFiles, mask_ids, overlay, renamed, result_files, write_results
 from utils.vision.labels import LabelSpace
 
 LABELS = LabelSpace(("road", "sky", "tree"), ((1, 2, 3), (4, 5, 6), (7, 8, 9)))
@@ -41,26 +41,36 @@ def touch(folder, *names):
 def test_folders__are_nested_and_distinct(tmp_path):
     names = ["a.jpg", "a.png", "b/a.jpg", "c.JPG", "C.png", "d.tif"]
     touch(tmp_path / "in", *names, ".hidden/c.png", "walk.mp4", "masks/d/mask.png")
-    folders = result_folders(tmp_path / "in", tmp_path / "in/masks")
-    found = {str(file.relative_to(tmp_path / "in")): str(folder) for file, folder in folders.items()}
-    kept = {"b/a.jpg": "b/a", "d.tif": "d"}
-    assert found == {name: str(tmp_path / "in/masks" / kept.get(name, name)) for name in names}
-    assert result_folders(tmp_path / "in/d.tif", Path("out")) == {tmp_path / "in/d.tif": Path("out/d")}
+    out, kept = tmp_path / "in/masks", {"b/a.jpg": "b/a", "d.tif": "d"}
+    files = result_files(tmp_path / "in", out)
+    found = {str(file.relative_to(tmp_path / "in")): str(each.mask.parent) for file, each in files.items()}
+    assert found == {name: str(out / kept.get(name, name)) for name in names}
+    single = ResultFiles(Path("out/d/mask.png"), Path("out/d/overlay.jpg"))
+    assert result_files(tmp_path / "in/d.tif", Path("out")) == {tmp_path / "in/d.tif": single}
+
+
+def test_flat__names_are_joined_and_distinct(tmp_path):
+    touch(tmp_path / "in", "a.jpg", "b/a.jpg", "b_a.png", "c/d.tif")
+    files = result_files(tmp_path / "in", tmp_path / "out", flat=True)
+    masks = sorted(each.mask.relative_to(tmp_path / "out").as_posix() for each in files.values())
+    assert masks == ["a.png", "b_a.jpg.png", "b_a.png.png", "c_d.png"]
+    assert files[tmp_path / "in/c/d.tif"].overlay == tmp_path / "out/overlays/c_d.jpg"
 
 
 def test_folders__without_an_image(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
-        result_folders(tmp_path / "nowhere", tmp_path / "out")
+        result_files(tmp_path / "nowhere", tmp_path / "out")
     touch(tmp_path / "films", "walk.mp4")
     with pytest.raises(UserError, match=r"no image.*ffmpeg -i walk.mp4"):
-        result_folders(tmp_path / "films", tmp_path / "out")
+        result_files(tmp_path / "films", tmp_path / "out")
     with pytest.raises(UserError, match="the folder of the photographs"):
-        result_folders(tmp_path / "films", tmp_path / "films")
+        result_files(tmp_path / "films", tmp_path / "films")
 
 
 def test_results__mask_has_ids_and_overlay_is_reduced(tmp_path):
     classes = np.tile(np.uint8([0, 1]), (30, 2250))
-    write_results(tmp_path / "x", Image.new("RGB", (4500, 30)), classes, PALETTE)
+    files = ResultFiles(tmp_path / "x/mask.png", tmp_path / "x/overlay.jpg")
+    write_results(files, Image.new("RGB", (4500, 30)), classes, PALETTE)
     mask = Image.open(tmp_path / "x/mask.png")
     assert np.array_equal(np.asarray(mask), classes)
     assert mask.getpalette()[:6] == [200, 0, 0, 0, 0, 200]

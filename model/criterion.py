@@ -44,9 +44,10 @@ class OwnLoss(nn.Module):
         found = self.loss(z, features, **({"generator": generator} if self.drawn else {}))
         output = LossOutput(found) if isinstance(found, Tensor) else found
         if not (hasattr(output, "statistics") and output.loss.ndim == 0 and output.loss.requires_grad):
+            what = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else repr(found)
             raise UserError(
-                f"training_coeff.loss is {self.name}, which returned {str(found)[:80]}; must return a scalar "
-                "tensor that depends on z, or a PPAPLossOutput"
+                f"training_coeff.loss is {self.name}, which returned {what}; must return a scalar tensor "
+                "that depends on z, or a PPAPLossOutput"
             )
         return output
 

@@ -5,18 +5,22 @@
 
 import csv
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from dataset import crop_datasets, dataset_download
+import eval as evaluation
+import run
+from dataset import DATA_SETS, crop_datasets, dataset_download
+from model.checkpoint import read_checkpoint
+from utils.config import options, plugins
 from utils.config.cli import parse_arguments, plan_jobs
 from utils.config.loading import REPOSITORY, find_option_file, load_options, option_table
+from utils.errors import UserError
+from utils.files import sha256_of
 
 README, *OTHERS = (
     REPOSITORY / name
@@ -69,7 +73,10 @@ def commands(pattern: str) -> list[str]:
     return sorted({line.split("#")[0].strip() for line in re.findall(pattern, JOINED)})
 
 
-@pytest.mark.parametrize("line", commands(r"python ((?:run|eval)\.py [^\n`&]+)"))
+PROGRAMS = [line for line in commands(r"python ((?:run|eval)\.py [^\n`&]+)") if "plugins=" not in line]
+
+
+@pytest.mark.parametrize("line", PROGRAMS)
 def test_commands__parse(line, tmp_path, monkeypatch):
     """Flags, keys and option files exist; placeholders stand for existing files and folders."""
     (tmp_path / "w.pth").touch()
@@ -141,26 +148,50 @@ def test_loss_example__runs():
     assert found["out"].loss > 0
 
 
-def test_own_parts__train_as_the_readme_says(tmp_path):
+OWN_PARTS = section(REPOSITORY / "model/README.md", "Your own data set, backbone or loss")
+QUICK = ["train.epoch=1", "train.print_freq=1", "train.compare_frozen=false", "dataloader.num_workers=0"]
+QUICK += ["eval.is_crf=false", "eval.pictures=0", "--debug"]
+
+
+@pytest.fixture
+def own_parts(tmp_path, monkeypatch):
+    """The examples as files in the working folder, and the command lines that use them, by program."""
+    for name, example in zip(("loss_only.py", "mine.py"), python_blocks(OWN_PARTS), strict=True):
+        (tmp_path / name).write_text(example)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plugins, "_loaded", {})
+    commands = re.findall(r"python (\w+\.py .+)", re.sub(r"\\\n\s*", "", OWN_PARTS))
+    yield [shlex.split(command) for command in commands]
+    for names in (options.LOSSES, options.ARCHS, options.DATA_TYPES):
+        names[:] = [name for name in names if name not in ("agreement", "nearest", "tiny", "stripes")]
+    DATA_SETS.pop("stripes", None)
+
+
+def test_own_loss__is_followed_to_masks(own_parts, tmp_path):
+    (_, *train), (_, *write), _ = own_parts
+    run.main([*train, *QUICK, "dataset.train_images=32", "dataset.val_images=4"])
+    (tmp_path / "photographs").mkdir()
+    Image.new("RGB", (80, 64), (90, 120, 30)).save(tmp_path / "photographs/a.jpg")
+    write = [{"<photographs>": "photographs", "<masks>": "masks"}.get(word, word) for word in write]
+    evaluation.main(write)
+    assert Image.open("masks/a/mask.png").size == (80, 64)
+    plugins._loaded.clear()  # as in a new process
+    options.LOSSES.remove("agreement")
+    with pytest.raises(UserError, match=r"loss_only\.py; if you trust this file, add --trust-plugins"):
+        evaluation.main([word for word in write if word != "--trust-plugins"])
+
+
+def test_own_parts__train_as_the_readme_says(own_parts, tmp_path):
     """The example is run as it stands: a data set, a backbone and a loss of your own."""
-    text = section(REPOSITORY / "model/README.md", "Your own data set, backbone or loss")
-    (example,) = python_blocks(text)
-    (tmp_path / "mine.py").write_text(example)
-    (command,) = re.findall(r"python mine\.py ([^\n]+)", re.sub(r"\\\n\s*", "", text))
-    quick = ["train.epoch=1", "train.print_freq=1", "train.compare_frozen=false", "dataloader.num_workers=0"]
-    quick += ["dataset.res=64", "dataset.val_res=64", "eval.is_crf=false", "eval.pictures=0"]
-    quick += [f"output_dir={tmp_path}"]
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "mine.py"), *shlex.split(command), *quick],
-        capture_output=True, text=True, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": "."}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "mine/metrics.json").read_text())
+    _, _, (_, *train) = own_parts
+    (metrics,) = run.main([*train, *QUICK, "dataset.res=64", "dataset.val_res=64"])
     assert list(metrics["class_iou"]["before_crf"]["cluster"]) == ["rows", "columns"]
     assert metrics["images"] == 64
-    with (tmp_path / "mine/metrics.csv").open() as file:
+    with (tmp_path / "output/mine/metrics.csv").open() as file:
         losses = [float(row["supcon_loss"]) for row in csv.DictReader(file) if row["supcon_loss"]]
     assert all(0 < loss < 20 for loss in losses)
+    stored = read_checkpoint(tmp_path / "output/mine/best.ckpt").about["plugins"]
+    assert stored == {str(tmp_path / "mine.py"): sha256_of(tmp_path / "mine.py")}
 
 
 if __name__ == "__main__":

@@ -245,6 +245,22 @@ def test_resume__a_finished_run_or_other_options(whole, capsys, monkeypatch):
     assert "num_workers" not in str(error.value)
 
 
+def test_resume__more_epochs_continue_a_finished_run(tiny_file, tmp_path, capsys):
+    """As if the run had been of this length from the start."""
+    words, folder = ["--opt", tiny_file(**SEVEN)], tmp_path / "output/tiny"
+    run.main([*words, "train.epoch=1"])
+    (longer,) = run.main([*words, "--resume", "train.epoch=2"])
+    printed = capsys.readouterr().out
+    assert "1 epochs become 2" in printed
+    assert "resuming after step 7" in printed
+    assert (folder / "metrics-1-epochs.json").exists()
+    (whole,) = run.main([*words, "train.epoch=2", "wandb.name=whole"])
+    assert same(longer, whole)
+    assert rows_of(folder) == rows_of(tmp_path / "output/whole")
+    with pytest.raises(UserError, match=r"train\.epoch was 2, is 1"):
+        run.main([*words, "--resume", "train.epoch=1"])
+
+
 def test_resume__skips_a_damaged_checkpoint(tiny_file, tmp_path, whole, stop_in, capsys):
     words, folder = ["--opt", tiny_file(**LONG)], tmp_path / "output/tiny"
     stop_in(9, words)

@@ -235,3 +235,31 @@ def test_folder__unknown_ids_and_videos(checkpoint, tmp_path):
     (tmp_path / "walk.mp4").touch()
     with pytest.raises(LeftOut, match=r"ffmpeg -i walk.mp4"):
         predict_folder(segment, tmp_path / "walk.mp4", tmp_path / "out")
+
+
+def test_photograph__as_file_picture_and_array(checkpoint, tmp_path):
+    predictor = load_segmenter(checkpoint)
+    pixels = np.random.default_rng(3).integers(256, size=(40, 56, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    expected = predictor(Image.fromarray(pixels))
+    for given in (pixels, tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert np.array_equal(predictor(given), expected)
+    for wrong in (pixels[..., 0], pixels.astype(float)):
+        with pytest.raises(UserError, match=r"must be \(H, W, 3\) uint8"):
+            predictor(wrong)
+
+
+def test_folder__flat_masks_and_a_contact_sheet(checkpoint, tmp_path):
+    predictor = load_segmenter(checkpoint)
+    for name in ("day 1/a.png", "b.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 32), (200, 30, 30)).save(tmp_path / "in" / name)
+    (tmp_path / "in/c.png").write_bytes(b"no image")
+    with pytest.raises(LeftOut):
+        predict_folder(predictor, tmp_path / "in", tmp_path / "out", flat=True)
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"b.png", "day 1_a.png", "legend.png"}
+    page = (tmp_path / "out/index.html").read_text()
+    assert 'src="overlays/day%201_a.jpg"' in page
+    assert "2 photographs" in page
+    assert "c.png" not in page
+    assert "<script" not in page

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
+import eval as evaluation
 import run
 from utils.config.cli import guarded, parse_arguments, parse_overrides, plan_jobs
-from utils.errors import UserError
+from utils.config.loading import FIELDS
+from utils.errors import UserError, closest
 from utils.files import REPOSITORY
 
 
@@ -159,3 +161,58 @@ def test_guarded__message_and_exit_status(capsys, error, status, message):
 
     assert guarded(main) == status
     assert capsys.readouterr().err == f"{message}\n"
+
+
+def test_print_options__is_an_option_file(capsys, tmp_path):
+    printed = run.main(["--opt", "demo.json", "train.seed=7", "--print-options"])
+    (tmp_path / "again.json").write_text(capsys.readouterr().out)
+    assert printed == [json.loads((tmp_path / "again.json").read_text())]
+    (job,) = jobs("--opt", str(tmp_path / "again.json"))
+    assert job.options.train.seed == 7
+
+
+def test_words__home_and_both_spellings_of_data_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    for words in (["--data-path=~/a"], ["--data_path", "~/a"], ["dataset.data_path=~/a"]):
+        (job,) = jobs("--opt", "camvid.json", *words, "model.pretrained.pretrained_weights=null")
+        assert job.options.dataset.data_path == "/home/someone/a"
+
+
+def test_words__of_our_own_about_spaces_and_empty_values():
+    with pytest.raises(UserError) as error:
+        jobs("--opt", "demo.json", "train.seed", "=", "3", "train.seed=0,,1")
+    assert len(error.value.mistakes) == 4
+    assert all("no spaces around =" in mistake for mistake in error.value.mistakes)
+
+
+def test_variants_file__given_as_option_file():
+    with pytest.raises(UserError, match=r"ablation\.json: is not an option file; .* --variants"):
+        jobs("--opt", "ablation.json")
+
+
+def test_data_path__of_a_file(tmp_path):
+    (tmp_path / "a.zip").touch()
+    with pytest.raises(UserError, match=r"a\.zip: a file, must be the folder"):
+        jobs("--opt", "cocostuff.json", "--data_path", str(tmp_path / "a.zip"))
+
+
+def test_help__ends_with_examples_and_the_option_table(capsys):
+    for program in (run, evaluation):
+        with pytest.raises(SystemExit):
+            program.main(["--help"])
+        text = capsys.readouterr().out
+        assert text.count(f"python {program.__name__}.py") == 3
+        assert text.strip().endswith("json/README.md.")
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("optimizer.net.learning_rate", "optimizer.net.lr"),
+        ("model.pretrained.patch", "model.pretrained.dino_patch_size"),
+        ("dataset.datapath", "dataset.data_path"),
+        ("foo.bar", None),
+    ],
+)
+def test_closest__matches_parts_of_words(word, meant):
+    assert closest(word, FIELDS) == (f" Did you mean {meant}?" if meant else "")

@@ -1,0 +1,35 @@
+import pytest
+
+import run
+from model.monitoring import SetWatch
+
+
+def scalars(positives=20.0, negatives=400.0, alone=0.1):
+    return {"num_positives": positives, "num_negatives": negatives, "without_positives": alone}
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (scalars(), ""),
+        (scalars(positives=510.0), "51.0% of the patches are positives"),
+        (scalars(negatives=9.0), "0.90% are negatives"),
+        (scalars(alone=0.6), "60% of the anchors have no positive"),
+        ({"total_loss": 1.0}, ""),  # another loss
+    ],
+)
+def test_degenerate_sets__are_reported_after_a_quarter_and_at_the_end(found, words, capsys):
+    watch, printed = SetWatch(), []
+    for _ in range(8):
+        watch.add(found, patches=1000, logged_steps=8)
+        printed.append(capsys.readouterr().out)
+    watch.report()
+    printed.append(capsys.readouterr().out)
+    assert [words in text for text in printed] == [not words or k in (1, 8) for k in range(9)]
+    assert all("training_coeff.initialcrit_amb" in text for text in printed if text)
+
+
+def test_degenerate_sets__all_positive_is_reported_by_a_run(tiny_file, capsys):
+    words = ["training_coeff.initialcrit_pos=-1", "training_coeff.initialcrit_amb=-1", "train.print_freq=1"]
+    run.main(["--opt", tiny_file(), *words, "eval.is_crf=false"])
+    assert capsys.readouterr().out.count("warning: training hardly learns") == 2

@@ -215,7 +215,7 @@ def predict_folder(
     result = {"ids": legend, "images": len(files), "left_out": skipped}
     write_json(out / "legend.json", result)
     draw_legend(out / "legend.png", legend)
-    write_contact_sheet(out, files, legend)
+    write_contact_sheet(out, files.values(), legend)
     print(f"\nresults: {out}; open {out / 'index.html'}")
     if skipped:
         raise LeftOut(skipped, f"{images}; the other {result['images']} images are done")

@@ -16,12 +16,12 @@ from utils.vision.labels import IGNORE, LabelSpace
 def run_summary(module: PPAPModule, data: Any, trainer: Trainer, *, folder: Path) -> str:
     """Five lines about a run that starts."""
     options, spec = module.options, module.segmenter.backbone.spec
-    labels = "labels" if data.train_labelled else "no labels, so no linear probe"
+    labels = "labels" if data.train_labelled else "no labels"
     batches, epochs = len(data.train_dataloader()), options.train.epoch
     device, precision = trainer.strategy.root_device, trainer.precision_plugin.precision
-    items = f"{len(data.train_set):,} train items, {len(data.validation_set):,} images to evaluate"
+    items = f"{len(data.train_set):,} items to train on, {len(data.validation_set):,} to evaluate"
     lines = {
-        "data": f"{options.dataset.data_type}: {items}, {data.labels.n_classes} classes, {labels}",
+        "data": f"{options.dataset.data_type}, {data.labels.n_classes} classes, {items}, {labels}",
         "backbone": f"{options.model.arch}, {spec.depth} blocks of width {spec.dim}, {module.weights}",
         "device": f"{trainer.world_size} x {device.type}, precision {precision}",
         "steps": f"{batches * epochs:,}: {epochs} epochs of {batches:,}",

@@ -148,7 +148,7 @@ def test_cocostuff__from_nothing_to_the_first_step(hub, tmp_path, monkeypatch, c
     hub(load_options(find_option_file("cocostuff.json"), {"model.pretrained.depth": 2}))
     (trained,) = run.main([*train, "--debug", "model.pretrained.depth=2", *SMALL])
     assert trained["step"] == 4 * 5 // 4
-    assert "cocostuff27: 20 train items" in capsys.readouterr().out
+    assert "20 items to train on" in capsys.readouterr().out
 
 
 @pytest.mark.slow

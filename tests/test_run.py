@@ -198,7 +198,7 @@ def test_unlabelled__trains_clusters_alone_and_keeps_the_last(
     assert result["before_crf"] is None
     assert result["images"] == (2 if with_val else 0)
     assert result["step"] == 4  # 2 epochs of 2
-    assert "no linear probe" in capsys.readouterr().out
+    assert "no labels" in capsys.readouterr().out
     about = torch.load(tmp_path / "output/tiny/best.ckpt", weights_only=True)["ppap"]
     assert about["train_labelled"] is False
     words = ["--opt", path, "--data_path", str(unlabelled), "--checkpoint", "tiny"]

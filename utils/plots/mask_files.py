@@ -1,7 +1,7 @@
 """Mask files of photographs: ids with names and colours, result folders, masks and overlays."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,14 +135,13 @@ def write_results(
         overlay(small, classes, palette).save(temporary, format="JPEG", quality=90, subsampling=0)
 
 
-def write_contact_sheet(
-    out: Path, files: Mapping[Path, ResultFiles], legend: Sequence[dict[str, Any]]
-) -> None:
+def write_contact_sheet(out: Path, files: Iterable[ResultFiles], legend: Sequence[dict[str, Any]]) -> None:
     """Writes index.html: the overlay of each photograph, linked to its mask, and the legend."""
-    pictures = [
-        (str(path), *(file.relative_to(out).as_posix() for file in (each.mask, each.overlay)))
-        for path, each in files.items()
-    ]
+    pictures = []
+    for each in files:
+        mask, shown = (path.relative_to(out) for path in each)
+        name = mask.parent if mask.name == MASK else mask.with_suffix("")
+        pictures.append((str(name), mask.as_posix(), shown.as_posix()))
     used = [row for row in legend if row["share"]]
     write_text(out / "index.html", render("masks.html", pictures=pictures, legend=used))
 

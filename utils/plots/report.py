@@ -33,7 +33,7 @@ CURVES = (  # title, scalars, description, whether the axis is logarithmic
     ("GPU memory", ("gpu_memory_gib",), "peak, in GiB", False),
 )
 PICTURES = {  # title -> description; the files are predictions.png, ...; the baseline's is in its folder
-    "Predictions": "Images from across the validation set; clusters have the colour of their matched class.",
+    "Predictions": "Images from across the set; a matched cluster has the colour of its class.",
     "Confusion": "Before CRF; each row in percent of its true class.",
     "Explanation": "Propagation for one anchor: similarities, sets and boundaries after t = 0..T "
     "relocations. It depends only on the frozen features and is the same throughout a run.",

@@ -48,7 +48,7 @@ def metrics_table(results: dict[str, dict[str, Any]]) -> str:
             for stage, title in STAGES.items() if each else ():
                 if metrics := each[stage]:
                     rows.append([f"{name}, {title}", *_pairs(_percents(metrics))])
-        if result["after_crf_missing"]:
+        if result["after_crf_missing"] and result["before_crf"]:
             notes.append(f"{run}, after CRF: {result['after_crf_missing']}")
         if shares := result.get("cluster_shares"):
             parts = ", ".join(f"{cluster}: {percent(share)}" for cluster, share in shares.items())
@@ -76,7 +76,7 @@ def metrics_markdown(result: dict[str, Any]) -> str:
 def class_table(result: dict[str, Any]) -> str:
     """IoU per class in percent of each head, before and, if it was evaluated, after CRF."""
     header, rows = _class_rows(result)
-    return text_table(header, rows) if rows else "no labels, so no IoU"
+    return text_table(header, rows) if rows else "no labels, so no metrics"
 
 
 def _class_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

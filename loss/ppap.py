@@ -9,7 +9,7 @@ bounded by a chunk of anchors.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -170,10 +170,18 @@ class _Loss(torch.autograd.Function):
 
 @contextmanager
 def ieee_float32() -> Iterator[None]:
-    """Disables TF32 in float32 matrix products: it would move patches across a boundary."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
+    """Disables TF32 in float32 matrix products and convolutions: it would move patches across a boundary."""
+    cudnn, precision = torch.backends.cudnn, "highest"
+    settings = [(cudnn, "allow_tf32", False)]
+    if hasattr(cudnn, "fp32_precision"):  # torch >= 2.9; where a user sets it, reading the older ones raises
+        operators = (cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        settings = [(operator, "fp32_precision", "ieee") for operator in operators]
+    with suppress(RuntimeError):
+        precision = torch.get_float32_matmul_precision()
+    with ExitStack() as restored:
+        for place, name, value in settings:
+            restored.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, value)
+        restored.callback(torch.set_float32_matmul_precision, precision)  # called first, as it sets others
+        torch.set_float32_matmul_precision("highest")
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -253,6 +253,45 @@ def test_ieee_float32__restores_the_setting():
         torch.set_float32_matmul_precision("highest")
 
 
+SETTINGS = {  # what a user of the library may have set
+    "nothing": lambda backends: None,
+    "high": lambda backends: torch.set_float32_matmul_precision("high"),
+    "allow_tf32": lambda backends: setattr(backends.cudnn, "allow_tf32", False),
+    "products": lambda backends: setattr(backends.cuda.matmul, "fp32_precision", "tf32"),
+    "convolutions": lambda backends: setattr(backends.cudnn.conv, "fp32_precision", "ieee"),
+    "cudnn": lambda backends: setattr(backends.cudnn, "fp32_precision", "tf32"),
+    "everything": lambda backends: setattr(backends, "fp32_precision", "tf32"),
+    "both": lambda backends: (SETTINGS["high"](backends), SETTINGS["products"](backends)),
+}
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch < 2.9")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_ieee_float32__old_and_new_settings(name):
+    """torch raises where the old settings are read after the new ones were set; see `ieee_float32`."""
+    backends = torch.backends
+    operators = (backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    places = (backends, backends.cudnn, *operators)
+
+    def precisions():
+        return [place.fp32_precision for place in places]
+
+    untouched = precisions()
+    try:
+        SETTINGS[name](backends)
+        before = precisions()
+        for _ in range(2):
+            with ieee_float32():
+                assert [operator.fp32_precision for operator in operators[:3]] == ["ieee"] * 3
+                assert torch.get_float32_matmul_precision() == "highest"
+            assert precisions() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = True
+        for place, precision in zip(places, untouched, strict=True):
+            place.fp32_precision = precision
+
+
 def test_sampling__range_no_repeats_and_per_group():
     anchors = PPAPLoss(**COEFFICIENTS).sample_anchors(16 * 3 + 7, torch.Generator().manual_seed(0))
     assert anchors.shape == (4, 4)

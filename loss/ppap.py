@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from loss.chunked import ChunkedLoss
 from loss.propagation import Boundaries
 from utils.training.distributed import all_gather, all_reduce, own_groups, world_size
 
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**25}  # entries of one (anchors, N) float32 tensor
+CHUNK_BYTES = 32  # of a GPU's free memory per entry of an (anchors, N) tensor; twice what is used
+memory = cache(torch.cuda.mem_get_info)  # a driver call, so only once per device
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class PPAPLoss(nn.Module):
         """
         groups = -(-patches // self.group_size)
         widest = max(1, min(self.group_size, patches) // self.trainpatchsplit)
-        anchors = torch.full((groups, widest), -1)  # (G, A_max)
+        anchors = torch.full((groups, widest), -1, pin_memory=torch.cuda.is_initialized())  # (G, A_max)
         for group in range(groups):
             size = min(self.group_size, patches - group * self.group_size)
             drawn = max(1, size // self.trainpatchsplit)
@@ -147,8 +149,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z: Tensor, bank: Tensor, anchors: Tensor, criterion: PPAPLoss):
-        budget = CHUNK_ELEMENTS.get(z.device.type, CHUNK_ELEMENTS["cpu"])
-        chunk_size = criterion.chunk_size or max(1, budget // len(z))
+        free = memory(z.device)[0] // CHUNK_BYTES if z.is_cuda else 2**24
+        chunk_size = criterion.chunk_size or max(1, 2 ** min(28, free.bit_length() - 1) // len(z))
         chunked = ChunkedLoss(
             z, bank, boundaries=criterion.boundaries, tau=criterion.tau, operand=criterion.similarity_dtype,
             chunk_size=chunk_size, with_grad=ctx.needs_input_grad[0],

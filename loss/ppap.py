@@ -60,7 +60,8 @@ class PPAPLoss(nn.Module):
         trainpatchsplit: a group of s patches gives max(1, s // trainpatchsplit) anchors.
         tau: temperature > 0.
         group_size: consecutive patches that share a draw of anchors and a mean.
-        similarity_dtype: operands of the similarities, float32 or float16 (accumulated in float32).
+        similarity_dtype: what f_j and the proxies are rounded to, float32 or float16.
+        products: "float32", "split" or "float16" (implies that `similarity_dtype`); see loss/README.md.
         chunk_size: anchors that are compared with the N patches at a time; None chooses by device and N.
     """
 
@@ -76,9 +77,13 @@ class PPAPLoss(nn.Module):
         tau: float,
         group_size: int = 784,
         similarity_dtype: torch.dtype = torch.float32,
+        products: str = "float32",
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
+        allowed = ("float32", "float16", "split")[: 2 if similarity_dtype == torch.float16 else 3]
+        if products not in allowed:
+            raise ValueError(f"products is {products}, must be one of {allowed} with {similarity_dtype}")
         if prop_iter < 0 or not min(sigma_pos, sigma_amb, tau) > 0 or min(trainpatchsplit, group_size) < 1:
             raise ValueError(
                 f"prop_iter {prop_iter} must be >= 0; sigma_pos {sigma_pos}, sigma_amb {sigma_amb} and "
@@ -88,7 +93,8 @@ class PPAPLoss(nn.Module):
         self.trainpatchsplit = trainpatchsplit
         self.tau = tau
         self.group_size = group_size
-        self.similarity_dtype = similarity_dtype
+        self.similarity_dtype = torch.float16 if products == "float16" else similarity_dtype
+        self.products = products
         self.chunk_size = chunk_size
 
     def sample_anchors(self, patches: int, generator: torch.Generator | None = None) -> Tensor:
@@ -153,7 +159,7 @@ class _Loss(torch.autograd.Function):
         chunk_size = criterion.chunk_size or max(1, 2 ** min(28, free.bit_length() - 1) // len(z))
         chunked = ChunkedLoss(
             z, bank, boundaries=criterion.boundaries, tau=criterion.tau, operand=criterion.similarity_dtype,
-            chunk_size=chunk_size, with_grad=ctx.needs_input_grad[0],
+            products=criterion.products, chunk_size=chunk_size, with_grad=ctx.needs_input_grad[0],
         )  # fmt: skip
         sums = all_reduce(chunked.sums(own_groups(anchors)))  # (8,)
         loss, weight, positives, negatives = sums[:4].unbind()

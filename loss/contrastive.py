@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loss.kernels import fused
+
 BASE_TEMPERATURE = 0.07
 
 
@@ -26,6 +28,7 @@ def anchor_weights(valid: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
     return (counted * size / per_group.clamp_min(1)).flatten(), size.sum()
 
 
+@fused
 def masked_contrastive(
     logits: Tensor, positives: Tensor, negatives: Tensor, tau: float, grad: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
@@ -49,7 +52,9 @@ def masked_contrastive(
     top = top.masked_fill(top == -torch.inf, 0)  # an anchor without P may keep nothing
     exponent = kept_logits.sub_(top[:, None]).exp_()  # (A, N)
     total = torch.where(valid, exponent.sum(dim=1), 1.0)  # (A,)
-    mean = torch.einsum("an,an->a", logits, members) / count.clamp_min(1)  # (A,), over the positives
+    compiling = torch.compiler.is_compiling()  # fuses the product, which is one more (A, N) tensor otherwise
+    added = (logits * members).sum(dim=1) if compiling else torch.einsum("an,an->a", logits, members)  # (A,)
+    mean = added / count.clamp_min(1)  # (A,), over the positives
     loss = torch.where(valid, scale * (top + total.log() - mean), 0.0)  # (A,)
     if grad is None:
         return loss, None

@@ -1,12 +1,17 @@
-"""Matrix products with float32 results, of float32 operands or, on tensor cores, of float16 ones."""
+"""What a GPU computes fast: products on tensor cores, and elementwise functions in few passes over memory."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 
 UNIT = 2.0**12  # scale of a vector that is split, so that lo does not underflow
 TENSOR_CORES = "dtype_out" in torch.ops.aten.addmm.overloads()  # torch >= 2.8; float16 to float32, on CUDA
+COMPILED_ELEMENTS = 2**22  # compiling takes seconds, which smaller tensors do not repay
 
 
 def matmul(a: Tensor, b: Tensor, *, out: Tensor | None = None, beta: float = 0, alpha: float = 1) -> Tensor:
@@ -34,3 +39,19 @@ def compare(proxies: Tensor, bank: Tensor, operand: torch.dtype, *, out: Tensor 
     if bank.shape[1] == proxies.shape[1]:
         return matmul(proxies.to(operand).to(bank.dtype), bank.T, out=out)
     return matmul(operands(proxies, "split", left=True), bank.T, out=out, alpha=UNIT**-2)
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Applies torch.compile if the first argument is a large CUDA tensor; runs eagerly if that fails."""
+
+    @cache
+    def compiled() -> Callable[..., Any]:
+        torch._dynamo.config.suppress_errors = True
+        return torch.compile(function)
+
+    @wraps(function)
+    def run(first: Tensor, *others: Any) -> Any:
+        large = first.is_cuda and first.numel() >= COMPILED_ELEMENTS
+        return (compiled() if large else function)(first, *others)
+
+    return run

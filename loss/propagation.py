@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loss.kernels import compare, matmul
+from loss.kernels import compare, fused, matmul
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,9 @@ def select_sets(reached: Propagation, index: Tensor) -> Sets:
     return Sets(positives, negatives.scatter_(1, index[:, None], False), below)
 
 
+@fused
 def _members(similarity: Tensor, phi: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """1 where similarity is above phi, (A, N) of `dtype`, and its sums (A, 1); may overwrite `similarity`."""
-    in_place = dtype == torch.float32  # as new memory is slower
+    in_place = dtype == torch.float32 and not torch.compiler.is_compiling()  # as new memory is slower
     inside = similarity.gt_(phi) if in_place else (similarity > phi).to(dtype)
     return inside, inside.sum(dim=1, keepdim=True, dtype=torch.float32)

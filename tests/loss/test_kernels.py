@@ -1,4 +1,4 @@
-"""`split` keeps float32's accuracy and sets."""
+"""`split` keeps float32's accuracy and sets; the compiled functions compute what the eager ones do."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from loss import PPAPLoss, ieee_float32
+from loss.contrastive import masked_contrastive
 from loss.kernels import UNIT, compare, matmul, operands
-from loss.propagation import propagate, select_sets
+from loss.propagation import _members, propagate, select_sets
 from model.backbone import BackboneSpec, FrozenViT
 from model.weights import load_backbone
 from utils.vision.transforms import normalise
@@ -92,6 +93,23 @@ def test_split__sets_of_real_features(shared):
     print(f"flips of {3 * wanted.numel()}: {flips}")
     assert flips["split"] <= 2 * flips["float32"] + 10 <= 1e-6 * 3 * wanted.numel()
     assert flips["float16"] > 20 * flips["split"]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fused__compiled_equals_eager(backend, dtype):
+    drawn = torch.Generator().manual_seed(0)
+    similarity, logits = (torch.randn(20, 300, generator=drawn) for _ in range(2))
+    phi, grad = torch.rand(20, 1, generator=drawn), torch.rand(20, 1, generator=drawn)
+    positives, negatives = similarity > phi, similarity < -phi
+    positives[0] = False  # an anchor without positives
+    calls = [(_members, similarity, phi, dtype)]
+    calls += [(masked_contrastive, logits, positives, negatives, 0.5, grad, dtype)]
+    calls += [(masked_contrastive, logits, positives, negatives, 0.5, None, dtype)]
+    torch.compiler.reset()
+    for function, first, *others in calls:
+        compiled = torch.compile(function.__wrapped__, backend=backend, fullgraph=True)
+        torch.testing.assert_close(compiled(first.clone(), *others), function(first.clone(), *others))
 
 
 @pytest.mark.gpu

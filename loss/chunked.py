@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from loss.contrastive import anchor_weights, masked_contrastive
-from loss.propagation import Boundaries, Propagation, Sets, compare, propagate, select_sets
+from loss.kernels import compare, matmul, operands
+from loss.propagation import Boundaries, Sets, propagate, select_sets
 
 
 class ChunkedLoss:
@@ -18,6 +19,7 @@ class ChunkedLoss:
         boundaries: coefficients of the propagation.
         tau: the temperature.
         operand: dtype of the similarities' operands, float32 or float16.
+        products: how products are computed, see `PPAPLoss`.
         chunk_size: anchors that are compared with the N patches at a time.
         with_grad: whether to accumulate the gradient in `grad_z`, (N, D') float32.
     """
@@ -30,11 +32,13 @@ class ChunkedLoss:
         boundaries: Boundaries,
         tau: float,
         operand: torch.dtype,
+        products: str,
         chunk_size: int,
         with_grad: bool,
     ) -> None:
         self.z, self.bank, self.boundaries = z, bank, boundaries
         self.tau, self.operand, self.chunk_size = tau, operand, chunk_size
+        self.bank_operand, self.z_operand = operands(bank, products), z if products == "float32" else z.half()
         self.grad_z = torch.zeros_like(z) if with_grad else None  # (N, D')
 
     def sums(self, groups: Tensor) -> Tensor:
@@ -56,16 +60,17 @@ class ChunkedLoss:
         chunks = index.chunk(-(-len(index) // self.chunk_size))  # of equal size: a small product is slow
         counts, reached = [], []
         for chunk in chunks:
-            last, sets = self._propagate(chunk)
+            last = propagate(self.bank[chunk], self.bank_operand, self.boundaries, operand=self.operand)
+            sets = select_sets(last, chunk)
             size = sets.positives.sum(dim=1, dtype=torch.int32)  # (a,)
             counts.append(torch.stack([size, sets.below, size == 0], dim=1))  # (a, 3)
-            reached.append(last)
+            reached.append(replace(last, similarity=None))
         counts = torch.cat(counts)  # (A, 3) int32
         weights, total = anchor_weights(counts[:, 0] > 0, drawn)
         loss = self.z.new_zeros(())
         for chunk, last, weight in zip(chunks, reached, weights.split(len(chunks[0])), strict=True):
             if len(chunks) > 1:  # the sets of all chunks do not fit into memory
-                similarity = compare(last.proxies, self.bank, self.operand)  # (a, N)
+                similarity = compare(last.proxies, self.bank_operand, self.operand)  # (a, N)
                 sets = select_sets(replace(last, similarity=similarity), chunk)
             loss += self._add_chunk(chunk, sets, weight)
         used = drawn.view(-1, 1)  # (A, 1)
@@ -74,20 +79,13 @@ class ChunkedLoss:
         phi, psi, moved = (boundaries * used).sum(dim=0)  # no float64: MPS has none
         return torch.stack([loss, total.to(loss.dtype), size, below, phi, psi, moved, alone])
 
-    def _propagate(self, index: Tensor) -> tuple[Propagation, Sets]:
-        """The proxies of the anchors at `index` (a,) and their sets; drops the similarities (a, N)."""
-        last = propagate(self.bank[index], self.bank, self.boundaries, operand=self.operand)
-        return replace(last, similarity=None), select_sets(last, index)
-
     def _add_chunk(self, index: Tensor, sets: Sets, weight: Tensor) -> Tensor:
         """Weighted sum of L_i over the anchors at `index` (a,); adds its gradient to `grad_z`."""
-        z, tau = self.z, self.tau
-        logits = (z[index] / tau) @ z.T  # (a, N)
-        kept = sets.positives | sets.negatives
-        with_slope = self.grad_z is not None
-        loss, slope = masked_contrastive(logits, sets.positives, kept=kept, tau=tau, with_slope=with_slope)
-        if with_slope:
-            slope.mul_((weight / tau)[:, None])  # (a, N)
-            self.grad_z.addmm_(slope.T, z[index])
-            self.grad_z.index_add_(0, index, slope @ z)
+        z, tau = self.z_operand, self.tau
+        logits = matmul((self.z[index] / tau).to(z.dtype), z.T)  # (a, N)
+        grad = None if self.grad_z is None else (weight / tau)[:, None]  # (a, 1)
+        loss, slope = masked_contrastive(logits, sets.positives, sets.negatives, tau, grad, z.dtype)
+        if slope is not None:  # (a, N)
+            matmul(slope.T, z[index], out=self.grad_z, beta=1)
+            self.grad_z.index_add_(0, index, matmul(slope, z))
         return (loss * weight).sum()

@@ -6,6 +6,8 @@ The term is that of supervised contrastive learning (Khosla et al., NeurIPS 2020
 import torch
 from torch import Tensor
 
+from loss.kernels import fused
+
 BASE_TEMPERATURE = 0.07
 
 
@@ -24,37 +26,37 @@ def anchor_weights(valid: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
     return (counted * size / per_group.clamp_min(1)).flatten(), size.sum()
 
 
+@fused
 def masked_contrastive(
-    logits: Tensor, positives: Tensor, *, kept: Tensor, tau: float, with_slope: bool = False
+    logits: Tensor, positives: Tensor, negatives: Tensor, tau: float, grad: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """L_i = - tau/0.07 * mean over P of log(exp(logit_ip) / sum over `kept` of exp(logit_iq)).
+    """L_i = - tau/0.07 * mean over P of log(exp(logit_ip) / sum over P and Q of exp(logit_iq)).
 
     Args:
         logits: z_i . z_j / tau, (A, N) float32.
-        positives: P, (A, N) bool; a subset of `kept`.
-        kept: the union of P and Q, (A, N) bool.
+        positives, negatives: P and Q, (A, N) bool; they may overlap.
         tau: the temperature; here only the factor tau/0.07.
-        with_slope: whether to return the derivative in closed form, for callers without an autograd graph.
+        grad: gradient of L_i, (A, 1); None if that of the logits, of `dtype`, is not needed.
 
     Returns:
-        L_i, (A,) float32, 0 for an anchor without positives; and dL_i / dlogits, (A, N), or None.
+        L_i, (A,) float32, 0 for an anchor without positives; and grad * dL_i / dlogits, (A, N), or None.
     """
     scale = tau / BASE_TEMPERATURE
     members = positives.to(logits.dtype)  # (A, N), 1 on P: faster to multiply and sum than bool
     count = members.sum(dim=1)  # (A,)
     valid = count > 0
-    kept_logits = logits.masked_fill(~kept, -torch.inf)  # (A, N)
+    kept_logits = torch.where(positives | negatives, logits, -torch.inf)  # (A, N)
     top = kept_logits.detach().amax(dim=1)  # (A,)
     top = top.masked_fill(top == -torch.inf, 0)  # an anchor without P may keep nothing
     exponent = kept_logits.sub_(top[:, None]).exp_()  # (A, N)
     total = torch.where(valid, exponent.sum(dim=1), 1.0)  # (A,)
-    mean = torch.einsum("an,an->a", logits, members) / count.clamp_min(1)  # (A,), over the positives
+    compiling = torch.compiler.is_compiling()  # fuses the product, which is one more (A, N) tensor otherwise
+    added = (logits * members).sum(dim=1) if compiling else torch.einsum("an,an->a", logits, members)  # (A,)
+    mean = added / count.clamp_min(1)  # (A,), over the positives
     loss = torch.where(valid, scale * (top + total.log() - mean), 0.0)  # (A,)
-    if not with_slope:
+    if grad is None:
         return loss, None
-    with torch.no_grad():
-        slope = exponent.clone() if exponent.requires_grad else exponent  # (A, N)
-        factor = scale * valid  # (A,)
-        slope.mul_((factor / total)[:, None])
-        slope.addcmul_(members, (factor / count.clamp_min(1))[:, None], value=-1)
-    return loss, slope
+    scale = scale * valid  # (A,)
+    slope = exponent.mul_((scale / total)[:, None])  # (A, N)
+    slope.addcmul_(members, (scale / count.clamp_min(1))[:, None], value=-1)
+    return loss, slope.mul_(grad).to(dtype)

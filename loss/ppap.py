@@ -7,8 +7,9 @@ bounded by a chunk of anchors.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from loss.chunked import ChunkedLoss
 from loss.propagation import Boundaries
 from utils.training.distributed import all_gather, all_reduce, own_groups, world_size
 
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**25}  # entries of one (anchors, N) float32 tensor
+CHUNK_BYTES = 32  # of a GPU's free memory per entry of an (anchors, N) tensor; twice what is used
+memory = cache(torch.cuda.mem_get_info)  # a driver call, so only once per device
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class PPAPLoss(nn.Module):
         trainpatchsplit: a group of s patches gives max(1, s // trainpatchsplit) anchors.
         tau: temperature > 0.
         group_size: consecutive patches that share a draw of anchors and a mean.
-        similarity_dtype: operands of the similarities, float32 or float16 (accumulated in float32).
+        similarity_dtype: what f_j and the proxies are rounded to, float32 or float16.
+        products: "float32", "split" or "float16" (implies that `similarity_dtype`); see loss/README.md.
         chunk_size: anchors that are compared with the N patches at a time; None chooses by device and N.
     """
 
@@ -72,9 +75,13 @@ class PPAPLoss(nn.Module):
         tau: float,
         group_size: int = 784,
         similarity_dtype: torch.dtype = torch.float32,
+        products: str = "float32",
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
+        allowed = ("float32", "float16", "split")[: 2 if similarity_dtype == torch.float16 else 3]
+        if products not in allowed:
+            raise ValueError(f"products is {products}, must be one of {allowed} with {similarity_dtype}")
         if prop_iter < 0 or not min(sigma_pos, sigma_amb, tau) > 0 or min(trainpatchsplit, group_size) < 1:
             raise ValueError(
                 f"prop_iter {prop_iter} must be >= 0; sigma_pos {sigma_pos}, sigma_amb {sigma_amb} and "
@@ -84,7 +91,8 @@ class PPAPLoss(nn.Module):
         self.trainpatchsplit = trainpatchsplit
         self.tau = tau
         self.group_size = group_size
-        self.similarity_dtype = similarity_dtype
+        self.similarity_dtype = torch.float16 if products == "float16" else similarity_dtype
+        self.products = products
         self.chunk_size = chunk_size
 
     def sample_anchors(self, patches: int, generator: torch.Generator | None = None) -> Tensor:
@@ -94,7 +102,7 @@ class PPAPLoss(nn.Module):
         """
         groups = -(-patches // self.group_size)
         widest = max(1, min(self.group_size, patches) // self.trainpatchsplit)
-        anchors = torch.full((groups, widest), -1)  # (G, A_max)
+        anchors = torch.full((groups, widest), -1, pin_memory=torch.cuda.is_initialized())  # (G, A_max)
         for group in range(groups):
             size = min(self.group_size, patches - group * self.group_size)
             drawn = max(1, size // self.trainpatchsplit)
@@ -145,11 +153,11 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z: Tensor, bank: Tensor, anchors: Tensor, criterion: PPAPLoss):
-        budget = CHUNK_ELEMENTS.get(z.device.type, CHUNK_ELEMENTS["cpu"])
-        chunk_size = criterion.chunk_size or max(1, budget // len(z))
+        free = memory(z.device)[0] // CHUNK_BYTES if z.is_cuda else 2**24
+        chunk_size = criterion.chunk_size or max(1, 2 ** min(28, free.bit_length() - 1) // len(z))
         chunked = ChunkedLoss(
             z, bank, boundaries=criterion.boundaries, tau=criterion.tau, operand=criterion.similarity_dtype,
-            chunk_size=chunk_size, with_grad=ctx.needs_input_grad[0],
+            products=criterion.products, chunk_size=chunk_size, with_grad=ctx.needs_input_grad[0],
         )  # fmt: skip
         sums = all_reduce(chunked.sums(own_groups(anchors)))  # (8,)
         loss, weight, positives, negatives = sums[:4].unbind()
@@ -168,10 +176,18 @@ class _Loss(torch.autograd.Function):
 
 @contextmanager
 def ieee_float32() -> Iterator[None]:
-    """Disables TF32 in float32 matrix products: it would move patches across a boundary."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
+    """Disables TF32 in float32 matrix products and convolutions: it would move patches across a boundary."""
+    cudnn, precision = torch.backends.cudnn, "highest"
+    settings = [(cudnn, "allow_tf32", False)]
+    if hasattr(cudnn, "fp32_precision"):  # torch >= 2.9; where a user sets it, reading the older ones raises
+        operators = (cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        settings = [(operator, "fp32_precision", "ieee") for operator in operators]
+    with suppress(RuntimeError):
+        precision = torch.get_float32_matmul_precision()
+    with ExitStack() as restored:
+        for place, name, value in settings:
+            restored.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, value)
+        restored.callback(torch.set_float32_matmul_precision, precision)  # called first, as it sets others
+        torch.set_float32_matmul_precision("highest")
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)

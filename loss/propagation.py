@@ -6,10 +6,13 @@ ECCV 2024. Pure functions of tensors: deterministic, stateless and without gradi
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from loss.kernels import compare, fused, matmul
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,6 @@ class Sets:
     below: Tensor  # size of {v_T . f_j < Psi_T}, the anchor itself included, (A,) int32
 
 
-def compare(proxies: Tensor, bank: Tensor, operand: torch.dtype, *, out: Tensor | None = None) -> Tensor:
-    """Similarities (A, N) float32 of proxies (A, D), rounded to `operand`, and the bank (N, D)."""
-    return torch.mm(proxies.to(operand).float(), bank.T, out=out)
-
-
 @torch.no_grad()
 def propagations(
     anchors: Tensor, bank: Tensor, boundaries: Boundaries, *, operand: torch.dtype = torch.float32
@@ -58,7 +56,7 @@ def propagations(
 
     Args:
         anchors: f_i of the anchors, (A, D) float32, unit length.
-        bank: f_j of every patch of the batch, (N, D) float32, unit length.
+        bank: f_j of every patch of the batch, (N, D) float32, unit length; or their float16 `operands`.
         boundaries: the coefficients.
         operand: proxies are rounded to this dtype before they are compared with the bank.
 
@@ -68,13 +66,13 @@ def propagations(
     proxies = anchors  # v_0 = f_i
     phi = anchors.new_full((len(anchors), 1), boundaries.phi)  # (A, 1)
     psi = anchors.new_full((len(anchors), 1), boundaries.psi)  # (A, 1)
-    moved = torch.zeros_like(phi)
+    moved, dim = torch.zeros_like(phi), anchors.shape[1]
     similarity = compare(proxies, bank, operand)  # (A, N)
     yield Propagation(proxies, similarity, phi, psi, moved)
     for _ in range(boundaries.steps):
-        inside = similarity.gt_(phi)  # (A, N), 1 on P_{t-1}; in place, as new memory is slower
-        size = inside.sum(dim=1, keepdim=True)  # (A, 1)
-        mean = (inside @ bank) / size.clamp_min(1)  # (A, D)
+        inside, size = _members(similarity, phi, bank.dtype)  # P_{t-1}
+        parts = matmul(inside, bank[:, : 2 * dim]).split(dim, dim=1)  # (A, D), or two of hi and lo
+        mean = reduce(torch.add, parts) / size.clamp_min(1)  # (A, D); its length does not matter
         relocated = torch.where(size > 0, F.normalize(mean, dim=1), proxies)  # proxy anchor relocation
         degree = 1 - (proxies * relocated).sum(dim=1, keepdim=True)  # (A, 1), degree of propagation m_t
         degree = torch.where(size > 0, degree, 0)
@@ -99,3 +97,11 @@ def select_sets(reached: Propagation, index: Tensor) -> Sets:
     negatives = reached.similarity < reached.psi  # (A, N)
     below = negatives.sum(dim=1, dtype=torch.int32)  # (A,); int64 takes ten times as long
     return Sets(positives, negatives.scatter_(1, index[:, None], False), below)
+
+
+@fused
+def _members(similarity: Tensor, phi: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """1 where similarity is above phi, (A, N) of `dtype`, and its sums (A, 1); may overwrite `similarity`."""
+    in_place = dtype == torch.float32 and not torch.compiler.is_compiling()  # as new memory is slower
+    inside = similarity.gt_(phi) if in_place else (similarity > phi).to(dtype)
+    return inside, inside.sum(dim=1, keepdim=True, dtype=torch.float32)

@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 COEFFICIENTS = (
     *("initialcrit_pos", "initialcrit_amb", "prop_iter", "sigma_pos", "sigma_amb"),
-    *("trainpatchsplit", "tau", "group_size", "chunk_size"),
+    *("trainpatchsplit", "tau", "group_size", "chunk_size", "products"),
 )
 _registered: dict[str, Callable[[Options], Callable[..., Any]]] = {}
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from loss import PPAPLoss
+from model.criterion import build_criterion
 from model.module import PPAPModule
 from model.segmenter import dropout_mask
 from model.weights import backbone_spec
 from tests.benchmarks import literal
 from tests.benchmarks.inputs import (
     loss_inputs,
-    loss_of,
     n_classes_of,
     random_batch,
     random_module,
     shape_options,
 )
 from tests.benchmarks.measure import Bench, Cost, Row
+from utils.config.loading import with_changes
 from utils.config.options import Options
 from utils.training.randomness import generator
 from utils.vision.transforms import normalise
@@ -27,26 +30,36 @@ LITERAL_BATCH = {"cpu": 16, "cuda": 64}  # beyond it an (A, N, D) tensor is too 
 LOSS_BATCHES = {"cpu": (4, 8), "cuda": (8, 64)}
 GROWTH_BATCHES = (8, 16, 32, 64, 128, 256)
 GROWTH_STEPS = range(6)
+PRODUCTS = {"ours": "float32", "ours, split": "split", "ours, float16": "float16"}
 TIMED_ONCE = {"cpu": 64, "cuda": 256}  # a run of a larger batch takes minutes
 
 
-def loss_cost(options: Options, patches: int, anchors: int) -> Cost:
+def with_products(options: Options) -> dict[str, Options]:
+    """The options with each value of `training_coeff.products`, by the name of the form."""
+    key = "training_coeff.products"
+    return {name: with_changes(options, {key: products}) for name, products in PRODUCTS.items()}
+
+
+def loss_cost(options: Options, patches: int, anchors: int, device: str) -> Cost:
     """Dense products: similarities 1 + T times, sums of positives T times, logits, two for the gradient."""
     chosen, dim = options.training_coeff, options.model.dim
-    products = 1 + 2 * chosen.prop_iter + 3
+    similarities, sums = (3, 2) if chosen.products == "split" else (1, 1)  # as wide as that many
+    products = (1 + chosen.prop_iter) * similarities + chosen.prop_iter * sums + 3
     moved = 4.0 * patches * dim * 3  # features and z read, the gradient written
-    operand = getattr(torch, chosen.similarity_dtype)
+    operand = torch.float16 if device == "cuda" and chosen.products != "float32" else torch.float32
     return Cost(2.0 * anchors * patches * dim * products, moved, operand)
 
 
-def loss_row(
-    bench: Bench, options: Options, batch: int, *, case: str, literally: bool, **changed: int
+def loss_rows(
+    bench: Bench, variants: dict[str, Options], batch: int, *, case: str, literally: bool
 ) -> list[Row]:
-    """Loss and gradient of one batch."""
-    criterion = loss_of(options, **changed)
+    """Loss and gradient of one batch; `variants` are options by name of the form, on the same inputs."""
+    options, device = next(iter(variants.values())), bench.device.type
+    criterion = build_criterion(options)
     inputs = loss_inputs(options, criterion, batch, bench.device)
+    anchors = int((inputs.anchors >= 0).sum())
 
-    def ours() -> None:
+    def ours(criterion: PPAPLoss) -> None:
         inputs.z.grad = None
         criterion(*inputs).loss.backward()
 
@@ -54,16 +67,17 @@ def loss_row(
         inputs.z.grad = None
         literal.ppap_loss(*inputs, boundaries=criterion.boundaries, tau=criterion.tau).backward()
 
-    forms = {"literal": by_definition, "ours": ours} if literally else {"ours": ours}
-    cost = loss_cost(options, len(inputs.z), int((inputs.anchors >= 0).sum()))
-    return bench.compare(case, forms, costs={"ours": [cost]}, once=batch > TIMED_ONCE[bench.device.type])
+    forms = {"literal": by_definition} if literally else {}
+    forms |= {name: partial(ours, build_criterion(chosen)) for name, chosen in variants.items()}
+    costs = {name: [loss_cost(o, len(inputs.z), anchors, device)] for name, o in variants.items()}
+    return bench.compare(case, forms, costs=costs, once=batch > TIMED_ONCE[device])
 
 
 def bench_loss(bench: Bench, shape: str) -> list[Row]:
-    """Loss and gradient, literal and ours."""
-    options, rows = shape_options(shape), []
+    """Loss and gradient, literal and ours with each kind of products."""
+    variants, rows = with_products(shape_options(shape)), []
     for batch in LOSS_BATCHES[bench.device.type]:
-        rows += loss_row(bench, options, batch, case=f"loss, batch {batch}", literally=True)
+        rows += loss_rows(bench, variants, batch, case=f"loss, batch {batch}", literally=True)
     return rows
 
 
@@ -74,8 +88,8 @@ def bench_growth(bench: Bench, shape: str) -> list[Row]:
     settings += [(batch, options.training_coeff.prop_iter) for batch in GROWTH_BATCHES]
     rows = []
     for batch, steps in settings:
-        changed = shape_options(shape, {"training_coeff.prop_iter": steps})
-        rows += loss_row(bench, changed, batch, case=f"growth, batch {batch}, T = {steps}", literally=False)
+        changed = {"ours": shape_options(shape, {"training_coeff.prop_iter": steps})}
+        rows += loss_rows(bench, changed, batch, case=f"growth, batch {batch}, T = {steps}", literally=False)
     return rows
 
 
@@ -94,9 +108,9 @@ def step_costs(options: Options, device: str, *, cached: bool = False) -> list[C
     weights = 4.0 * 12 * dim * dim * blocks
     read = 2.0 * tokens * dim if cached else 3.0 * options.dataset.res**2
     operand = torch.float16 if device == "cuda" else torch.float32
-    anchors = int((loss_of(options).sample_anchors(batch * patches) >= 0).sum())
+    anchors = int((build_criterion(options).sample_anchors(batch * patches) >= 0).sum())
     network = Cost(operations, weights + batch * read, operand)
-    return [network, loss_cost(options, batch * patches, anchors)]
+    return [network, loss_cost(options, batch * patches, anchors, device)]
 
 
 def step_form(module: PPAPModule, optimizer: torch.optim.Optimizer, losses: Callable) -> Callable[..., None]:
@@ -134,21 +148,23 @@ def literal_losses(module: PPAPModule, image: torch.Tensor, label: torch.Tensor)
 
 
 def bench_step(bench: Bench, shape: str) -> list[Row]:
-    """A training step on images that are on the device already."""
+    """A training step on images that are on the device already, with each kind of products."""
     rows, device = [], bench.device.type
     for size in {"cpu": [8], "cuda": [8, shape_options(shape).dataloader.batch_size]}[device]:
         options = shape_options(shape, {"dataloader.batch_size": size})
-        module = random_module(options, bench.device)
-        optimizer = module.configure_optimizers()
         batch = random_batch(options, bench.device, n_classes_of(options))
-        ours = step_form(module, optimizer, lambda m=module, b=batch: sum(m.losses(b, step=1)[0].values()))
-        forms = {"ours": ours}
+        forms, costs = {}, {}
+        for name, chosen in with_products(options).items():
+            module = random_module(chosen, bench.device)
+            optimizer, costs[name] = module.configure_optimizers(), step_costs(chosen, device)
+            forms[name] = step_form(
+                module, optimizer, lambda m=module, b=batch: sum(m.losses(b, step=1)[0].values())
+            )
         if size <= LITERAL_BATCH[device]:
             image = normalise(batch.image)
             step = step_form(
                 module, optimizer, lambda m=module, i=image, b=batch: literal_losses(m, i, b.label)
             )
             forms["literal"] = step
-        costs = {"ours": step_costs(options, device)}
         rows += bench.compare(f"step, batch {size}", forms, costs=costs, items=size)
     return rows

@@ -17,11 +17,10 @@ from dataset.base import Batch
 from dataset.crops import CROPS, crop_boxes, prepared_folder
 from loss import PPAPLoss
 from model.backbone import FrozenViT
-from model.criterion import build_criterion
 from model.module import PPAPModule
 from model.segmenter import Segmenter
 from model.weights import backbone_spec
-from utils.config.loading import find_option_file, load_options, with_changes
+from utils.config.loading import find_option_file, load_options
 from utils.config.options import Options
 from utils.training.randomness import seeded
 
@@ -51,12 +50,6 @@ def shape_options(shape: str, changed: dict | None = None) -> Options:
 def n_classes_of(options: Options) -> int:
     """The number of classes of a data set."""
     return DATA_SETS[options.dataset.data_type].labels(options.dataset).n_classes
-
-
-def loss_of(options: Options, **changed: int) -> PPAPLoss:
-    """The loss of an experiment, some coefficients changed."""
-    changes = {f"training_coeff.{key}": value for key, value in changed.items()}
-    return build_criterion(with_changes(options, changes))
 
 
 def loss_inputs(options: Options, criterion: PPAPLoss, batch: int, device: torch.device) -> LossInputs:

@@ -11,9 +11,10 @@ from dataset.base import SegmentationDataset
 from dataset.crops import prepared_folder
 from dataset.datamodule import prepared_crops
 from loss import PPAPLoss
+from model.criterion import build_criterion
 from tests.benchmarks import literal
 from tests.benchmarks.__main__ import main
-from tests.benchmarks.inputs import SHAPES, loss_inputs, loss_of, shape_options, write_photographs
+from tests.benchmarks.inputs import SHAPES, loss_inputs, shape_options, write_photographs
 from tests.benchmarks.measure import Bench, Cost
 from utils.vision.crf import crf_missing, upsample
 from utils.vision.transforms import Geometry, normalise, to_eight_bit
@@ -62,7 +63,7 @@ def test_two_views__the_first_is_our_item(tmp_path):
 
 def test_inputs__every_set_is_there():
     options = shape_options("small")
-    criterion = loss_of(options)
+    criterion = build_criterion(options)
     inputs = loss_inputs(options, criterion, 2, torch.device("cpu"))
     output = criterion(inputs.z, inputs.features, inputs.anchors)
     patches = len(inputs.z)
@@ -103,9 +104,9 @@ def test_program__runs_every_case(monkeypatch, tmp_path, tiny_file, capsys):
     crf = forms.pop("crf", None)
     assert crf_missing() or (crf[0], crf[-1]) == ("literal", "ours, torch on cpu")
     assert forms == {
-        "loss": ["literal", "ours"],
+        "loss": ["literal", "ours", "ours, split", "ours, float16"],
         "growth": ["ours"] * 7,
-        "step": ["ours", "literal"],
+        "step": ["ours", "ours, split", "ours, float16", "literal"],
         "epoch": ["ours", "literal", "ours, cached tokens"],
         "eval": ["literal", "ours"],
         "data": ["literal", "ours", "ours, cut on the fly"],

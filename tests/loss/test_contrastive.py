@@ -23,22 +23,26 @@ def test_masked_contrastive__by_hand():
     kept = torch.tensor([[True, True, False, True]])
     total = math.log(math.e + math.e**2 + math.e**3)
     expected = -(0.7 / 0.07) * ((1 - total) + (2 - total)) / 2
-    loss, _ = masked_contrastive(logits, positives, kept=kept, tau=0.7)
+    loss, _ = masked_contrastive(logits, positives, kept, 0.7, None, logits.dtype)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_masked_contrastive__slope_is_the_derivative():
     logits, positives, kept = masks()
     logits.requires_grad_()
-    loss, slope = masked_contrastive(logits, positives, kept=kept, tau=0.5, with_slope=True)
-    (expected,) = torch.autograd.grad(loss.sum(), logits)
+    grad = torch.linspace(0.5, 2, len(logits), dtype=logits.dtype)[:, None]  # (A, 1)
+    loss, _ = masked_contrastive(logits, positives, kept, 0.5, None, logits.dtype)
+    (expected,) = torch.autograd.grad((loss * grad[:, 0]).sum(), logits)
+    same, slope = masked_contrastive(logits.detach(), positives, kept, 0.5, grad, logits.dtype)
     torch.testing.assert_close(slope, expected)
+    assert torch.equal(same, loss)
 
 
 @pytest.mark.parametrize("scale", [1, 1000])  # large logits must not overflow
 def test_masked_contrastive__anchor_without_positives_is_zero(scale):
     logits, positives, kept = masks()
-    loss, slope = masked_contrastive(scale * logits.float(), positives, kept=kept, tau=0.5, with_slope=True)
+    logits, ones = scale * logits.float(), torch.ones(len(logits), 1)
+    loss, slope = masked_contrastive(logits, positives, kept, 0.5, ones, torch.float32)
     assert loss[:2].tolist() == [0, 0]
     assert not slope[:2].any()  # NaN would count
     assert torch.isfinite(slope).all()

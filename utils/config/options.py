@@ -147,6 +147,9 @@ class _Coefficients(_Section):
     group_size: int = option(784, "consecutive patches that anchors are drawn from together", ge=1)
     chunk_size: int | None = option(None, "anchors per block of similarities; null: automatic", ge=1)
     similarity_dtype: Literal["float32", "float16"] = option("float32", "dtype of the similarities' operands")
+    products: Literal["float32", "split", "float16"] = option(
+        "float32", "operands of the loss's products; split: float32 as two float16 parts"
+    )
 
 
 class _Pretrained(_Section):
@@ -294,5 +297,8 @@ def _rules(options: Options) -> Iterator[tuple[Any, ...]]:
     yield "dataloader.batch_size", batch % processes == 0, allowed
     same = options.eval.extra_clusters == extra
     yield "eval.extra_clusters", same, f"equal to model.extra_clusters ({extra})", "model.extra_clusters"
+    loss, rounded = options.training_coeff, "training_coeff.similarity_dtype"
+    possible = (loss.products, loss.similarity_dtype) != ("split", "float16")
+    yield "training_coeff.products", possible, f"float32 or float16 with {rounded} float16", rounded
     constant = data.cache_features is None or data.loader_crop_type != "random"
     yield "dataset.cache_features", constant, "null with dataset.loader_crop_type random"

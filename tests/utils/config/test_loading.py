@@ -101,6 +101,8 @@ REPORTED_ONCE = [
     ({"dataloader.batch_size": 6, "trainer.devices": 4}, "dataloader.batch_size is 6, must be a multiple"),
     ({"dataset.cache_features": "ram", "dataset.loader_crop_type": "random"},
      'dataset.cache_features is "ram", must be null'),
+    ({"training_coeff.products": "split", "training_coeff.similarity_dtype": "float16"},
+     'training_coeff.products is "split", must be float32 or float16 with training_coeff.similarity_dtype'),
     ({"dataset": 3, "dataset.res": 224}, "dataset (value 3) is not an option"),
     ({"model.arch": {"name": "dino"}}, "model.arch.name"),
     ({"training_coeff.prop_iter": True}, "training_coeff.prop_iter is true, must be a whole number"),

@@ -7,7 +7,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from loss import PPAPLoss
+from loss import PPAPLoss, ieee_float32
 from model.criterion import build_criterion
 from model.evaluator import Evaluation, Evaluator, Prediction
 from model.monitoring import NonFiniteGuard, SetWatch, Throughput
@@ -78,7 +78,8 @@ class PPAPModule(LightningModule):
         """
         step = self.global_step + 1
         seed_globally(self.options.train.seed, "step", step)
-        losses, statistics = self.losses(batch, step=step)
+        with ieee_float32():
+            losses, statistics = self.losses(batch, step=step)
         total = sum(losses.values())
         detached = {name: loss.detach() for name, loss in losses.items()}
         probes = sum(loss for name, loss in detached.items() if name != "supcon_loss")
@@ -89,6 +90,11 @@ class PPAPModule(LightningModule):
         if total.device.type == "cpu":  # a GPU would have to be waited for
             self.guard.raise_if_found(self.trainer.datamodule)
         return world_size() * total
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Without TF32, as the forward pass."""
+        with ieee_float32():
+            super().backward(loss, *args, **kwargs)
 
     def losses(self, batch: Any, *, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The losses by name, () each, whose sum is minimised; and statistics of PPAP's sets."""
@@ -173,9 +179,10 @@ class PPAPModule(LightningModule):
         number = batches.number(batch_idx)
         if number >= batches.total:
             return
-        code = self.segmenter.code(self.segmenter.tokens(batch.inputs), self.segmenter.grid(batch.label))
         probes = {"linear": self.linear_probe, "cluster": self.cluster_probe}
-        self.evaluator.update(code, batch.image, batch.label, first=number * batches.batch_size, **probes)
+        with ieee_float32():
+            code = self.segmenter.code(self.segmenter.tokens(batch.inputs), self.segmenter.grid(batch.label))
+            self.evaluator.update(code, batch.image, batch.label, first=number * batches.batch_size, **probes)
 
     def on_validation_epoch_end(self) -> None:
         """Scores the set; `improved` says whether the sum of its metrics is the largest so far."""
@@ -218,7 +225,7 @@ class PPAPModule(LightningModule):
     def frozen_tokens(self, image: Tensor, trainer: Trainer) -> Tensor:
         """Tokens (B, T, D) of uint8 images (B, 3, H, W), on the device and in the precision of a trainer."""
         self.segmenter.backbone.to(trainer.strategy.root_device)
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), ieee_float32():
             return self.segmenter.tokens(image.to(trainer.strategy.root_device))
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from loss import ieee_float32
 from model.evaluator import CLUSTER_ALPHA, HEADS
 from model.module import PPAPModule
 from utils.errors import LeftOut, UserError
@@ -107,9 +108,10 @@ class Predictor:
         below, right = -height % self.patch, -width % self.patch
         padded = np.pad(scaled, ((0, below), (0, right), (0, 0)), mode="reflect")
         pixels = torch.from_numpy(padded).permute(2, 0, 1)[None].to(self.device)  # (1, 3, H', W')
-        code = tiled_code(self._code, pixels, patch=self.patch, tile=self.tile)  # (1, D, h, w)
         probes = {"linear": self.module.linear_probe, "cluster": self.module.cluster_probe}
-        logits = self.module.evaluator.heads(code, **probes)[self.head]  # (1, K, h, w)
+        with ieee_float32():
+            code = tiled_code(self._code, pixels, patch=self.patch, tile=self.tile)  # (1, D, h, w)
+            logits = self.module.evaluator.heads(code, **probes)[self.head]  # (1, K, h, w)
         extent = height / self.patch, width / self.patch
         if self.crf:
             logits, extent = self._refined(pixels[..., :height, :width], code, logits), None  # (1, K, h', w')

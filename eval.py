@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
         folder = results_folder(job.options)
         results.append(evaluate(job.options, checkpoint=job.options.checkpoint, folder=folder))
         tables = [class_table(results[-1]), metrics_table({job.options.wandb.name: results[-1]})]
-        print("\n".join(["", *tables[len(jobs) > 1 :], f"results: {folder}"]))
+        print("\n" + "\n\n".join([*tables[len(jobs) > 1 :], f"results: {folder}"]))
     if len(jobs) > 1:
         print("\n" + sweep_table([(job.setting, result) for job, result in zip(jobs, results, strict=True)]))
     return results

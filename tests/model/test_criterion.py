@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from model.criterion import OwnLoss
+from model.criterion import OwnLoss, build_criterion
 from utils.errors import UserError
 
 Z = torch.ones(4, 3, requires_grad=True)
@@ -29,3 +29,8 @@ def test_own_loss__wrong_values_are_named(returned):
         UserError, match=r"training_coeff\.loss is mine, which returned .*; must return a scalar"
     ):
         called(lambda z, features: returned)
+
+
+def test_criterion__gets_the_coefficients_of_the_options(tiny_options):
+    criterion = build_criterion(tiny_options(training_coeff__products="split", training_coeff__tau=0.5))
+    assert (criterion.products, criterion.tau) == ("split", 0.5)

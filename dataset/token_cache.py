@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,39 +101,40 @@ def cache_tokens(
     """
     shapes = (len(items), *shape), (len(items), items.geometry.res, items.geometry.res)
     size = int(2 * np.prod(shapes[0]) + np.prod(shapes[1]))  # bytes
-    gib = f"{size / 2**30:.2f} GiB"
-
-    def fill(tokens: Tensor, labels: Tensor) -> None:
-        loader = DataLoader(items, validation_batch_size(options), num_workers=loader_workers(options))
-        for batch in Bar(loader, desc=f"{split} tokens", unit="batch"):
-            tokens[batch.index] = encode(batch.image).half().to(tokens.device)
-            labels[batch.index] = batch.label.to(labels.device)
-
+    fill = partial(_fill, items, encode, options, f"{split} tokens")
     if options.dataset.cache_features == "ram":
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
         place = device if free > size + KEPT_FREE else torch.device("cpu")
-        print(f"{split} tokens: {gib} in memory ({place})")
-        stored = [torch.empty(shapes[0], dtype=torch.float16, device=place)]
-        stored.append(torch.empty(shapes[1], dtype=torch.uint8, device=place))
+        print(f"{split} tokens: {size / 2**30:.2f} GiB in memory ({place})")
+        kinds = zip(shapes, (torch.float16, torch.uint8), strict=True)
+        stored = [torch.empty(each, dtype=dtype, device=place) for each, dtype in kinds]
         fill(*stored)
         return TokenDataset(**vars(items), stored=stored)
     about = FORMAT, items.source.digest(), list(items.kept), items.crops, items.geometry, model, shapes
     about += ("labels hidden",) if items.hides_labels else ()
     key = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
     path = make_folder(Path(options.output_dir) / TOKENS_FOLDER) / f"{split}-{key}"
+    names = ("tokens.npy", "labels.npy")
     with exclusive(path):  # another run or process may be writing the same cache
-        if path.is_dir():
-            print(f"{split} tokens: read from {path}")
-        else:
-            print(f"{split} tokens: {gib}, written to {path}")
+        print(f"{split} tokens: {size / 2**30:.2f} GiB in {path}")
+        if not path.is_dir():
             _require_space(path.parent, size)
             with _new_folder(path) as part:
-                arrays = [open_memmap(part / "tokens.npy", "w+", np.float16, shapes[0])]
-                arrays.append(open_memmap(part / "labels.npy", "w+", np.uint8, shapes[1]))
+                kinds = zip(names, (np.float16, np.uint8), shapes, strict=True)
+                arrays = [open_memmap(part / name, "w+", dtype, each) for name, dtype, each in kinds]
                 fill(*map(torch.from_numpy, arrays))
                 for array in arrays:
                     array.flush()
-    return TokenDataset(**vars(items), stored=(path / "tokens.npy", path / "labels.npy"))
+    return TokenDataset(**vars(items), stored=[path / name for name in names])
+
+
+def _fill(
+    items: SegmentationDataset, encode: Encoder, options: Options, title: str, tokens: Tensor, labels: Tensor
+) -> None:
+    loader = DataLoader(items, validation_batch_size(options), num_workers=loader_workers(options))
+    for batch in Bar(loader, desc=title, unit="batch"):
+        tokens[batch.index] = encode(batch.image).half().to(tokens.device)
+        labels[batch.index] = batch.label.to(labels.device)
 
 
 def _require_space(folder: Path, size: int) -> None:

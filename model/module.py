@@ -102,7 +102,7 @@ class PPAPModule(LightningModule):
         if self.frozen:
             code = self.segmenter.code(self.segmenter.tokens(batch.inputs), grid)  # (B, D, h, w)
         else:
-            mask, drawn = self._draws(len(batch.label), grid, step)  # before the GPU has anything to do
+            mask, drawn = _draws(self, len(batch.label), grid, step)  # before the GPU has anything to do
             code, crit, z = self.segmenter(self.segmenter.tokens(batch.inputs), grid)
             ppap = self.criterion(z, crit * mask, **drawn)
             losses["supcon_loss"], statistics = ppap.loss, ppap.statistics()
@@ -111,29 +111,14 @@ class PPAPModule(LightningModule):
         losses["cluster_loss"] = self.cluster_probe.loss(code.detach())
         return losses, statistics
 
-    def _draws(self, images: int, grid: tuple[int, int], step: int) -> tuple[Tensor, dict[str, Any]]:
-        """The dropout mask of a step, and PPAP's anchors, on the device; other losses get a generator."""
-        seed, share = self.options.train.seed, self.options.model.criterion_dropout
-        dropout, anchors = (generator(seed, name, step) for name in ("criterion dropout", "anchors"))
-        shape = images, self.segmenter.backbone.spec.dim
-        mask = upload(dropout_mask(shape, probability=share, generator=dropout), self.device)
-        if not isinstance(self.criterion, PPAPLoss):
-            return mask, {"generator": anchors}
-        patches = world_size() * images * math.prod(grid)
-        return mask, {"anchors": upload(self.criterion.sample_anchors(patches, anchors), self.device)}
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One AdamW with three parameter groups; Adam is AdamW without decay."""
-        chosen = self.options.optimizer
-        parts = [
-            (self.segmenter.trainable(), chosen.net),
-            (list(self.linear_probe.parameters()), chosen.linear),
-            (list(self.cluster_probe.parameters()), chosen.cluster),
+        chosen, probes = self.options.optimizer, (self.linear_probe, self.cluster_probe)
+        parts = [self.segmenter.trainable(), *(list(probe.parameters()) for probe in probes)]
+        groups = [
+            {"params": part, "lr": each.lr, "weight_decay": each.weight_decay * (each.name == "adamw")}
+            for part, each in zip(parts, (chosen.net, chosen.linear, chosen.cluster), strict=True)
         ]
-        groups = []
-        for parameters, group in parts:
-            decay = group.weight_decay if group.name == "adamw" else 0.0
-            groups.append({"params": parameters, "lr": group.lr, "weight_decay": decay})
         return torch.optim.AdamW([group for group in groups if group["params"][0].requires_grad])
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **_kwargs: Any) -> None:
@@ -239,3 +224,17 @@ class PPAPModule(LightningModule):
         scalars["iters"] = self.global_step
         for logger in self.loggers:
             logger.log_metrics(scalars, step=self.global_step)
+
+
+def _draws(
+    module: PPAPModule, images: int, grid: tuple[int, int], step: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """The dropout mask of a step, and PPAP's anchors, on the device; other losses get a generator."""
+    seed, share = module.options.train.seed, module.options.model.criterion_dropout
+    dropout, anchors = (generator(seed, name, step) for name in ("criterion dropout", "anchors"))
+    shape = images, module.segmenter.backbone.spec.dim
+    mask = upload(dropout_mask(shape, probability=share, generator=dropout), module.device)
+    if not isinstance(module.criterion, PPAPLoss):
+        return mask, {"generator": anchors}
+    patches = world_size() * images * math.prod(grid)
+    return mask, {"anchors": upload(module.criterion.sample_anchors(patches, anchors), module.device)}

@@ -116,7 +116,7 @@ def build_trainer(
         max_epochs=options.train.epoch,
         deterministic=options.train.deterministic,
         logger=loggers or False,
-        callbacks=[ValidationSteps(options.train.valid_freq), *(callbacks or []), RunBar(refresh_rate)],
+        callbacks=[ValidationSteps(options.train.valid_freq), RunBar(refresh_rate), *(callbacks or [])],
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,

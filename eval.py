@@ -123,8 +123,8 @@ def write_masks(options: Options, arguments: Namespace) -> dict[str, Any]:
         "tile": arguments.tile,
     }
     predictor = load_segmenter(options.checkpoint, opt=options, labels=labels, device=device, **flags)
-    paths, how = (Path(arguments.images), Path(arguments.out)), {"names": arguments.names}
-    return predict_folder(predictor, *paths, **how, flat=arguments.flat)
+    images, out = Path(arguments.images), Path(arguments.out)
+    return predict_folder(predictor, images, out, names=arguments.names, flat=arguments.flat)
 
 
 def export_checkpoint(options: Options, path: Path) -> None:
@@ -149,10 +149,9 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
     arguments = parse_arguments(
         argv, description="Evaluate a PPAP checkpoint.", examples=EXAMPLES, training=False
     )
-    if arguments.export and not arguments.opt:
-        jobs = plan_jobs(arguments, {})
-    else:
-        jobs = plan_jobs(arguments, None if arguments.opt else _stored_options(arguments))
+    # an export needs no options
+    stored = {} if arguments.opt or arguments.export else _stored_options(arguments)
+    jobs = plan_jobs(arguments, stored)
     if arguments.print_options:
         return print_options(jobs)
     if arguments.export:

@@ -195,11 +195,13 @@ class Evaluator(nn.Module):
 
 def _to_cpu(tensors: list[Tensor | None]) -> list[Tensor | None]:
     """Copies to the CPU; waits for a GPU once."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    if present[0].is_cuda:
-        pinned = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in present]
-        for copy, tensor in zip(pinned, present, strict=True):
-            copy.copy_(tensor, non_blocking=True)
+    copies = [None if tensor is None else _copy(tensor) for tensor in tensors]
+    if torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()
-    copies = iter(pinned if present[0].is_cuda else [tensor.cpu() for tensor in present])
-    return [None if tensor is None else next(copies) for tensor in tensors]
+    return copies
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

@@ -32,7 +32,7 @@ class PPAPModule(LightningModule):
 
     Args:
         train_labelled: whether train items have labels; without them there is no linear probe.
-        weights: where the parameters come from, in words.
+        weights: the source of the parameters, for the summary of the run.
         evaluation: `pictured` and `refiner` of the `Evaluator`.
     """
 

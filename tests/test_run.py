@@ -135,7 +135,7 @@ def test_same_seed__same_run_and_an_earlier_one_is_moved_aside(tiny_file, tmp_pa
 
 
 def test_sweep__one_table_over_seeds(tiny_file, tmp_path, capsys, monkeypatch):
-    """Variants, seeds, the baseline and the last step are told apart; each run is its own in wandb."""
+    """Variants, seeds, the baseline and the last step are distinguished; each run is its own in wandb."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     variants = tmp_path / "two.json"
     variants.write_text(json.dumps({"whole": {}, "no steps": {"training_coeff": {"prop_iter": 0}}}))

@@ -11,9 +11,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError, exit_on_signals
+
+if __name__ == "__main__":  # before the imports that take time
+    exit_on_signals()
+
 from utils.config.cli import guarded, parse_arguments, parse_overrides, plan_jobs, print_options
 from utils.config.options import Options
-from utils.errors import UserError
 from utils.files import find_checkpoint
 from utils.training.launch import is_rank_zero
 from utils.vision.crf import crf_missing

@@ -30,6 +30,7 @@ from dataset.token_cache import Encoder, TokenDataset, TokenLoader, cache_tokens
 from dataset.verify import sound_items
 from utils.config.options import DatasetOptions, Options
 from utils.errors import UserError
+from utils.training.stopping import follow_main_process
 from utils.vision.transforms import Geometry
 
 
@@ -126,6 +127,7 @@ class SegmentationDataModule(LightningDataModule):
     def _loader(self, items: SegmentationDataset, batches: Sampler) -> DataLoader:
         workers, pinned = loader_workers(self.options), torch.cuda.is_available()
         how = {"num_workers": workers, "pin_memory": pinned, "batch_sampler": batches}
+        how |= {"worker_init_fn": follow_main_process}
         if isinstance(items, TokenDataset):
             return TokenLoader(items, **how)
         return DataLoader(items, persistent_workers=workers > 0, **how)

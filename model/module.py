@@ -62,7 +62,7 @@ class PPAPModule(LightningModule):
         self.evaluator = Evaluator(labels.n_classes, n_clusters, **heads, **evaluation)
         self.last_evaluation: Evaluation | None = None
         self.last_predictions: list[Prediction] = []
-        self.best, self.improved = float("-inf"), False
+        self.best, self.score, self.improved = float("-inf"), float("-inf"), False
         self.metrics: dict[str, float] = {}
         self.assignment: list[int] | None = None
         self.scalars: dict[str, Tensor] = {}  # of the last step
@@ -174,8 +174,8 @@ class PPAPModule(LightningModule):
         self.last_evaluation, self.last_predictions = self.evaluator.compute(), self.evaluator.predictions()
         self.metrics, self.assignment = self.last_evaluation.metrics(), self.last_evaluation.assignment
         # without labels the newest checkpoint is the best
-        score = sum(self.metrics.values()) if self.metrics else float(self.global_step)
-        self.improved, self.best = score > self.best, max(score, self.best)
+        self.score = sum(self.metrics.values()) if self.metrics else float(self.global_step)
+        self.improved, self.best = self.score > self.best, max(self.score, self.best)
         if self.trainer.state.fn == "fit":
             self._write(self.metrics | {"valid_loss": self.last_evaluation.valid_loss})
 

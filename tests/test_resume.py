@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partialmethod
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,15 +21,17 @@ from tqdm import tqdm
 import run
 from loss import PPAPLossOutput
 from model import criterion, register_loss
+from model.callbacks import HtmlReport
 from model.module import PPAPModule
 from tests.conftest import without_figures, write_tiny
 from tests.dataset.files import picture, save
 from utils.config.cli import guarded
 from utils.config.options import LOSSES
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError, exit_on_signals
 from utils.training.checkpointing import CheckpointManager
 from utils.training.run_dir import BEST, LAST, RunDir
 from utils.training.stopping import Stopped, StopSignal
+from utils.vision.crf import CrfPool
 
 TIMES = {"images_per_s", "train_hours", "peak_memory_gib", "checkpoint"}
 LONG = {"train__epoch": 3, "train__valid_freq": 3, "train__print_freq": 1, "eval__is_crf": False}  # 12 steps
@@ -261,6 +264,26 @@ def test_resume__more_epochs_continue_a_finished_run(tiny_file, tmp_path, capsys
         run.main([*words, "--resume", "train.epoch=1"])
 
 
+def test_resume__a_run_without_its_best_checkpoint_ends_with_results(tiny_file, tmp_path, stop_in, capsys):
+    words, folder = ["--opt", tiny_file(**LONG)], tmp_path / "output/tiny"
+    stop_in(9, words)
+    (folder / BEST).unlink()
+    (result,) = run.main([*words, "--resume"])
+    assert "best.ckpt is damaged or missing; step 9 takes its place" in capsys.readouterr().out
+    assert result["step"] in (11, 12)  # the validations that followed
+
+
+def test_resume__draws_what_a_finished_training_lacks(tiny_file, tmp_path, monkeypatch):
+    words, folder = ["--opt", tiny_file(**LONG | {"train__epoch": 1})], tmp_path / "output/tiny"
+    with monkeypatch.context() as patch:
+        patch.setattr(HtmlReport, "finish", Mock(side_effect=Interrupted(143)))
+        with pytest.raises(Interrupted):
+            run.main(words)
+    assert "Training: step 4 of 4" in (folder / "report.html").read_text()
+    run.main([*words, "--resume"])
+    assert "Finished: " in (folder / "report.html").read_text()
+
+
 def test_resume__skips_a_damaged_checkpoint(tiny_file, tmp_path, whole, stop_in, capsys):
     words, folder = ["--opt", tiny_file(**LONG)], tmp_path / "output/tiny"
     stop_in(9, words)
@@ -306,9 +329,17 @@ def stay(module, batch, batch_idx, *, step, step_of):
     return step_of(module, batch, batch_idx)
 
 
-def run_until(argv, *, renames=None, stuck_in_step=None):
-    """run.py in its own process, which kills itself after `renames` files, or never ends a step."""
+def hang(pool, *_, pids, tag):
+    """Waits in the CRF for ever, after its process has started; writes the pids of all children."""
+    pool._pool.submit(int).result()
+    pids.write_text(" ".join(str(child.pid) for child in multiprocessing.active_children()))
+    time.sleep(600)
+
+
+def run_until(argv, *, renames=None, stuck_in_step=None, stuck_in_crf=None):
+    """run.py in its own process, which kills itself after `renames` files, or hangs in a step or the CRF."""
     multiprocessing.set_start_method("fork", force=True)  # of its loaders, as on the command line
+    exit_on_signals()
     plain, left = os.replace, [renames]
 
     def counted(source, target):
@@ -322,6 +353,8 @@ def run_until(argv, *, renames=None, stuck_in_step=None):
         os.replace = counted
     if stuck_in_step is not None:
         PPAPModule.training_step = partialmethod(stay, step=stuck_in_step, step_of=PPAPModule.training_step)
+    if stuck_in_crf is not None:
+        CrfPool.submit = partialmethod(hang, pids=stuck_in_crf)
     with without_figures():
         sys.exit(guarded(lambda: run.main(argv)))
 
@@ -338,6 +371,22 @@ def start():
         return process
 
     return start
+
+
+def test_kill__no_child_stays_behind(tiny_file, tmp_path, start):
+    """The main process is killed in the CRF, while the loader's workers are alive as well."""
+    pids = tmp_path / "pids"
+    options = {"eval__is_crf": True, "eval__crf_backend": "pydensecrf", "dataloader__num_workers": 1}
+    process = start(["--opt", tiny_file(**LONG | options)], stuck_in_crf=pids)
+    while not (pids.exists() and pids.read_text()):
+        assert process.is_alive()
+        time.sleep(0.05)
+    children = [Path("/proc", pid) for pid in pids.read_text().split()]
+    assert len(children) >= 2
+    process.kill()
+    process.join()
+    while any(map(Path.exists, children)):  # for ever, if one stays behind
+        time.sleep(0.05)
 
 
 def test_kill__before_renames(tiny_file, tmp_path, whole, start):

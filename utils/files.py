@@ -84,8 +84,8 @@ def make_folder(path: Path, *, named_by: str = "output_dir") -> Path:
 
 
 def move_aside(path: Path) -> Path | None:
-    """Renames a folder that is not empty to the first free <name>.1, <name>.2, ... and returns that path."""
-    if not path.exists() or not any(path.iterdir()):
+    """Renames a file or a folder that is not empty to the first free <name>.1, .2, ...; returns that path."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return None
     number = 1
     while (target := path.with_name(f"{path.name}.{number}")).exists():

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from utils.config.loading import (
 )  # fmt: skip
 from utils.config.options import Options
 from utils.config.plugins import load_plugins, with_absolute_plugins
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.files import read_json_object
 from utils.training.launch import is_rank_zero, process_index
 
@@ -200,17 +201,31 @@ def guarded(main: Callable[[], None], *, then: str = "rerun with --resume") -> i
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed with the process
     try:
         main()
+        sys.stdout.flush()
         status, message = 0, ""
     except UserError as error:
         reported = process and error.common  # by the first process
         status, message = (0, "") if reported else (error.status, f"{error.label}{process}: {error}")
-    except KeyboardInterrupt:
-        status, message = 130, f"interrupted; {then}"
+    except Interrupted as error:
+        status, message = error.code, f"interrupted; {then}"
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        lost = _stdout_is_lost()
+        if not lost and error.errno not in DISK_ERRORS:
             raise
-        where = error.filename or "output_dir"
+        where = error.filename or ("standard output" if lost else "output_dir")
         status, message = 2, f"error: {where}: {error.strerror}; fix this, then {then}"
+        if isinstance(error, BrokenPipeError):  # `| head` has read enough
+            status, message = 128 + signal.SIGPIPE, ""
     if message:
         print(message, file=sys.stderr)
     return status
+
+
+def _stdout_is_lost() -> bool:
+    """Whether standard output cannot be written; Python's flush at exit then goes nowhere."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from utils.training.launch import cores, is_rank_zero
+from utils.training.stopping import follow_main_process
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,6 +118,11 @@ def _keep_freed_memory() -> None:
             glibc.mallopt(trim, 2**30)
 
 
+def _start_worker() -> None:
+    follow_main_process()
+    _keep_freed_memory()
+
+
 class CrfPool:
     """Processes, one per core by default, that refine images in order while the network continues."""
 
@@ -125,7 +131,7 @@ class CrfPool:
     def __init__(self, workers: int | None = None) -> None:
         self.workers = workers or cores()
         spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's threads and CUDA context
-        self._pool = ProcessPoolExecutor(self.workers, spawn, initializer=_keep_freed_memory)
+        self._pool = ProcessPoolExecutor(self.workers, spawn, initializer=_start_worker)
         self._pending: deque[tuple[Any, Future]] = deque()
 
     def submit(self, image: np.ndarray, heads: Sequence[HeadLogits], tag: Any) -> None:

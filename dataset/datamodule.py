@@ -90,6 +90,12 @@ class SegmentationDataModule(LightningDataModule):
             found.validation_set = cached(self.validation_set, "val")
         return found
 
+    def inventory(self) -> dict[str, dict[str, int]]:
+        """Size in bytes of each file of each split, by its name below the data folder."""
+        used = {"train": self.train_set, "val": self.validation_set}
+        root = self.options.dataset.data_path
+        return {split: items.source.inventory(root) for split, items in used.items() if items is not None}
+
     def image_names(self, step: int) -> list[str]:
         """The images of a training step, from 1."""
         batches = self._train_batches(0)

@@ -160,7 +160,7 @@ def _obtain(target: Target, root: Path, *, mirror: str, keep: bool) -> None:
     make_folder(root, named_by="--root")
     by_hand = [plan for plan in target.plans if all((root / file.name).is_file() for file in plan)]
     reasons: list[str] = []
-    with exclusive(root / "download"):
+    with exclusive(root / "download", advice=""):
         for plan in (*by_hand, *target.plans):
             try:
                 for file in plan:

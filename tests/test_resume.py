@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from functools import partialmethod
 from pathlib import Path
 from unittest.mock import Mock
@@ -176,10 +177,8 @@ def test_resume__a_loss_that_draws_from_global_generators(tiny_file, tmp_path, s
 
 def test_signal__restores_the_handlers():
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with StopSignal() as stop:
+    with pytest.raises(Interrupted, match="143"), StopSignal():  # which arrives in the last step
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-        assert stop.signum == signal.SIGTERM
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -223,6 +222,32 @@ def test_resume__without_validation_images(tiny_file, tmp_path, stop_in):
     run.main([*words, "wandb.name=whole"])
     assert_same_run(tmp_path / "output/tiny", tmp_path / "output/whole")
     assert progress_of(tmp_path / "output/tiny" / BEST)["step"] == 8
+
+
+def test_resume__on_other_data(tiny_file, tmp_path, stop_in):
+    """Refused with the first difference; other_data continues, and so does the same data elsewhere."""
+    for number in range(16):
+        save(tmp_path / f"photos/{number:02}.png", picture(number))
+    photos = {"data_type": "directory", "data_path": str(tmp_path / "photos"), "n_classes": 5}
+    changed = {f"dataset__{key}": value for key, value in photos.items()}
+    words = ["--opt", tiny_file(**LONG | changed | {"train__epoch": 2}), "--resume"]
+    stop_in(2, words)
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    stop_in(4, [*words, f"dataset.data_path={tmp_path}/moved"])
+    (tmp_path / "moved").rename(tmp_path / "photos")
+    save(tmp_path / "photos/99.png", picture(99))
+    with pytest.raises(UserError, match=r"train: 99\.png was added.*resume_on_other_data=true"):
+        run.main(words)
+    (tmp_path / "photos/99.png").rename(tmp_path / "photos/00.png")
+    with (tmp_path / "photos/00.png").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(UserError, match=r"train: 00\.png had [\d,]+ bytes, has"):
+        run.main(words)
+    (tmp_path / "photos/00.png").unlink()
+    with pytest.raises(UserError, match=r"train: 00\.png was removed"):
+        run.main(words)
+    save(tmp_path / "photos/00.png", picture(99))
+    assert run.main([*words, "resume_on_other_data=true"])[0]["step"] == 8
 
 
 def test_resume__continues_a_sweep(tiny_file, tmp_path, stop_in, capsys):
@@ -315,7 +340,7 @@ def test_checkpoint_every__steps_or_minutes(tiny_file, tmp_path, monkeypatch, ev
 def test_lock__two_runs_in_one_folder(tiny_file, tmp_path, tiny_options):
     with (
         RunDir(tiny_options()).lock(),
-        pytest.raises(UserError, match=r"another run is writing .*tiny\.lock.*wandb\.name"),
+        pytest.raises(UserError, match=r"in use by process .*tiny\.lock.*wandb\.name"),
     ):
         run.main(["--opt", tiny_file()])
     assert not (tmp_path / "output/tiny").exists()
@@ -336,7 +361,7 @@ def hang(pool, *_, pids, tag):
     time.sleep(600)
 
 
-def run_until(argv, *, renames=None, stuck_in_step=None, stuck_in_crf=None):
+def run_until(argv, *, renames=None, stuck_in_step=None, stuck_in_crf=None, figures=False):
     """run.py in its own process, which kills itself after `renames` files, or hangs in a step or the CRF."""
     multiprocessing.set_start_method("fork", force=True)  # of its loaders, as on the command line
     exit_on_signals()
@@ -355,7 +380,7 @@ def run_until(argv, *, renames=None, stuck_in_step=None, stuck_in_crf=None):
         PPAPModule.training_step = partialmethod(stay, step=stuck_in_step, step_of=PPAPModule.training_step)
     if stuck_in_crf is not None:
         CrfPool.submit = partialmethod(hang, pids=stuck_in_crf)
-    with without_figures():
+    with nullcontext() if figures else without_figures():
         sys.exit(guarded(lambda: run.main(argv)))
 
 
@@ -403,17 +428,34 @@ def test_kill__before_renames(tiny_file, tmp_path, whole, start):
     assert_same_run(tmp_path / "output/tiny", whole)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_kill__at_random_moments(tmp_path, whole, start, kills):
-    drawn, finished = random.Random(kills), 0
-    path = write_tiny(tmp_path, **LONG, dataloader__num_workers=1)
+def descendants(pid):
+    """The processes that a process has started, and theirs."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended
+        return []
+    return [*children, *(each for child in children for each in descendants(child))]
+
+
+@pytest.mark.parametrize(("kills", "full"), [(2, False), pytest.param(50, True, marks=pytest.mark.slow)])
+def test_kill__at_random_moments(tmp_path, whole, start, kills, full):
+    """Resumes after each kill; `full`: also in the CRF and while pictures are drawn."""
+    drawn, finished, longest = random.Random(kills), 0, 5
+    path = write_tiny(tmp_path, **LONG | {"eval__is_crf": full}, dataloader__num_workers=1)
     words = ["--opt", path, "--resume", "train.checkpoint_every=2"]
+    if full:
+        began, whole = time.monotonic(), tmp_path / "output/whole"
+        start([*words, "wandb.name=whole"], figures=True).join(600)
+        longest = time.monotonic() - began
     while kills > 0 or not finished:
-        process = start([*words, f"wandb.name=cut{finished}"])
-        process.join(drawn.uniform(0, 5) if kills > 0 else 300)
+        process = start([*words, f"wandb.name=cut{finished}"], figures=full)
+        process.join(drawn.uniform(0, longest) if kills > 0 else 600)
         if process.exitcode is None:
+            started = descendants(process.pid)
             process.kill()
             process.join()
+            while any(Path("/proc", each).exists() for each in started):  # for ever, if one stays behind
+                time.sleep(0.05)
             kills -= 1
             continue
         assert process.exitcode == 0

@@ -4,12 +4,13 @@ import hashlib
 import json
 import math
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from utils.errors import UserError
 
@@ -45,7 +46,7 @@ def write_json(path: Path, content: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path that is not UTF-8
 
 
 @contextmanager
@@ -112,6 +113,18 @@ def find_checkpoint(name: str, output_dir: str) -> Path:
     raise UserError(f"checkpoint {name}: none of {', '.join(map(str, places[1:]))} exists; {known}")
 
 
-def exclusive(path: Path) -> FileLock:
-    """The lock .<name>.lock beside `path`; entering it waits for another process that holds it."""
-    return FileLock(path.with_name(f".{path.name}.lock"))
+@contextmanager
+def exclusive(path: Path, *, advice: str | None = None) -> Iterator[None]:
+    """Holds the lock .<name>.lock beside `path` until the block or the process ends.
+
+    Waits for another process that holds it, or, with `advice`, raises a UserError that ends with it.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    holder = lock.read_text(encoding="utf-8") if lock.exists() else ""  # trying to lock may empty the file
+    try:
+        with FileLock(lock, timeout=-1 if advice is None else 0):
+            lock.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+            yield
+    except Timeout:
+        user = holder or "another process"
+        raise UserError(f"{path} is in use by {user} (lock: {lock}); wait until it ends{advice}") from None

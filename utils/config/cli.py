@@ -196,6 +196,8 @@ def parse_overrides(words: Sequence[str]) -> _Overrides:
 
 def guarded(main: Callable[[], None], *, then: str = "rerun with --resume") -> int:
     """Runs a program and returns its exit status; prints a user's mistake once, with no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names that are not UTF-8
     process = "" if is_rank_zero() else f" in process {'.'.join(map(str, process_index()))}"
     if process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed with the process

@@ -249,6 +249,7 @@ class Options(_Section):
     checkpoint: PathName = option("", "checkpoint file, folder or name of a run (`--checkpoint`)")
     plugins: list[str] = option([], "your own Python files that register data sets, backbones or losses")
     resume: Literal["auto", None] = option(None, "auto: continue from the last checkpoint (`--resume`)")
+    resume_on_other_data: bool = option(False, "continue a run whose data changed since it was stopped")
     wandb: WandbOptions = WandbOptions()
     dataset: DatasetOptions = DatasetOptions()
     dataloader: _Dataloader = _Dataloader()

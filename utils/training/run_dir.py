@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from utils.config.loading import as_tree, flatten
 from utils.config.options import Options
 from utils.config.plugins import plugin_digests, report_changes
 from utils.errors import UserError
-from utils.files import make_folder, move_aside, read_json_object, write_json
+from utils.files import exclusive, make_folder, move_aside, read_json_object, write_json
 from utils.training.launch import cores, is_rank_zero
 from utils.training.torch_files import read_torch_file, write_torch_file
 
@@ -64,15 +63,7 @@ class RunDir:
             yield
             return
         make_folder(self.path.parent)
-        path = self.path.with_name(f".{self.path.name}.lock")
-        try:
-            lock = FileLock(path, timeout=0).acquire()
-        except Timeout:
-            raise UserError(
-                f"{self.path}: another run is writing to this folder (lock: {path}); wait until it ends, "
-                "or choose another wandb.name or output_dir"
-            ) from None
-        with lock:
+        with exclusive(self.path, advice=", or choose another wandb.name or output_dir"):
             yield
 
     def final_metrics(self) -> dict[str, Any] | None:
@@ -161,7 +152,7 @@ class RunDir:
     def check_data(self, inventory: dict[str, Any], options: Options) -> None:
         """Raises a UserError if a resumed run would continue on other data than it was started on."""
         stored = self.path / DATA
-        if options.resume is None or not stored.exists():
+        if options.resume is None or options.resume_on_other_data or not stored.exists():
             return
         if (difference := first_difference(read_json_object(stored), inventory)) is not None:
             raise UserError(
@@ -170,7 +161,17 @@ class RunDir:
             )
 
 
-def first_difference(a, b):
+def first_difference(before: dict[str, dict[str, int]], now: dict[str, dict[str, int]]) -> str | None:
+    """The first difference between two inventories of data in words, None if they are equal."""
+    for split in sorted(before.keys() | now.keys()):
+        files, found = before.get(split, {}), now.get(split, {})
+        for name in sorted(files.keys() | found.keys()):
+            if name not in found:
+                return f"{split}: {name} was removed"
+            if name not in files:
+                return f"{split}: {name} was added"
+            if files[name] != found[name]:
+                return f"{split}: {name} had {files[name]:,} bytes, has {found[name]:,}"
     return None
 
 

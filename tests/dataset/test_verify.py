@@ -1,6 +1,7 @@
 """Reading every file before a run."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ def test_check__names_every_damaged_file(data_of, damaged, workers):
 
 def test_check__odd_files_and_names_that_are_not_utf_8(data_of, directory, tmp_path_factory, capsys):
     """They are skipped or used; the digest, the inventory and the messages contain them."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # as `guarded` does
     tmp_path = tmp_path_factory.mktemp("odd")
     odd = directory.rename(tmp_path / os.fsdecode(b"caf\xe9"))
     (odd / "imgs/train/1.jpg").rename(odd / "imgs/train" / os.fsdecode(b"\xe9.jpg"))

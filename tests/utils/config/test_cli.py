@@ -90,7 +90,7 @@ def test_jobs__sweep_names_runs_and_groups_seeds(tiny_file):
 
 def write_variants(tmp_path, content):
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps(content))
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
     return str(path)
 
 
@@ -108,6 +108,7 @@ def test_variants__each_is_a_run_of_every_seed(tiny_file, tmp_path):
     ("content", "words"),
     [
         ([], "must hold an object"),
+        ('{"a": {}, "a": {"train": {"epoch": 2}}}', r'mine\.json: .*"a" appears twice'),
         ({"a": 3}, "must map names to objects of options"),
         ({"a": {"train": {"seed": 3}}}, "a: train.seed is also set by the command line"),
         ({"a": {"train": {"sed": 3}}}, "train.sed"),

@@ -166,10 +166,15 @@ def test_base__is_read_first_and_cycles_are_errors(tmp_path):
             load_options(tmp_path / "b.json")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{'a': 1}", "\xff"])
-def test_file__not_json_is_named(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", ""), ("[]", ""), ("{'a': 1}", ""), ("\xff", ""),
+     ('{"train": {}, "train": {"seed": 1}}', '"train" appears twice'),
+     ('{"train": {"seed": 1, "seed": 1}}', '"seed" appears twice')],
+)  # fmt: skip
+def test_file__that_cannot_be_read_is_named(tmp_path, content, words):
     (tmp_path / "a.json").write_text(content, encoding="latin-1")
-    with pytest.raises(UserError, match=r"a\.json"):
+    with pytest.raises(UserError, match=rf"a\.json.*{words}"):
         load_options(tmp_path / "a.json")
 
 

@@ -26,7 +26,7 @@ from utils.training import launch
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 TIMES = ("images_per_s", "train_hours", "peak_memory_gib", "checkpoint")
 MINUTE = 60
-STARTERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS")
+STARTERS = (*launch.NUMBERS, "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS")
 CASES = [*(f"loss, {case}" for case in in_two.LOSSES), *(f"probes, {case}" for case in in_two.IGNORED)]
 
 
@@ -180,6 +180,13 @@ def test_shared_batches__each_image_once_and_equally_many_turns(monkeypatch, ima
 def test_is_first__as_torchrun_slurm_and_lightning_tell(monkeypatch, environment, first):
     launched(monkeypatch, environment)
     assert launch.is_rank_zero() is first
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "SLURM_PROCID"])
+def test_launcher_variable__that_is_no_number(monkeypatch, capsys, name):
+    launched(monkeypatch, {name: "one"})
+    assert guarded(lambda: None) == 2
+    assert f"{name} is 'one', must be a number" in capsys.readouterr().err
 
 
 def launched(monkeypatch, environment):

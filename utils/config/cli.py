@@ -15,14 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 
-from utils.config.loading import (
-    FIELDS,
-    as_tree,
-    build_options,
-    find_option_file,
-    flatten,
-    read_option_file,
-)  # fmt: skip
+from utils.config.loading import FIELDS, as_tree, build_options, find_option_file, flatten, read_option_file
 from utils.config.options import Options
 from utils.config.plugins import load_plugins, with_absolute_plugins
 from utils.errors import UserError
@@ -195,15 +188,17 @@ def parse_overrides(words: Sequence[str]) -> _Overrides:
 
 def guarded(main: Callable[[], None], *, then: str = "rerun with --resume") -> int:
     """Runs a program and returns its exit status; prints a user's mistake once, with no traceback."""
-    process = "" if is_rank_zero() else f" in process {'.'.join(map(str, process_index()))}"
-    if process:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed with the process
+    process = ""
     try:
+        if not is_rank_zero():
+            process = f" in process {'.'.join(map(str, process_index()))}"
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed with the process
         main()
-        status, message = 0, ""
+        return 0
     except UserError as error:
-        reported = process and error.common  # by the first process
-        status, message = (0, "") if reported else (error.status, f"{error.label}{process}: {error}")
+        if process and error.common:  # reported by the first process
+            return 0
+        status, message = error.status, f"{error.label}{process}: {error}"
     except KeyboardInterrupt:
         status, message = 130, f"interrupted; {then}"
     except OSError as error:
@@ -211,6 +206,5 @@ def guarded(main: Callable[[], None], *, then: str = "rerun with --resume") -> i
             raise
         where = error.filename or "output_dir"
         status, message = 2, f"error: {where}: {error.strerror}; fix this, then {then}"
-    if message:
-        print(message, file=sys.stderr)
+    print(message, file=sys.stderr)
     return status

@@ -18,7 +18,7 @@ from dataset import DATA_SETS, crop_datasets, dataset_download
 from model.checkpoint import read_checkpoint
 from utils.config import options, plugins
 from utils.config.cli import parse_arguments, plan_jobs
-from utils.config.loading import REPOSITORY, find_option_file, load_options, option_table
+from utils.config.loading import FIELDS, REPOSITORY, allowed, find_option_file, load_options
 from utils.errors import UserError
 from utils.files import sha256_of
 
@@ -57,8 +57,8 @@ def test_lines__are_at_most_120_characters(path):
 def with_option_table(text: str) -> str:
     """json/README.md with the option table of the schema."""
     lines = ["| key | default | meaning | allowed |", "| --- | --- | --- | --- |"]
-    for key, default, meaning, allowed in option_table():
-        lines.append(f"| `{key}` | `{json.dumps(default)}` | {meaning} | {allowed} |")
+    for key, field in FIELDS.items():
+        lines.append(f"| `{key}` | `{json.dumps(field.default)}` | {field.description} | {allowed(field)} |")
     before, _, rest = text.partition("<!-- options -->\n")
     return before + "\n".join(["<!-- options -->", *lines, ""]) + rest[rest.index("<!-- /options -->") :]
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from utils.config.options import LEGACY, REMOVED_KEYS, WITHOUT_FOLDER, Options
+from utils.config.options import LEGACY, REMOVED_KEYS, WITHOUT_FOLDER, Options, contradictions
 from utils.config.plugins import load_plugins, with_absolute_plugins
 from utils.errors import UserError, closest
 from utils.files import REPOSITORY, read_json_object, weights_file
@@ -85,18 +85,15 @@ def load_options(path: Path, overrides: dict[str, Any] | None = None) -> Options
 
 def build_options(flat: dict[str, Any], *, source: str, check_files: bool = False) -> Options:
     """Validates flat options and fills in the defaults; the error lists all mistakes in `source`."""
-    valid, contradictions = {key: value for key, value in flat.items() if key in FIELDS}, []
+    valid, failed = {key: value for key, value in flat.items() if key in FIELDS}, set()
     try:
         options = Options.model_validate(nest(valid))
     except ValidationError as error:  # a location is a key, and an index if the value is a list
         failed = {".".join(part for part in each["loc"] if isinstance(part, str)) for each in error.errors()}
         valid = {key: value for key, value in valid.items() if key not in failed}
-        try:
-            Options.model_validate(nest(valid), context=failed)
-        except ValidationError as error:
-            contradictions = error.errors()[0]["ctx"]["error"].mistakes
+        options = Options.model_validate(nest(valid))
     mistakes = [_mistake(key, value) for key, value in flat.items() if key not in valid]
-    mistakes = [*filter(None, mistakes), *contradictions]
+    mistakes = [*filter(None, mistakes), *contradictions(options, failed)]
     if check_files:
         defaults = {key: field.default for key, field in FIELDS.items()}
         mistakes += missing_files(defaults | dict.fromkeys(flat) | valid)  # None: invalid
@@ -131,11 +128,6 @@ def allowed(field: FieldInfo) -> str:
     for part in field.metadata:
         words += [f"{word} {getattr(part, name)}" for name, word in BOUNDS.items() if hasattr(part, name)]
     return ", ".join(words) + (" or null" if NoneType in kinds else "")
-
-
-def option_table() -> list[tuple[str, Any, str, str]]:
-    """(key, default, description, allowed values) of all options."""
-    return [(key, field.default, field.description, allowed(field)) for key, field in FIELDS.items()]
 
 
 def missing_files(flat: dict[str, Any]) -> list[str]:

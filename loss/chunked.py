@@ -11,17 +11,10 @@ from loss.propagation import Boundaries, Sets, propagate, select_sets
 
 
 class ChunkedLoss:
-    """Sums over the anchors of a batch, and the gradient of the weighted loss.
+    """Sums over the anchors of a batch and, if `with_grad`, the gradient of the weighted loss in `grad_z`.
 
-    Args:
-        z: projections, (N, D') float32.
-        bank: f_j, (N, D) float32, rounded to `operand`.
-        boundaries: coefficients of the propagation.
-        tau: the temperature.
-        operand: dtype of the similarities' operands, float32 or float16.
-        products: how products are computed, see `PPAPLoss`.
-        chunk_size: anchors that are compared with the N patches at a time.
-        with_grad: whether to accumulate the gradient in `grad_z`, (N, D') float32.
+    Takes z (N, D') float32 and f_j as `bank` (N, D) float32, which is rounded to `operand` already. The other
+    arguments are those of `PPAPLoss`, with `operand` for `similarity_dtype`.
     """
 
     def __init__(

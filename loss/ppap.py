@@ -1,10 +1,4 @@
-"""PPAPLoss: draws anchors, propagates them and contrasts each with the sets that it reaches.
-
-The published code rounds the initial boundaries of t >= 1 to float16, returns NaN if a group has no positive,
-fails below 784 patches, draws no anchors beyond the last full group and builds an (A, N, D) tensor per step.
-Here a group without positives is skipped, a short group is weighted by its number of anchors, and memory is
-bounded by a chunk of anchors.
-"""
+"""PPAPLoss: draws anchors, propagates them and contrasts each with the sets that it reaches."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -82,11 +76,6 @@ class PPAPLoss(nn.Module):
         allowed = ("float32", "float16", "split")[: 2 if similarity_dtype == torch.float16 else 3]
         if products not in allowed:
             raise ValueError(f"products is {products}, must be one of {allowed} with {similarity_dtype}")
-        if prop_iter < 0 or not min(sigma_pos, sigma_amb, tau) > 0 or min(trainpatchsplit, group_size) < 1:
-            raise ValueError(
-                f"prop_iter {prop_iter} must be >= 0; sigma_pos {sigma_pos}, sigma_amb {sigma_amb} and "
-                f"tau {tau} > 0; trainpatchsplit {trainpatchsplit} and group_size {group_size} >= 1"
-            )
         self.boundaries = Boundaries(initialcrit_pos, initialcrit_amb, prop_iter, sigma_pos, sigma_amb)
         self.trainpatchsplit = trainpatchsplit
         self.tau = tau

@@ -266,29 +266,14 @@ def test_products__float16_has_the_sets_of_similarity_dtype_float16():
     torch.testing.assert_close(found.loss, rounded.loss, rtol=1e-3, atol=0)  # z is rounded too
 
 
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"tau": 0.0}, "tau"),
-        ({"sigma_pos": 0.0}, "sigma_pos"),
-        ({"prop_iter": -1}, "prop_iter"),
-        ({"trainpatchsplit": 0}, "trainpatchsplit"),
-        ({"products": "bfloat16"}, "products is bfloat16"),
-        ({"products": "split", "similarity_dtype": torch.float16}, "products is split"),
-    ],
-)
-def test_coefficients__out_of_range(change, word):
-    with pytest.raises(ValueError, match=word):
-        PPAPLoss(**COEFFICIENTS | change)
-
-
-def test_shapes__mismatch():
+def test_arguments__that_do_not_fit():
     z, features = clustered_batch()
-    criterion = PPAPLoss(**COEFFICIENTS)
-    with pytest.raises(ValueError, match="z must be"):
-        criterion(z[:-1], features)
-    with pytest.raises(ValueError, match="for features"):
-        criterion(z, features[0])
+    for change in ({"products": "bfloat16"}, {"products": "split", "similarity_dtype": torch.float16}):
+        with pytest.raises(ValueError, match=f"products is {change['products']}"):
+            PPAPLoss(**COEFFICIENTS | change)
+    for arguments in ((z[:-1], features), (z, features[0])):
+        with pytest.raises(ValueError, match="z must be"):
+            PPAPLoss(**COEFFICIENTS)(*arguments)
 
 
 def test_ieee_float32__restores_the_setting():

@@ -136,9 +136,8 @@ def test_run__of_two_processes_is_that_of_one(finished):
         torch.load(output / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("one", "two")
     ]
     for name, value in states[0].items():
-        torch.testing.assert_close(
-            states[1][name], value, atol=1e-4, rtol=1e-4
-        )  # Adam divides by the gradient
+        # Adam divides by the gradient
+        torch.testing.assert_close(states[1][name], value, atol=1e-4, rtol=1e-4)
     assert not list(Path(output).glob("*.[0-9]"))  # no process has moved another's folder aside
 
 
@@ -220,11 +219,6 @@ def test_launch__must_fit_the_options(monkeypatch, environment, devices, nodes, 
     else:
         with pytest.raises(UserError, match=f"is {devices} x {nodes}, but {started} processes were started;"):
             launch.check_launch(wanted)
-
-
-def test_batch_size__must_be_shared_out_evenly(tiny_options):
-    with pytest.raises(UserError, match=r"batch_size is 4.*trainer\.num_nodes \(3\)"):
-        tiny_options(trainer__devices=3)
 
 
 def test_guarded__one_process_tells_what_all_have_met(monkeypatch, capsys):

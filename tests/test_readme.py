@@ -44,14 +44,10 @@ def section(path: Path, heading: str) -> str:
     return TEXTS[path].split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
-def test_readme__is_short():
+def test_readme__is_short_and_its_lines_have_at_most_120_characters():
     assert TEXTS[README].count("\n") <= 250
-
-
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_lines__are_at_most_120_characters(path):
-    prose = [line for line in TEXTS[path].splitlines() if not line.startswith("|")]
-    assert [line for line in prose if len(line) > 120] == []
+    lines = [line for text in TEXTS.values() for line in text.splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 120] == []
 
 
 def with_option_table(text: str) -> str:
@@ -94,11 +90,6 @@ def test_preparation_commands__parse(line, tmp_path):
     else:
         assert program == "crop_datasets.py"
         assert crop_datasets.chosen_options(crop_datasets.parse_arguments(words)).dataset.crop_type
-
-
-@pytest.mark.parametrize("line", commands(r"python (model/[^\n`#&]+)"))
-def test_scripts__exist(line):
-    assert (REPOSITORY / shlex.split(line)[0]).is_file()
 
 
 def test_option_files__are_those_in_the_readmes():

@@ -9,8 +9,7 @@ import pytest
 import eval as evaluation
 import run
 from utils.config.cli import guarded, parse_arguments, parse_overrides, plan_jobs
-from utils.config.loading import FIELDS
-from utils.errors import UserError, closest
+from utils.errors import UserError
 from utils.files import REPOSITORY
 
 
@@ -43,13 +42,13 @@ def test_overrides__values_and_sweeps_by_hydras_grammar():
     "word",
     [
         "+a=1", "~a", "a@b=1", "a=glob(*)", "a=interval(0,1)", "a=(1", "a",
-        "a=range(3,1)", "a=range(1,4,0)",
+        "a=range(3,1)", "a=range(1,4,0)", "=", "a=0,,1",
     ],
 )  # fmt: skip
 def test_overrides__unsupported_grammar_is_a_mistake(word):
     overrides = parse_overrides([word])
     (mistake,) = overrides.mistakes
-    assert mistake.startswith(f"{word}: ")
+    assert mistake.startswith(f"{word}: must be key=value")
     assert overrides.choices == {}
 
 
@@ -179,22 +178,9 @@ def test_words__home_and_both_spellings_of_data_path(monkeypatch):
         assert job.options.dataset.data_path == "/home/someone/a"
 
 
-def test_words__of_our_own_about_spaces_and_empty_values():
-    with pytest.raises(UserError) as error:
-        jobs("--opt", "demo.json", "train.seed", "=", "3", "train.seed=0,,1")
-    assert len(error.value.mistakes) == 4
-    assert all("no spaces around =" in mistake for mistake in error.value.mistakes)
-
-
 def test_variants_file__given_as_option_file():
     with pytest.raises(UserError, match=r"ablation\.json: is not an option file; .* --variants"):
         jobs("--opt", "ablation.json")
-
-
-def test_data_path__of_a_file(tmp_path):
-    (tmp_path / "a.zip").touch()
-    with pytest.raises(UserError, match=r"a\.zip: a file, must be the folder"):
-        jobs("--opt", "cocostuff.json", "--data_path", str(tmp_path / "a.zip"))
 
 
 def test_help__ends_with_examples_and_the_option_table(capsys):
@@ -204,16 +190,3 @@ def test_help__ends_with_examples_and_the_option_table(capsys):
         text = capsys.readouterr().out
         assert text.count(f"python {program.__name__}.py") == 3
         assert text.strip().endswith("json/README.md.")
-
-
-@pytest.mark.parametrize(
-    ("word", "meant"),
-    [
-        ("optimizer.net.learning_rate", "optimizer.net.lr"),
-        ("model.pretrained.patch", "model.pretrained.dino_patch_size"),
-        ("dataset.datapath", "dataset.data_path"),
-        ("foo.bar", None),
-    ],
-)
-def test_closest__matches_parts_of_words(word, meant):
-    assert closest(word, FIELDS) == (f" Did you mean {meant}?" if meant else "")

@@ -174,11 +174,8 @@ def parse_overrides(words: Sequence[str]) -> _Overrides:
             if override.is_sweep_override():
                 texts = override.sweep_string_iterator()
                 values = [parser.parse_override(f"{key}={text}").value() for text in texts]
-            if (
-                override.type is not OverrideType.CHANGE
-                or override.package is not None
-                or not (key and values)
-            ):
+            plain = override.type is OverrideType.CHANGE and override.package is None
+            if not (plain and key and values):
                 raise ValueError("not a value or a sweep of an existing key")
             choices[key] = values
         except (HydraException, ValueError):

@@ -22,7 +22,7 @@ from dataset.crops import CROPS, crop_boxes, prepared_folder
 from utils.config.cli import guarded, parse_overrides
 from utils.config.loading import find_option_file, load_options
 from utils.config.options import WITHOUT_FOLDER, DatasetOptions, Options
-from utils.errors import UserError, listed
+from utils.errors import UserError, exit_on_signals, listed
 from utils.files import exclusive, make_folder, replacing
 from utils.progress import Bar
 from utils.training.launch import cores
@@ -118,4 +118,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_signals()
     sys.exit(guarded(main, then="run the same command again"))

@@ -20,9 +20,18 @@ CHECKPOINTS = ("best.ckpt", "best.pth", "ckpt.pth")  # in this order
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads the object in a JSON file."""
+    """Reads the object in a JSON file; a key that appears twice in an object is an error."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f'"{key}" appears twice in one object; merge the two or remove one')
+            found[key] = value
+        return found
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: not a readable JSON file: {error}") from None
     if not isinstance(content, dict):

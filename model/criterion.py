@@ -12,10 +12,6 @@ from loss import PPAPLoss
 from utils.config.options import LOSSES, Options
 from utils.errors import UserError
 
-COEFFICIENTS = (
-    *("initialcrit_pos", "initialcrit_amb", "prop_iter", "sigma_pos", "sigma_amb"),
-    *("trainpatchsplit", "tau", "group_size", "chunk_size", "products"),
-)
 _registered: dict[str, Callable[[Options], Callable[..., Any]]] = {}
 
 
@@ -73,5 +69,5 @@ def build_criterion(options: Options) -> nn.Module:
     if chosen.loss in _registered:
         loss = _registered[chosen.loss](options)
         return loss if isinstance(loss, PPAPLoss) else OwnLoss(chosen.loss, loss)
-    coefficients = {name: getattr(chosen, name) for name in COEFFICIENTS}
-    return PPAPLoss(**coefficients, similarity_dtype=getattr(torch, chosen.similarity_dtype))
+    coefficients = chosen.model_dump(exclude={"loss"})
+    return PPAPLoss(**coefficients | {"similarity_dtype": getattr(torch, chosen.similarity_dtype)})

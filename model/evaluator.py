@@ -195,13 +195,8 @@ class Evaluator(nn.Module):
 
 def _to_cpu(tensors: list[Tensor | None]) -> list[Tensor | None]:
     """Copies to the CPU; waits for a GPU once."""
-    copies = [None if tensor is None else _copy(tensor) for tensor in tensors]
+    # not blocking: into pinned memory
+    copies = [None if tensor is None else tensor.to("cpu", non_blocking=True) for tensor in tensors]
     if torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()
     return copies
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor.cpu()
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

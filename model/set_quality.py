@@ -82,15 +82,12 @@ def set_quality(
         for step in propagations(bank[anchors], bank, boundaries, operand=operand):
             sets = select_sets(step, anchors)
             positives = sets.positives & valid
-            negatives = (
-                sets.negatives & valid & ~positives
-            )  # if Psi lies above Phi, a patch in both sets counts as positive
+            # if Psi lies above Phi, a patch in both sets counts as positive
+            negatives = sets.negatives & valid & ~positives
             right, ambiguous = positives & same, valid & ~positives & ~negatives
             parts = (right, right, negatives & ~same, positives, negatives, ambiguous, same)  # as MEASURES
             wholes = (positives, same, negatives, valid, valid, valid, valid)
-            part, whole = (
-                torch.stack([s.sum(dim=1) for s in each]).cpu().double() for each in (parts, wholes)
-            )
+            part, whole = (torch.stack(each).sum(dim=2).cpu().double() for each in (parts, wholes))  # (7, A)
             shares = torch.where(whole > 0, part / whole.clamp_min(1), 0)  # (7, A)
             found.append(torch.stack([shares.sum(dim=1), (whole > 0).sum(dim=1).double()]))
     return torch.stack(found)

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 import eval as evaluation
 from model import build_module, load_segmenter
-from model.checkpoint import Checkpoint, export
-from model.module import CHECKPOINT_ENTRY
+from model.checkpoint import CHECKPOINT_ENTRY, Checkpoint, export
 from model.predictor import predict_folder, tiled_code
 from tests.conftest import TINY, write_tiny
 from utils.config.cli import guarded

@@ -120,9 +120,9 @@ def load_segmenter(
         kept = {key: value for key, value in flat.items() if key.startswith(KEPT_OPTIONS)}
         opt = build_options(kept, source=f"the options in {loaded.path}")
     if about:
-        labels = LabelSpace(tuple(about["class_names"]), tuple(map(tuple, about["palette"])))
+        labels = LabelSpace(about["class_names"], about["palette"])
     elif labels is None:
-        shape = loaded.state.get("linear_probe.classifier.bias", torch.zeros(1)).shape
-        labels = LabelSpace.with_spread_colours(tuple(f"class {index}" for index in range(shape.numel())))
+        count = loaded.state.get("linear_probe.classifier.bias", torch.zeros(1)).numel()
+        labels = LabelSpace.with_spread_colours(tuple(f"class {index}" for index in range(count)))
     module = build_module(opt, labels, checkpoint=loaded)
     return Predictor(module, assignment=about.get("assignment"), **arguments)

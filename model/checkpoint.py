@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from annotated_types import Len
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, ValidationInfo, model_validator
+from pydantic import BaseModel, Field, JsonValue, ValidationError, ValidationInfo, model_validator
 from torch import Tensor
 
 from model.weights import checked_state
@@ -27,21 +26,19 @@ PUBLISHED = {  # part of the published format -> published prefix of a parameter
 }
 
 OF_MACHINE = ("checkpoint", "gpu_ids", "output_dir", "resume", "trainer.", "wandb.id")
-Colour = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Len(3, 3)]
+Byte = Annotated[int, Field(ge=0, le=255)]
 
 
-class _StoredOptions(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
+class _StoredOptions(BaseModel, extra="allow"):
     __pydantic_extra__: dict[str, JsonValue]
     plugins: list[str] = []
 
 
-class _Entry(BaseModel):
-    """Our entry of a checkpoint; the keys that are read. Others describe the run to people."""
+class _Entry(BaseModel, extra="allow"):
+    """The keys of our entry that are read; others describe the run to people."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
-    class_names: Annotated[list[str], Len(1, IGNORE)]
-    palette: list[Colour]
+    class_names: tuple[str, ...] = Field(min_length=1, max_length=IGNORE)
+    palette: tuple[tuple[Byte, Byte, Byte], ...]
     assignment: list[int] | None  # class of each cluster
     options: _StoredOptions
     metrics: dict[str, float] = {}
@@ -53,8 +50,8 @@ class _Entry(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> "_Entry":
-        """Validates what depends on several keys; the context is the state dict."""
-        LabelSpace(tuple(self.class_names), tuple(map(tuple, self.palette)))
+        """Cross-field validation; the context is the state dict."""
+        LabelSpace(self.class_names, self.palette)
         clusters = len(info.context.get("cluster_probe.clusters", ()))
         if self.assignment is not None and len(self.assignment) != clusters:
             raise ValueError(f"assignment has {len(self.assignment)} entries for {clusters} clusters")

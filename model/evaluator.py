@@ -110,14 +110,12 @@ class Evaluator(nn.Module):
         cluster: ClusterProbe,
         first: int,
     ) -> None:
-        """Adds a batch.
+        """Adds a batch, whose first image has the index `first` in the set.
 
         Args:
             code: (B, D, h, w).
             image: (B, 3, H, W) uint8; None if the network was given cached tokens.
             label: (B, H, W) integer; values outside [0, n_classes) are ignored.
-            linear, cluster: the probes.
-            first: index of the batch's first image in the set.
         """
         size = label.shape[-2:]
         with torch.autocast(code.device.type, enabled=False):

@@ -149,10 +149,6 @@ class PPAPModule(LightningModule):
             scalars["skipped_steps"] = self.guard.skipped
         self._write(scalars | self.throughput.scalars(self.device))
 
-    def on_train_end(self) -> None:
-        """Repeats the warning about degenerate sets."""
-        self.watch.report()
-
     def on_validation_epoch_start(self) -> None:
         """Resets the evaluator."""
         self.guard.raise_if_found(self.trainer.datamodule)

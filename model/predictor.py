@@ -115,7 +115,7 @@ class Predictor:
         return self._ids[channels[0].cpu().numpy()]
 
     def _network_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(W, H) at which the network sees a photograph: of an extremely thin one smaller than `res`."""
+        """(W, H) at which the network sees a photograph; an extremely thin one is smaller than `res`."""
         width, height = resized(size, self.res)
         shrink = min(1, math.sqrt(MAX_PATCHES * self.patch**2 / (width * height)))
         return math.ceil(width * shrink), math.ceil(height * shrink)
@@ -156,12 +156,7 @@ class Predictor:
 def _as_rgb(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
     if isinstance(image, (str, Path)):
         return open_image(Path(image))
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            found = f"{image.shape} {image.dtype}"
-            raise UserError(f"the image is an array {found}, must be (H, W, 3) uint8, RGB")
-        image = Image.fromarray(image)
-    return upright_rgb(image, "the image")
+    return upright_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image, "the image")
 
 
 def tiled_code(
@@ -198,17 +193,10 @@ def _tile_starts(length: int, side: int) -> list[int]:
 def predict_folder(
     predictor: Predictor, images: Path, out: Path, *, names: str | None = None, flat: bool = False
 ) -> dict[str, Any]:
-    """Writes masks of one photograph or of a folder; see `result_files` for their paths.
+    """Writes masks of one photograph or of a folder, at the paths of `result_files`.
 
-    Args:
-        predictor: photograph -> class map.
-        images: a photograph, or a folder that is searched recursively.
-        out: folder for masks, overlays, legend.json, legend.png and index.html, which shows them all.
-        names: value of --names, replaces names in the legend.
-        flat: see `result_files`.
-
-    Returns:
-        The content of legend.json: `ids`, `images` (a count), `left_out` (messages).
+    The folder `out` also gets overlays, legend.png, index.html, which shows them all, and legend.json, whose
+    content is returned: `ids`, `images` (a count), `left_out` (messages). `names` is the value of --names.
 
     Raises:
         LeftOut: some photographs are damaged; the others have masks.
@@ -233,8 +221,8 @@ def predict_folder(
             counts += np.bincount(classes.ravel(), minlength=len(counts))
             done.append(written)
     shares = (100 * counts / max(1, counts.sum())).tolist()
-    rows = zip(range(len(named)), named, predictor.palette, shares, strict=True)
-    legend = [dict(zip(("id", "name", "colour", "share"), row, strict=True)) for row in rows]
+    rows = enumerate(zip(named, predictor.palette, shares, strict=True))
+    legend = [{"id": number, "name": n, "colour": c, "share": share} for number, (n, c, share) in rows]
     result = {"ids": legend, "images": len(done), "left_out": skipped}
     write_json(out / "legend.json", result)
     draw_legend(out / "legend.png", legend)

@@ -91,26 +91,22 @@ def write_pictures(
     refined: Evaluation | None,
 ) -> None:
     """Writes confusion.npz, confusion.png and class_iou.png of the scores, and predictions.png."""
-    counts = {head: scores.confusion for head, scores in plain.scores.items()}
-    if counts:
-        with errors_as_warnings(folder / "confusion.png"):
-            draw_confusion(folder / "confusion.png", counts, labels=labels)
-        iou = {f"{head}, before CRF": each for head, each in class_iou(plain, labels.names).items()}
-        if refined is not None:
-            counts |= {f"{head}_crf": scores.confusion for head, scores in refined.scores.items()}
-            iou |= {f"{head}, after CRF": each for head, each in class_iou(refined, labels.names).items()}
-        with errors_as_warnings(folder / "class_iou.png"):
-            draw_class_iou(folder / "class_iou.png", iou, labels=labels)
-        np.savez(folder / "confusion.npz", class_names=np.array(labels.names), **counts)
-    if predictions:
-        with errors_as_warnings(folder / "predictions.png"):
-            rows = [_row(prediction, labels, plain) for prediction in predictions]
-            draw_predictions(folder / "predictions.png", rows, labels=labels)
-
-
-def _row(prediction: Prediction, labels: LabelSpace, plain: Evaluation) -> dict[str, np.ndarray]:
-    """Title -> picture (H, W, 3) uint8: the image and its class maps."""
-    row = {"image": prediction.image.permute(1, 2, 0).numpy()}
-    for title, ids in class_maps(prediction, labels, plain).items():
-        row[title] = colour(ids, labels, missing=UNMATCHED if title == "clusters" else IGNORED)
-    return row
+    rows = []
+    for prediction in predictions:
+        row = {"image": prediction.image.permute(1, 2, 0).numpy()}  # (H, W, 3)
+        for title, ids in class_maps(prediction, labels, plain).items():
+            row[title] = colour(ids, labels, missing=UNMATCHED if title == "clusters" else IGNORED)
+        rows.append(row)
+    counts, stored, iou = {head: scores.confusion for head, scores in plain.scores.items()}, {}, {}
+    for suffix, stage, found in (("", "before", plain), ("_crf", "after", refined)):
+        if found is not None:
+            stored |= {f"{head}{suffix}": scores.confusion for head, scores in found.scores.items()}
+            each = class_iou(found, labels.names)
+            iou |= {f"{head}, {stage} CRF": values for head, values in each.items()}
+    if stored:
+        np.savez(folder / "confusion.npz", class_names=np.array(labels.names), **stored)
+    figures = {"confusion": (draw_confusion, counts), "class_iou": (draw_class_iou, iou)}
+    for name, (draw, content) in (figures | {"predictions": (draw_predictions, rows)}).items():
+        if content:
+            with errors_as_warnings(path := folder / f"{name}.png"):
+                draw(path, content, labels=labels)

@@ -57,7 +57,9 @@ def test_export__entries_keys_and_shapes_of_the_released_files(shared, name, tmp
         module = PPAPModule(options, labels, Segmenter(FrozenViT(backbone_spec(options))))
     content = {}
     monkeypatch.setattr("model.checkpoint.write_torch_file", lambda written, path: content.update(written))
-    exported(module, tmp_path / "ckpt.pth", step=300, epoch=2, metrics={"Cluster_mIoU": 12.5, "Linear_mIoU": 30.0})
+    exported(
+        module, tmp_path / "ckpt.pth", step=300, epoch=2, metrics={"Cluster_mIoU": 12.5, "Linear_mIoU": 30.0}
+    )
     assert set(content) == set(listed["top_level"])
     found = [content[key] for key in ("iter", "epoch", "best", "net_optimizer_state_dict")]
     assert found == [300, 2, 42.5, None]

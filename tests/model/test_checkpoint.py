@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import run
 from dataset import DATA_SETS
 from model import PPAPModule, build_module
 from model.backbone import FrozenViT
@@ -139,3 +140,14 @@ def test_build__other_classes_are_named(tiny_options):
     content = Checkpoint(Path("best.ckpt"), {}, {"class_names": ["x", "y"]})
     with pytest.raises(UserError, match=r"2 classes x, y.*\(synthetic\) has the 3 classes a, b, c"):
         build_module(tiny_options(), LABELS, checkpoint=content)
+
+
+def test_resume__an_entry_of_the_wrong_form_is_named(tiny_file, tmp_path, no_figures):
+    words = ["--opt", tiny_file(), "eval.is_crf=false"]
+    run.main(words)
+    last = tmp_path / "output/tiny/last.ckpt"
+    content = torch.load(last, weights_only=True)
+    content[CHECKPOINT_ENTRY]["assignment"] = "none"
+    torch.save(content, last)
+    with pytest.raises(UserError, match=r"last\.ckpt: ppap\.assignment"):
+        run.main([*words, "--resume", "train.epoch=2"])

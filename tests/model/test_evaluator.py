@@ -45,16 +45,19 @@ def test_update__equals_probes_on_the_upsampled_code(batch):
     assert evaluator.compute().valid_loss == pytest.approx(literal, abs=1e-5)
 
 
-def test_update__batched_equals_single(batch):
-    together, apart = (Evaluator(3, 4, is_direct=False, with_linear=True) for _ in range(2))
-    add(together, batch)
-    for place in range(2):
-        one = {k: v[place : place + 1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        add(apart, one)
+def test_update__images_count_equally_in_batches_of_any_size(batch):
+    apart, mixed = (Evaluator(3, 4, is_direct=False, with_linear=True) for _ in range(2))
+    ones = [
+        {k: v[[place]] if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for place in (0, 1)
+    ]
+    for evaluator, parts in ((apart, (*ones, ones[0])), (mixed, (batch, ones[0]))):
+        for part in parts:
+            add(evaluator, part)
     for name in ("cluster", "linear"):
-        difference = together.plain[name].compute() - apart.plain[name].compute()
-        assert difference.abs().sum() <= 2
-    assert together.compute().images == apart.compute().images == 2
+        difference = mixed.plain[name].compute() - apart.plain[name].compute()
+        assert difference.abs().sum() <= 2  # ties
+    assert mixed.compute().images == apart.compute().images == 3
+    assert mixed.compute().valid_loss == pytest.approx(apart.compute().valid_loss, abs=1e-6)
 
 
 def test_predictions__are_kept_of_the_images_asked_for(batch):

@@ -110,20 +110,24 @@ def test_map__has_the_size_of_the_image(checkpoint):
         assert whole(photo(*size)).shape == tiled(photo(*size)).shape == size[::-1]
 
 
-def test_map__of_other_modes_and_orientations(checkpoint, tmp_path):
-    segment = load_segmenter(checkpoint)
-    colour, grey = photo(40, 33), photo(40, 33).convert("L")
-    expected = segment(grey.convert("RGB"))
-    assert np.array_equal(segment(grey), expected)
-    assert np.array_equal(segment(Image.fromarray(np.asarray(grey).astype(np.uint16) * 256 + 17)), expected)
-    clear = colour.copy()
-    clear.putalpha(40)
-    assert np.array_equal(segment(clear), segment(colour))
-    exif = Image.Exif()
+def test_map__of_a_photograph_that_is_turned(checkpoint, tmp_path):
+    segment, exif = load_segmenter(checkpoint), Image.Exif()
     exif[0x0112] = 6  # to be rotated by 90 degrees
-    colour.save(tmp_path / "rotated.png", exif=exif)
+    photo(40, 33).save(tmp_path / "rotated.png", exif=exif)
     found = segment(Image.open(tmp_path / "rotated.png"))
-    assert np.array_equal(found, segment(colour.transpose(Image.Transpose.ROTATE_270)))
+    assert np.array_equal(found, segment(photo(40, 33).transpose(Image.Transpose.ROTATE_270)))
+
+
+def test_map__of_a_large_or_thin_photograph_is_tiled(checkpoint, capsys):
+    segment = load_segmenter(checkpoint, res=448)
+    small, large = photo(512, 448), photo(3000, 200)  # 64 x 56 patches, and 840 x 56
+    assert segment(small).shape == (448, 512)
+    assert not capsys.readouterr().out
+    found = segment(large)
+    for size in ((1, 3000), (20_000, 3)):
+        assert segment(photo(*size)).shape == size[::-1]
+    assert capsys.readouterr().out.count("split into tiles of 512 pixels") == 1
+    assert np.array_equal(found, load_segmenter(checkpoint, res=448, tile=512)(large))
 
 
 def test_ids__of_matched_extra_and_unmatched_clusters(module, checkpoint, tmp_path):

@@ -128,6 +128,6 @@ def export(checkpoint: Checkpoint, path: Path) -> None:
             if name.startswith(ours)
         }
         content[part.replace("model", "optimizer")] = None  # as in the released files
-    for name, key in {"iter": "step", "best_iter": "step", "epoch": "epoch", "best_epoch": "epoch"}.items():
-        content[name] = about.get(key)
-    write_torch_file(content | {"best": float(sum(about.get("metrics", {}).values()))}, path)
+    step, epoch, best = about.get("step"), about.get("epoch"), sum(about.get("metrics", {}).values())
+    place = {"iter": step, "best_iter": step, "epoch": epoch, "best_epoch": epoch}
+    write_torch_file(content | place | {"best": float(best)}, path)

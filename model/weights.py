@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -132,17 +133,18 @@ def checked_state(state: Any, source: str) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise UserError(f"{source} is of type {type(state).__name__}, must be a dict of tensors")
     for name, value in state.items():
+        found = None
         if not isinstance(name, str) or not isinstance(value, Tensor):
             found = f"of type {type(value).__name__}"
-        elif not name.endswith(PARAMETERS):
-            continue
-        elif value.layout != torch.strided or not value.is_floating_point():
-            found = f"{value.dtype}, {value.layout}"
-        elif value.float().isfinite().all():
-            continue
-        else:
-            found = "not finite: it contains NaN or infinity"
-        raise UserError(f"{source}: {name} is {found}; must be a name and a dense tensor of finite numbers")
+        elif name.endswith(PARAMETERS):
+            if value.layout != torch.strided or not value.is_floating_point():
+                found = f"{value.dtype}, {value.layout}"
+            elif not value.float().isfinite().all():
+                found = "not finite: it contains NaN or infinity"
+        if found:
+            raise UserError(
+                f"{source}: {name} is {found}; must be named and a dense tensor of finite numbers"
+            )
     return state
 
 
@@ -160,21 +162,10 @@ def clean_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 
 def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """load_state_dict(strict=True); a UserError names the sizes of both sides and the first differences."""
-    wanted, differing = module.state_dict(), []
-    for name in sorted(state.keys() | wanted.keys()):
-        found, must = (list(each[name].shape) if name in each else "missing" for each in (state, wanted))
-        differing += [f"{name}: {found}, must be {must}"] if found != must else []
-    if differing:
-        sides = f"{source} ({_size(state)}) does not fit the options ({_size(wanted)})"
+    """Loads a state dict; a UserError names the first keys and shapes that differ."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        found = " ".join(shorten(line, 200) for line in str(error).splitlines()[1:4])
         hint = "compare model.* and the data set with those that the file was made for"
-        more = [f"and {len(differing) - 3} more"] if len(differing) > 3 else []
-        raise UserError(f"{sides}; {hint}: " + "; ".join([*differing[:3], *more]))
-    module.load_state_dict(state)
-
-
-def _size(state: dict[str, Tensor]) -> str:
-    """Width and number of blocks of the backbone in a state dict."""
-    widths = [value.shape[-1] for name, value in state.items() if name.endswith("pos_embed")]
-    blocks = {found[1] for name in state if (found := re.search(r"\bblocks\.(\d+)\.", name))}
-    return f"width {widths[0] if widths else 'unknown'}, {len(blocks)} blocks"
+        raise UserError(f"{source} does not fit the options; {hint}: {found}") from None

@@ -43,9 +43,7 @@ def test_published_format__round_trip(tiny_options, tmp_path):
 def test_published_format__other_number_of_classes_names_both_shapes(tiny_options, tmp_path):
     path = exported(build_module(tiny_options(), LABELS), tmp_path / "ckpt.pth")
     two = LabelSpace.with_spread_colours(("a", "b"))
-    with pytest.raises(
-        UserError, match=r"ckpt\.pth \(width 24, 2 blocks\) does not fit .*\[3, 24\].*\[2, 24\]"
-    ):
+    with pytest.raises(UserError, match=r"ckpt\.pth does not fit .*\[3, 24, 1, 1\].*\[2, 24, 1, 1\]"):
         build_module(tiny_options(), two, checkpoint=read_checkpoint(path))
 
 

@@ -27,6 +27,7 @@ from utils.vision.images import open_image, upright_rgb
 from utils.vision.transforms import RESAMPLING, normalise, resized, to_eight_bit
 from utils.vision.upsampling import upsampled_argmax, upsampled_norm
 
+CRF_BACKENDS = (False, "pydensecrf", "torch")
 MIN_TILE = 4  # patches per side, of which a quarter overlaps
 MAX_PASS, MAX_PATCHES = 64**2, 2**18  # patches of one forward pass, and of a photograph
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -70,8 +71,7 @@ class Predictor:
         checks = {
             f"head is {head}, must be {' or '.join(heads)}; linear needs labelled train data": head in heads,
             f"res is {res}, must be at least {patch}, one patch": self.res >= patch,
-            f"crf is {crf}, must be true, false, pydensecrf or torch": self.crf
-            in (False, "pydensecrf", "torch"),
+            f"crf is {crf}, must be true, false, pydensecrf or torch": self.crf in CRF_BACKENDS,
             f"{crf_missing()}; or set eval.crf_backend=torch": self.crf != "pydensecrf" or not crf_missing(),
             f"tile is {tile}, must be {tiles}": not tile or (tile >= MIN_TILE * patch and tile % patch == 0),
         }

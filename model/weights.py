@@ -142,9 +142,7 @@ def checked_state(state: Any, source: str) -> dict[str, Tensor]:
             elif not value.float().isfinite().all():
                 found = "not finite: it contains NaN or infinity"
         if found:
-            raise UserError(
-                f"{source}: {name} is {found}; must be named and a dense tensor of finite numbers"
-            )
+            raise UserError(f"{source}: {name} is {found}; must be a dense tensor of finite numbers")
     return state
 
 

@@ -30,13 +30,8 @@ def mask_ids(
 ) -> tuple[list[str], list[Colour], list[int]]:
     """Ids of a mask: those of the classes, followed by the clusters without a class.
 
-    Args:
-        labels: the classes.
-        assignment: class of each cluster, outside [0, n_classes) for none; None keeps the clusters' numbers.
-        n_clusters: K.
-
-    Returns:
-        Name and (red, green, blue) of each id, and the id of each cluster.
+    `assignment` holds the class of each cluster, outside [0, n_classes) for none; None keeps the clusters'
+    numbers. Returns name and (red, green, blue) of each id, and the id of each cluster.
     """
     spread = LabelSpace.with_spread_colours(tuple(map(str, range(IGNORE)))).palette
     unused = [colour for colour in spread[labels.n_classes :] if colour not in labels.palette]

@@ -101,6 +101,7 @@ def test_read__neither_format(tmp_path, content):
         ("step", "last", "ppap.step"),
         ("state", {"a.weight": 1}, "state_dict: a.weight is of type int"),
         ("state", [], "state_dict is of type list"),
+        ("state", {"cluster_probe.clusters": torch.ones(())}, "ppap: .*3 entries for 1 clusters"),
         ("state", {"a.weight": torch.ones(2, dtype=torch.int64)}, "a.weight is torch.int64"),
         ("state", {"a.bias": torch.ones(2, dtype=torch.complex64)}, "a.bias is torch.complex64"),
         ("state", {"a.bias": torch.eye(2).to_sparse()}, "a.bias is .*sparse"),

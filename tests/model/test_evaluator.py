@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from model.evaluator import CLUSTER_ALPHA, Evaluator
 from model.probes import ClusterProbe, LinearProbe
-from utils.vision.crf import CrfPool, refine
+from utils.vision.crf import refine
 from utils.vision.mean_field import MeanField
 
 
@@ -108,17 +108,6 @@ def test_crf__literal_logits_reach_the_workers(batch):
         assert image.shape == (40, 48, 3)
         for head, literal in zip(heads, expected, strict=True):
             np.testing.assert_allclose(head.at((40, 48)), literal[place].numpy(), atol=1e-4)
-
-
-def test_crf__pool_counts_every_image_once(batch):
-    with CrfPool(2) as pool:
-        evaluator = Evaluator(3, 4, is_direct=False, with_linear=True, refiner=pool)
-        for _ in range(3):
-            add(evaluator, batch)
-        evaluator.finish_refining()
-    valid = int((batch["label"] < 3).sum()) * 3
-    assert int(evaluator.refined["cluster"].compute().sum()) == valid
-    assert int(evaluator.refined["linear"].compute().sum()) == valid
 
 
 class InProcess(list):

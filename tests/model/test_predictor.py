@@ -229,17 +229,6 @@ def test_images__a_damaged_one_is_skipped_with_status_1(run, tmp_path, capsys):
     assert "bad.jpg" in json.loads((tmp_path / "masks/legend.json").read_text())["left_out"][0]
 
 
-def test_folder__unknown_ids_and_videos(checkpoint, tmp_path):
-    photo(20, 20).save(tmp_path / "a.png")
-    segment = load_segmenter(checkpoint)
-    with pytest.raises(UserError, match="--names: 99=x: must be an id from 0 to 2"):
-        predict_folder(segment, tmp_path / "a.png", tmp_path / "out", names="99=x")
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "walk.mp4").touch()
-    with pytest.raises(LeftOut, match=r"ffmpeg -i walk.mp4"):
-        predict_folder(segment, tmp_path / "walk.mp4", tmp_path / "out")
-
-
 def test_photograph__as_file_picture_and_array(checkpoint, tmp_path):
     predictor = load_segmenter(checkpoint)
     pixels = np.random.default_rng(3).integers(256, size=(40, 56, 3), dtype=np.uint8)

@@ -43,7 +43,8 @@ class Predictor:
         res: shorter side in pixels at which the network sees a photograph; None is `dataset.val_res`.
         head: "cluster" or "linear".
         crf: whether to refine; True uses `eval.crf_backend`, "pydensecrf" or "torch" overrides it.
-        tile: side in pixels of overlapping tiles; None tiles photographs of more than 4,096 patches only.
+        tile: side in pixels of overlapping tiles; None tiles photographs of more than 4,096 patches only,
+            and reduces extremely large or thin ones to 262,144 patches.
 
     Attributes:
         names: name of each id of a class map: a class, or a cluster without a class.
@@ -115,9 +116,9 @@ class Predictor:
         return self._ids[channels[0].cpu().numpy()]
 
     def _network_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(W, H) at which the network sees a photograph; an extremely thin one is smaller than `res`."""
+        """(W, H) at which the network sees a photograph: without `tile`, at most `MAX_PATCHES`."""
         width, height = resized(size, self.res)
-        shrink = min(1, math.sqrt(MAX_PATCHES * self.patch**2 / (width * height)))
+        shrink = 1 if self.tile else min(1, math.sqrt(MAX_PATCHES * self.patch**2 / (width * height)))
         return math.ceil(width * shrink), math.ceil(height * shrink)
 
     def _automatic_tile(self, image: Tensor) -> int | None:
@@ -126,7 +127,9 @@ class Predictor:
         if math.prod(self.module.segmenter.grid(image)) <= MAX_PASS:
             return None
         if not self._announced:
-            print(f"images of more than {MAX_PASS:,} patches are split into tiles of {side} pixels (--tile)")
+            print(
+                f"images above {MAX_PASS:,} patches are tiled, above {MAX_PATCHES:,} reduced, without --tile"
+            )
         self._announced = True
         return side
 

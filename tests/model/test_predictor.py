@@ -126,7 +126,7 @@ def test_map__of_a_large_or_thin_photograph_is_tiled(checkpoint, capsys):
     found = segment(large)
     for size in ((1, 3000), (20_000, 3)):
         assert segment(photo(*size)).shape == size[::-1]
-    assert capsys.readouterr().out.count("split into tiles of 512 pixels") == 1
+    assert capsys.readouterr().out.count("images above 4,096 patches are tiled") == 1
     assert np.array_equal(found, load_segmenter(checkpoint, res=448, tile=512)(large))
 
 

@@ -127,9 +127,7 @@ class Predictor:
         if math.prod(self.module.segmenter.grid(image)) <= MAX_PASS:
             return None
         if not self._announced:
-            print(
-                f"images above {MAX_PASS:,} patches are tiled, above {MAX_PATCHES:,} reduced, without --tile"
-            )
+            print(f"images above {MAX_PASS:,} patches are tiled, above {MAX_PATCHES:,} reduced; see --tile")
         self._announced = True
         return side
 

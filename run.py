@@ -41,9 +41,8 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
     from dataset import build_data, spread_indices
     from model import build_module
     from model.callbacks import HtmlReport, WandbImages
-    from model.checkpoint import read_checkpoint
+    from model.checkpoint import open_checkpoint
     from model.results import run_summary
-    from utils.files import find_checkpoint
     from utils.training.checkpointing import CheckpointManager
     from utils.training.device import explained_errors, hardware_settings
     from utils.training.loggers import build_loggers, wandb_runs
@@ -51,7 +50,7 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
     from utils.training.trainer import build_trainer
 
     hardware, data = hardware_settings(options), build_data(options)
-    start = options.checkpoint and read_checkpoint(find_checkpoint(options.checkpoint, options.output_dir))
+    start = options.checkpoint and open_checkpoint(options.checkpoint, options.output_dir)
     validation = data.validation_set
     indices = spread_indices(options.eval.pictures, len(validation))
     known = {"checkpoint": start or None, "train_labelled": data.train_labelled, "pictured": indices}
@@ -100,7 +99,7 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
         reset_peak_memory()
         try:
             seconds, report, images = train(options, run_dir)
-            result = evaluate(options, checkpoint=run_dir.best, folder=run_dir.path)
+            result = evaluate(options, checkpoint=run_dir.path, folder=run_dir.path)  # best.ckpt
             result |= {"train_hours": seconds / 3600, "peak_memory_gib": peak_memory_gib()}
             if options.eval.last_step:
                 last = run_dir.path / "last"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from model.backbone import BackboneSpec, FrozenViT
-from model.checkpoint import Checkpoint, read_checkpoint, stored_options
+from model.checkpoint import Checkpoint, open_checkpoint, stored_options
 from model.criterion import register_loss
 from model.module import PPAPModule
 from model.predictor import Predictor
@@ -16,7 +16,6 @@ from utils.config.loading import build_options, find_option_file, load_options
 from utils.config.options import ARCHS, Options
 from utils.config.plugins import load_plugins, report_changes
 from utils.errors import UserError
-from utils.files import find_checkpoint
 from utils.training.randomness import seeded
 from utils.vision.labels import LabelSpace
 
@@ -111,7 +110,7 @@ def load_segmenter(
     """
     if isinstance(opt, str):
         opt = load_options(find_option_file(opt))
-    loaded = read_checkpoint(find_checkpoint(str(checkpoint), (opt or Options()).output_dir))
+    loaded = open_checkpoint(str(checkpoint), (opt or Options()).output_dir)
     about = loaded.about
     if opt is None:
         flat = stored_options(loaded)

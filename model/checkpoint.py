@@ -12,6 +12,7 @@ from model.weights import checked_state
 from utils.config.loading import flatten
 from utils.config.options import REMOVED_KEYS
 from utils.errors import UserError
+from utils.files import find_checkpoints
 from utils.training.torch_files import read_torch_file, write_torch_file
 from utils.vision.labels import IGNORE, LabelSpace
 
@@ -71,6 +72,17 @@ class Checkpoint:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Reads and validates a checkpoint of either format."""
     return parse_checkpoint(path, read_torch_file(path, "checkpoint"))
+
+
+def open_checkpoint(name: str, output_dir: str) -> Checkpoint:
+    """Reads the first intact one of `find_checkpoints`; the damaged ones before it are named."""
+    *preferred, last = find_checkpoints(name, output_dir)
+    for path in preferred:
+        try:
+            return read_checkpoint(path)
+        except UserError as error:
+            print(f"{error}; trying the next checkpoint")
+    return read_checkpoint(last)
 
 
 def parse_checkpoint(path: Path, content: Any) -> Checkpoint:

@@ -157,7 +157,12 @@ class Predictor:
 def _as_rgb(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
     if isinstance(image, (str, Path)):
         return open_image(Path(image))
-    return upright_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image, "the image")
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            found = f"{image.shape} {image.dtype}"
+            raise UserError(f"the image is an array {found}, must be (H, W, 3) uint8, RGB")
+        image = Image.fromarray(image)
+    return upright_rgb(image, "the image")
 
 
 def tiled_code(

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,23 @@ def photographs(tmp_path):
         "dataloader__num_workers": 2,
         "train__epoch": 6,
     }
+
+
+@pytest.mark.parametrize("words", [[], ["--images", "photo.png", "--out", "masks"], ["--export", "out.pth"]])
+def test_flipped_bit__another_checkpoint_takes_its_place(tmp_path, whole, monkeypatch, capsys, words):  # noqa: F811
+    """In best.ckpt of a run; without a second checkpoint it is an error that names the file."""
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "photo.png", picture(0))
+    (folder := tmp_path / "run").mkdir()
+    content = bytearray((whole / "best.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "best.ckpt").write_bytes(content)
+    words = ["--checkpoint", "run", *words, "eval.is_crf=false"]
+    with pytest.raises(UserError, match=r"best\.ckpt: not a readable checkpoint"):
+        evaluation.main(words)
+    shutil.copy(whole / "last.ckpt", folder)
+    evaluation.main(words)
+    assert "trying the next checkpoint" in capsys.readouterr().out
 
 
 def signalled(function, signum):

@@ -16,7 +16,7 @@ from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENS_FOLDER = "tokens"  # below output_dir; shared by all runs
-CHECKPOINTS = ("best.ckpt", "best.pth", "ckpt.pth")  # in this order
+CHECKPOINTS = ("best.ckpt", "best.pth", "ckpt.pth", "last.ckpt")  # in this order
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -108,15 +108,14 @@ def weights_file(name: str) -> Path:
     return Path(name) if os.path.exists(name) else REPOSITORY / name
 
 
-def find_checkpoint(name: str, output_dir: str) -> Path:
-    """Finds a checkpoint: a file, or one of `CHECKPOINTS` in a folder or in a run below `output_dir`."""
+def find_checkpoints(name: str, output_dir: str) -> list[Path]:
+    """Finds checkpoints: a file, or those of `CHECKPOINTS` in a folder or in a run below `output_dir`."""
     if not name:
         raise UserError("no checkpoint is named: give --checkpoint a file, a folder or the name of a run")
     folders = (Path(name), Path(output_dir, name))
     places = [Path(name), *(folder / file for folder in folders for file in CHECKPOINTS)]
-    for place in places:
-        if os.path.isfile(place):  # unlike Path.is_file, False for a name that is too long
-            return place
+    if found := [place for place in places if os.path.isfile(place)]:  # False for a name that is too long
+        return found
     runs = sorted({path.parent.name for file in CHECKPOINTS for path in Path(output_dir).glob(f"*/{file}")})
     known = f"runs in {output_dir}: {', '.join(runs)}" if runs else f"{output_dir} contains no run"
     raise UserError(f"checkpoint {name}: none of {', '.join(map(str, places[1:]))} exists; {known}")

@@ -14,7 +14,7 @@ from model.segmenter import Segmenter
 from model.weights import backbone_spec
 from utils.config.loading import as_tree, load_options
 from utils.errors import UserError
-from utils.files import find_checkpoint
+from utils.files import find_checkpoints
 from utils.vision.labels import LabelSpace
 
 EXPERIMENTS = {
@@ -71,13 +71,13 @@ def test_find__order_of_names_and_places(tmp_path):
     folder.mkdir(parents=True)
     for name in ("ckpt.pth", "best.pth", "best.ckpt"):
         (folder / name).touch()
-        assert find_checkpoint("run", str(tmp_path / "output")) == folder / name
-        assert find_checkpoint(str(folder), "elsewhere") == folder / name
-    assert find_checkpoint(str(folder / "best.pth"), "elsewhere") == folder / "best.pth"
+        assert find_checkpoints("run", str(tmp_path / "output"))[0] == folder / name
+        assert find_checkpoints(str(folder), "elsewhere")[0] == folder / name
+    assert find_checkpoints(str(folder / "best.pth"), "elsewhere") == [folder / "best.pth"]
     with pytest.raises(UserError, match=r"runs in .*: run"):
-        find_checkpoint("ran", str(tmp_path / "output"))
+        find_checkpoints("ran", str(tmp_path / "output"))
     with pytest.raises(UserError, match="no checkpoint is named"):
-        find_checkpoint("", str(tmp_path))
+        find_checkpoints("", str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [{"weights": 1}, [1, 2], {}, {"ppap": {}}])

@@ -19,7 +19,7 @@ import torch
 from utils.config.loading import as_tree, flatten
 from utils.config.options import Options
 from utils.config.plugins import plugin_digests, report_changes
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.files import exclusive, make_folder, move_aside, read_json_object, write_json
 from utils.training.launch import cores, is_rank_zero
 from utils.training.torch_files import read_torch_file, write_torch_file
@@ -126,22 +126,21 @@ class RunDir:
         whole = {}
         for path in filter(Path.exists, (self.last, self.best)):
             try:
-                whole[path] = read_torch_file(path, "checkpoint")
+                content = read_torch_file(path, "checkpoint")
+                whole[path] = content, _progress(content, path)
             except UserError as error:
                 print(f"{error}; skipping this checkpoint")
         if not whole:
             print(f"{self.path}: no checkpoint to resume from, starting a new run")
             return None, Progress()
-        path = next(iter(whole))
-        progress = Progress(**whole[path]["progress"])
+        path, (content, progress) = next(iter(whole.items()))
         if self.best not in whole and progress.best > -math.inf and is_rank_zero():
-            progress = self._replace_best(whole[path])
+            progress = self._replace_best(content, progress)
         print(f"resuming after step {progress.step:,} from {path}")
         return path, progress
 
-    def _replace_best(self, content: dict[str, Any]) -> Progress:
+    def _replace_best(self, content: dict[str, Any], progress: Progress) -> Progress:
         """Writes the content of last.ckpt to best.ckpt; its score counts if it was validated at its step."""
-        progress = Progress(**content["progress"])
         own = progress.score if progress.scored_step == progress.step else -math.inf
         content["progress"]["best"] = own
         for path in (self.best, self.last):
@@ -159,6 +158,13 @@ class RunDir:
                 f"{self.path}: the data changed since the run was started ({difference}); restore it, "
                 "continue knowingly with resume_on_other_data=true, or choose another wandb.name"
             )
+
+
+def _progress(content: Any, path: Path) -> Progress:
+    try:
+        return Progress(**content["progress"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: progress is not as it was written ({first_line(error)})") from None
 
 
 def first_difference(before: dict[str, dict[str, int]], now: dict[str, dict[str, int]]) -> str | None:

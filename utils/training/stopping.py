@@ -66,13 +66,11 @@ class StopSignal:
 
 
 def follow_main_process(*_: Any) -> None:
-    """Makes a worker end with its main process, and leaves the answer to signals to that one.
+    """Makes a worker end with its main process, and not before: a step in progress needs its workers.
 
-    A signal to the whole process group must not take the workers from a step that is to be finished. The
-    second SIGTERM is the one by which PyTorch ends its workers.
+    In a process group of its own, it does not get signals to that of the main process, such as Ctrl-C.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _ignore_once)
+    os.setpgid(0, 0)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
@@ -83,10 +81,6 @@ def worker_was_killed(error: BaseException) -> bool:
     """Whether an error comes from a DataLoader worker that was killed, or from the pipe it wrote to."""
     said = any(words in str(error) for words in ("DataLoader worker (pid", "shared memory"))
     return said or isinstance(error, (ConnectionError, EOFError))
-
-
-def _ignore_once(signum: int, _frame: Any) -> None:
-    signal.signal(signum, lambda *_: os._exit(0))
 
 
 def _exit_after_main_process() -> None:

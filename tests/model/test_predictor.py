@@ -236,7 +236,9 @@ def test_photograph__as_file_picture_and_array(checkpoint, tmp_path):
     expected = predictor(Image.fromarray(pixels))
     for given in (pixels, tmp_path / "a.png", str(tmp_path / "a.png")):
         assert np.array_equal(predictor(given), expected)
-    assert np.array_equal(predictor(pixels[..., 0]), predictor(Image.fromarray(pixels[..., 0])))
+    for wrong in (pixels[..., 0], pixels.astype(float)):
+        with pytest.raises(UserError, match=r"must be \(H, W, 3\) uint8"):
+            predictor(wrong)
 
 
 def test_folder__flat_masks_and_a_contact_sheet(checkpoint, tmp_path):

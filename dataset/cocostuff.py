@@ -26,12 +26,9 @@ COARSE_OF_FINE = (
     *(20, 17, 17, 22, 14, 18, 18, 18, 18, 18, 18, 18, 26, 26, 19, 19, 24),
 )
 LISTS = {
-    ("cocostuff27", "train"): "Coco164kFull_Stuff_Coarse.txt",
-    ("cocostuff27", "val"): "Coco164kFull_Stuff_Coarse_7.txt",
-    ("cocostuff15", "train"): "Coco164kFull_Stuff_Coarse_7.txt",
-    ("cocostuff15", "val"): "Coco164kFull_Stuff_Coarse_7.txt",
-    ("cocostuff3", "train"): "Coco164kFew_Stuff_6.txt",
-    ("cocostuff3", "val"): "Coco164kFew_Stuff_6.txt",
+    "cocostuff27": {"train": "Coco164kFull_Stuff_Coarse.txt", "val": "Coco164kFull_Stuff_Coarse_7.txt"},
+    "cocostuff15": dict.fromkeys(("train", "val"), "Coco164kFull_Stuff_Coarse_7.txt"),
+    "cocostuff3": dict.fromkeys(("train", "val"), "Coco164kFew_Stuff_6.txt"),
 }
 CLASSES = {"cocostuff27": NAMES, "cocostuff15": NAMES[12:], "cocostuff3": ("sky", "plant", "ground")}
 
@@ -46,7 +43,7 @@ class CocoStuff(FileSource):
 
     def __init__(self, options: DatasetOptions, split: str) -> None:
         root, folder = Path(options.data_path), f"{split}2017"
-        listing = root / "curated" / folder / LISTS[options.data_type, split]
+        listing = root / "curated" / folder / LISTS[options.data_type][split]
         require_files(options, [listing])
         ids = listing.read_text().split()
         images = [root / "images" / folder / f"{name}.jpg" for name in ids]

@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from dataset import DATA_SETS
 from dataset.base import Source, classes_of
 from dataset.crops import CROPS, crop_boxes, prepared_folder
-from utils.config.cli import guarded, parse_overrides
-from utils.config.loading import find_option_file, load_options
+from utils.config.cli import guarded, plan_jobs
 from utils.config.options import WITHOUT_FOLDER, DatasetOptions, Options
 from utils.errors import UserError, exit_on_signals, listed
 from utils.files import exclusive, make_folder, replacing
@@ -37,8 +36,8 @@ class CropWriter(Dataset):
         self.source, self.folder = source, folder
         self.kind, self.ratio = options.crop_type, options.crop_ratio
         existing = set(folder.glob("*/train/*"))
-        missing = (n // CROPS for n in range(CROPS * len(source)) if not existing.issuperset(self._paths(n)))
-        self.todo = list(dict.fromkeys(missing))
+        numbers = range(CROPS * len(source))
+        self.todo = sorted({n // CROPS for n in numbers if not existing.issuperset(self._paths(n))})
 
     def __len__(self) -> int:
         return len(self.todo)
@@ -70,22 +69,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; further words are in `overrides`."""
     parser = argparse.ArgumentParser(description="Write the five crops of each train image to files.")
     parser.add_argument("--opt", required=True, help="option file: a path, or a name in json/, json/server/")
-    parser.add_argument("--data_path", help="folder of the data set")
+    parser.add_argument("--data_path", dest="dataset.data_path", metavar="DIR", help="folder of the data set")
     parser.add_argument("--workers", type=int, default=cores(), help="processes; default: one per core")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")
     parser.add_argument("overrides", nargs="*", help="key=value")
+    parser.set_defaults(test=False, checkpoint=None)  # flags of run.py
     return parser.parse_intermixed_args(argv)
 
 
 def chosen_options(arguments: argparse.Namespace) -> Options:
     """The options of a training run with the same arguments."""
-    overrides = parse_overrides(arguments.overrides)
-    swept = [f"{key} has several values, must have one" for key, v in overrides.choices.items() if len(v) > 1]
-    if overrides.mistakes or swept:
-        raise UserError([*overrides.mistakes, *swept], "the command line")
-    given = {} if arguments.data_path is None else {"dataset.data_path": arguments.data_path}
-    given |= {key: values[0] for key, values in overrides.choices.items()}
-    return load_options(find_option_file(arguments.opt), given)
+    jobs = plan_jobs(arguments)
+    if len(jobs) > 1:
+        raise UserError(f"the overrides describe a sweep of {len(jobs)} runs; give each key one value")
+    return jobs[0].options
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,21 +11,9 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
-from dataset.base import (
-    DataSetKind,
-    FileSource,
-    SegmentationDataset,
-    Source,
-    class_rule,
-    spread_indices,
-)
+from dataset.base import DataSetKind, FileSource, SegmentationDataset, Source, class_rule, spread_indices
 from dataset.crops import CROPS, prepared_folder
-from dataset.samplers import (
-    EvaluationBatchSampler,
-    TrainBatchSampler,
-    loader_workers,
-    validation_batch_size,
-)
+from dataset.samplers import EvaluationBatchSampler, TrainBatchSampler, loader_workers, validation_batch_size
 from dataset.token_cache import Encoder, TokenDataset, TokenLoader, cache_tokens
 from dataset.verify import sound_items
 from utils.config.options import DatasetOptions, Options
@@ -44,13 +32,12 @@ class SegmentationDataModule(LightningDataModule):
 
     def __init__(self, options: Options, kind: DataSetKind, *, train: bool = True) -> None:
         super().__init__()
-        chosen, batch = options.dataset, options.dataloader.batch_size
+        chosen, batch, workers = options.dataset, options.dataloader.batch_size, loader_workers(options)
         source, crops = _open_train(chosen, kind) if train else (None, None)
         sources = ({"train": source} if train else {}) | {"val": kind.source(chosen, "val")}
         kept, self.damaged = {}, []
         if chosen.check_files or chosen.skip_damaged:
-            reading = {"skip": chosen.skip_damaged, "workers": loader_workers(options)}
-            kept, self.damaged = sound_items(sources, **reading)
+            kept, self.damaged = sound_items(sources, skip=chosen.skip_damaged, workers=workers)
         self.options, self.kind, self.labels = options, kind, kind.labels(chosen)
         geometry = Geometry(chosen.val_res, "center", chosen.interpolation)
         self.validation_set = SegmentationDataset(sources["val"], geometry, kept=kept.get("val"))
@@ -62,7 +49,7 @@ class SegmentationDataModule(LightningDataModule):
             self.validation_set = SegmentationDataset(photographs, geometry, kept=examples, hides_labels=True)
         self.train_set, self.train_labelled = None, train and source.labelled
         if train:
-            if (workers := loader_workers(options)) < (wanted := options.dataloader.num_workers):
+            if workers < (wanted := options.dataloader.num_workers):
                 print(f"dataloader.num_workers is {wanted}; using {workers}, the number of cores")
             geometry = Geometry(chosen.res, chosen.loader_crop_type, chosen.interpolation)
             seed = options.train.seed

@@ -57,7 +57,6 @@ class Target:
     data_types: tuple[str, ...]  # values of `dataset.data_type` that read it
     plans: tuple[tuple[File, ...], ...]  # ways to get it, the preferred one first
     opt: str  # arguments of --opt in the next commands
-    crops: bool = False  # whether to suggest writing crops
     account: str = ""  # what to do if the files need an account; {root} is the folder
 
 
@@ -72,7 +71,7 @@ def _stego(name: str, size: int, *wanted: str) -> tuple[File]:
 # The exact sizes and SHA-256 are those in torchvision's prototype data sets. The size of the labels is from
 # COCO-Stuff's page, those of STEGO's archives are estimated from the number of pixels.
 SPLITS = ("train2017", "val2017")
-COCO_LISTS = sorted({f"curated/{split}2017/{name}" for (_, split), name in LISTS.items()})
+COCO_LISTS = sorted({f"curated/{split}2017/{name}" for each in LISTS.values() for split, name in each.items()})
 COCO_FOLDERS = [f"{part}/{split}" for part in ("curated", "images", "annotations") for split in SPLITS]
 COCOSTUFF = (
     *(File(name, PICIE, 700_000) for name in COCO_LISTS),  # small files first: a dead address shows early
@@ -97,11 +96,8 @@ TARGETS = {
         ("cocostuff27", "cocostuff15", "cocostuff3"),
         (COCOSTUFF, _stego("cocostuff", 21_000_000_000, *COCO_FOLDERS)),
         "cocostuff.json",
-        crops=True,
     ),
-    "cityscapes": Target(
-        ("cityscapes",), (CITYSCAPES,), "cityscapes_base.json", crops=True, account=CITYSCAPES_ACCOUNT
-    ),
+    "cityscapes": Target(("cityscapes",), (CITYSCAPES,), "cityscapes_base.json", CITYSCAPES_ACCOUNT),
     "potsdam": Target(("potsdam",), (POTSDAM,), "potsdam.json"),
     "potsdamraw": Target(("potsdamraw",), (POTSDAMRAW,), "potsdam.json dataset.data_type=potsdamraw"),
 }
@@ -140,7 +136,8 @@ def main(argv: Sequence[str] | None = None, *, targets: Mapping[str, Target] = T
             hint = "delete the folder or list that is incomplete and run the same command again"
             raise UserError([*error.mistakes, hint], f"the downloaded {root}") from None
     print("\n".join([f"{root}: {arguments.target} is complete", *lines, "next:"]))
-    for program in ("dataset/crop_datasets.py", "run.py") if target.crops else ("run.py",):
+    cropped = DATA_SETS[target.data_types[0]].cropped
+    for program in ("dataset/crop_datasets.py", "run.py") if cropped else ("run.py",):
         print(f"  python {program} --opt {target.opt} --data_path {shlex.quote(str(root))}")
 
 

@@ -58,21 +58,17 @@ class ImageFolder(FileSource):
         root = Path(options.data_path)
         plain = not (root / "imgs").is_dir()
         folder = root if plain else root / "imgs" / split
-        images, skipped = find_images(folder, without=root / CROPS_FOLDER)
-        if split == "train":
-            if not images:
-                endings = ", ".join(sorted(IMAGE_ENDINGS))
-                message = f"{folder} holds no image ({endings}); put yours there"
-                raise UserError(f"dataset.data_path is {root}: {message}" + (skipped and f"; {skipped}"))
-        elif plain:
-            images, skipped = [], ""
+        used = split == "train" or not plain
+        images, skipped = find_images(folder, without=root / CROPS_FOLDER) if used else ([], "")
+        if split == "train" and not images:
+            endings = ", ".join(sorted(IMAGE_ENDINGS))
+            message = f"{folder} holds no image ({endings}); put yours there"
+            raise UserError(f"dataset.data_path is {root}: {message}" + (skipped and f"; {skipped}"))
         if skipped:
             print(f"{folder}: skipped {skipped}")
         ignore, n_classes = _read_classes(options).ignore, labels(options).n_classes
         if ignore < n_classes:
-            raise UserError(
-                f"{root}/classes.json: ignore is {ignore}, but class ids are 0 to {n_classes - 1}"
-            )
+            raise UserError(f"{root}/classes.json: ignore is {ignore}, a class id (0 to {n_classes - 1})")
         rule = class_rule({class_id: class_id for class_id in range(n_classes)}, ignored=[ignore])
         super().__init__(images, _targets(images, folder, root / "labels" / split), rule=rule)
 

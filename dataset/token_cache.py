@@ -7,7 +7,6 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from utils.training.device import upload
 from utils.training.stopping import follow_main_process
 
 FORMAT = 3  # raised when tokens or labels change for the same inputs
+NAMES = ("tokens.npy", "labels.npy")
 KEPT_FREE = 16 * 2**30  # bytes of a GPU that are left to training
 Encoder = Callable[[Tensor], Tensor]  # images (B, 3, H, W) uint8 on the CPU -> tokens (B, T, D)
 
@@ -91,14 +91,9 @@ def cache_tokens(
     model: str,
     device: torch.device,
 ) -> TokenDataset:
-    """Encodes all items, or finds files of an earlier run.
+    """Encodes all items of a split into tokens of `shape` (T, D), or finds the files of an earlier run.
 
-    Args:
-        items, encode, options: the data set, the frozen backbone and the options of the run.
-        split: "train" or "val".
-        shape: (T, D).
-        model: names the weights.
-        device: of the run; a GPU holds the tokens of "ram" if it has room.
+    `model` names the weights; a GPU `device` holds the tokens of "ram" if it has room.
     """
     shapes = (len(items), *shape), (len(items), items.geometry.res, items.geometry.res)
     size = int(2 * np.prod(shapes[0]) + np.prod(shapes[1]))  # bytes
@@ -115,18 +110,17 @@ def cache_tokens(
     about += ("labels hidden",) if items.hides_labels else ()
     key = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
     path = make_folder(Path(options.output_dir) / TOKENS_FOLDER) / f"{split}-{key}"
-    names = ("tokens.npy", "labels.npy")
     with exclusive(path):  # another run or process may be writing the same cache
         print(f"{split} tokens: {size / 2**30:.2f} GiB in {path}")
         if not path.is_dir():
-            _require_space(path.parent, size)
-            with _new_folder(path) as part:
-                kinds = zip(names, (np.float16, np.uint8), shapes, strict=True)
-                arrays = [open_memmap(part / name, "w+", dtype, each) for name, dtype, each in kinds]
-                fill(*map(torch.from_numpy, arrays))
-                for array in arrays:
-                    array.flush()
-    return TokenDataset(**vars(items), stored=[path / name for name in names])
+            if (free := shutil.disk_usage(path.parent).free) < size:
+                raise UserError(
+                    f"dataset.cache_features is disk: {path.parent} needs {size / 2**30:.2f} GiB, but only "
+                    f"{free / 2**30:.2f} GiB are free; free some space, choose another output_dir, or set "
+                    "dataset.cache_features=null"
+                )
+            _write(path, shapes, fill)
+    return TokenDataset(**vars(items), stored=[path / name for name in NAMES])
 
 
 def _fill(
@@ -139,22 +133,16 @@ def _fill(
         labels[batch.index] = batch.label.to(labels.device)
 
 
-def _require_space(folder: Path, size: int) -> None:
-    if (free := shutil.disk_usage(folder).free) < size:
-        raise UserError(
-            f"dataset.cache_features is disk: {folder} needs {size / 2**30:.2f} GiB, but only "
-            f"{free / 2**30:.2f} GiB are free; free some space, set output_dir to another disk, or set "
-            "dataset.cache_features=null"
-        )
-
-
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` if the block succeeds."""
+def _write(path: Path, shapes: Sequence[tuple[int, ...]], fill: Callable[[Tensor, Tensor], None]) -> None:
+    """Fills the files of a temporary folder, which becomes `path` if that succeeds."""
     part = path.with_suffix(".part")
     part.mkdir(exist_ok=True)
     try:
-        yield part
+        kinds = zip(NAMES, (np.float16, np.uint8), shapes, strict=True)
+        arrays = [open_memmap(part / name, "w+", dtype, shape) for name, dtype, shape in kinds]
+        fill(*map(torch.from_numpy, arrays))
+        for array in arrays:
+            array.flush()
         part.rename(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)

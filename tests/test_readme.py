@@ -34,8 +34,8 @@ JOINED = re.sub(r"\\\n\s*", "", "\n".join(TEXTS.values()))  # continuation lines
 OPTIONS = REPOSITORY / "json/README.md"
 VARIANTS = {"ablation.json"}
 WRITTEN = {  # JSON files that the program writes or reads beside option files
-    "metrics.json", "options.json", "provenance.json", "classes.json", "other.json", "left_out.json",
-    "explain.json", "legend.json", *VARIANTS,
+    "metrics.json", "options.json", "provenance.json", "data.json", "classes.json", "other.json",
+    "left_out.json", "explain.json", "legend.json", *VARIANTS,
 }  # fmt: skip
 
 

@@ -150,7 +150,7 @@ def test_mistake__nothing_to_prepare(words, directory, changed):
 
 
 def test_mistake__in_the_arguments(words, tmp_path):
-    with pytest.raises(UserError, match=r"dataset\.crop_ratio has several values"):
+    with pytest.raises(UserError, match=r"a sweep of 2 runs"):
         main(words(tmp_path, "dataset.crop_ratio=0.4,0.5"))
     with pytest.raises(UserError, match="no such file"):
         main(["--opt", "cocostuf.json"])

@@ -71,7 +71,7 @@ def _stego(name: str, size: int, *wanted: str) -> tuple[File]:
 # The exact sizes and SHA-256 are those in torchvision's prototype data sets. The size of the labels is from
 # COCO-Stuff's page, those of STEGO's archives are estimated from the number of pixels.
 SPLITS = ("train2017", "val2017")
-COCO_LISTS = sorted({f"curated/{split}2017/{name}" for each in LISTS.values() for split, name in each.items()})
+COCO_LISTS = sorted({f"curated/{split}2017/{each[split]}" for each in LISTS.values() for split in each})
 COCO_FOLDERS = [f"{part}/{split}" for part in ("curated", "images", "annotations") for split in SPLITS]
 COCOSTUFF = (
     *(File(name, PICIE, 700_000) for name in COCO_LISTS),  # small files first: a dead address shows early

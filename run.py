@@ -150,17 +150,19 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     from utils.plots.sweep import write_sweep
     from utils.plots.tables import sweep_table
 
-    planned, finished, rows, done = [planned_runs(job) for job in jobs], [], [], 0
-    total, began = sum(map(len, planned)), time.monotonic()
+    planned, finished, rows, done, spent = [planned_runs(job) for job in jobs], [], [], 0, 0.0
+    total = sum(map(len, planned))
     for job, runs in zip(jobs, planned, strict=True):
         results = {}
         for options in runs:
             kind = "frozen baseline" if options.train.frozen else options.training_coeff.loss
-            left = (time.monotonic() - began) / max(1, done) * (total - done)
+            left, began = spent / max(1, done) * (total - done), time.monotonic()
             place = f", run {done + 1} of {total}" + (f", about {duration(left)} left" if done else "")
             print(f"\n{options.wandb.name}: {kind}{place if total > 1 else ''}")
-            results[options.wandb.name] = run_one(options, evaluate_only=job.evaluate_only)
+            results[options.wandb.name] = result = run_one(options, evaluate_only=job.evaluate_only)
             done += 1
+            # of a run that was finished before, the time it took then
+            spent += max(time.monotonic() - began, 3600 * result.get("train_hours", 0))
         print(closing_words(job, results, alone=len(jobs) == 1))
         finished.append(list(results.values())[-1])
         rows += sweep_results(job, results)

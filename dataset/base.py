@@ -55,6 +55,10 @@ class Source(ABC):
         """The label file of an item, if it has one."""
         return None
 
+    def files(self, index: int) -> tuple[str | Path | None, ...]:
+        """The files of an item."""
+        return self.name(index), self.label_path(index)
+
     def digest(self) -> str:
         """SHA-256 of the label rule and of each file's name, size and modification time."""
         paths = self._paths()
@@ -68,7 +72,7 @@ class Source(ABC):
         return {path.removeprefix(f"{root}/"): size for path, size in sizes.items()} or {"items": len(self)}
 
     def _paths(self) -> list[str]:
-        return [str(path) for i in range(len(self)) for path in (self.name(i), self.label_path(i)) if path]
+        return [str(path) for i in range(len(self)) for path in self.files(i) if path]
 
 
 class FileSource(Source):
@@ -87,12 +91,16 @@ class FileSource(Source):
         return RawItem(image, None if target is None else open_label(target, image.size))
 
     def name(self, index: int) -> str:
-        """The image file."""
-        return str(self.images[index])
+        """The image file; bytes that are not UTF-8 are escaped."""
+        return str(self.images[index]).encode(errors="backslashreplace").decode()
 
     def label_path(self, index: int) -> Path | None:
         """The label file."""
         return self.targets[index]
+
+    def files(self, index: int) -> tuple[str | Path | None, ...]:
+        """Image and label."""
+        return self.images[index], self.targets[index]
 
 
 class DataSetKind(NamedTuple):

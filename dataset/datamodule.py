@@ -35,6 +35,8 @@ class SegmentationDataModule(LightningDataModule):
         chosen, batch, workers = options.dataset, options.dataloader.batch_size, loader_workers(options)
         source, crops = _open_train(chosen, kind) if train else (None, None)
         sources = ({"train": source} if train else {}) | {"val": kind.source(chosen, "val")}
+        if len(sources["val"]) == 0:
+            sources.setdefault("train", source := source or _open_train(chosen, kind)[0])
         kept, self.damaged = {}, []
         if chosen.check_files or chosen.skip_damaged:
             kept, self.damaged = sound_items(sources, skip=chosen.skip_damaged, workers=workers)
@@ -43,10 +45,9 @@ class SegmentationDataModule(LightningDataModule):
         self.validation_set = SegmentationDataset(sources["val"], geometry, kept=kept.get("val"))
         self.validation_labelled = len(self.validation_set) > 0 and sources["val"].labelled
         if len(self.validation_set) == 0:
-            photographs = source if train else _open_train(chosen, kind)[0]
-            sound = kept.get("train", range(len(photographs)))
+            sound = kept.get("train", range(len(source)))
             examples = [sound[index] for index in spread_indices(options.eval.pictures, len(sound))]
-            self.validation_set = SegmentationDataset(photographs, geometry, kept=examples, hides_labels=True)
+            self.validation_set = SegmentationDataset(source, geometry, kept=examples, hides_labels=True)
         self.train_set, self.train_labelled = None, train and source.labelled
         if train:
             if workers < (wanted := options.dataloader.num_workers):

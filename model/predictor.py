@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from loss import ieee_float32
 from model.evaluator import CLUSTER_ALPHA, HEADS
 from model.module import PPAPModule
-from utils.errors import LeftOut, UserError
+from utils.errors import LeftOut, UserError, listed
 from utils.files import make_folder, write_json
 from utils.plots.figures import draw_legend
 from utils.plots.mask_files import mask_ids, renamed, result_files, write_contact_sheet, write_results
@@ -162,6 +162,10 @@ def _as_rgb(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
             found = f"{image.shape} {image.dtype}"
             raise UserError(f"the image is an array {found}, must be (H, W, 3) uint8, RGB")
         image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise UserError(
+            f"the image is of type {type(image).__name__}, must be a path, a PIL image or an array"
+        )
     return upright_rgb(image, "the image")
 
 
@@ -211,7 +215,8 @@ def predict_folder(
     named = renamed(predictor.names, names) if names else predictor.names
     make_folder(out, named_by="--out")
     if predictor.unmatched:
-        print("no cluster has a class (no labels, or a published checkpoint): ids are cluster numbers")
+        why = "trained without labels, or a published checkpoint"
+        print(f"The clusters have no class names ({why}); mask values are cluster numbers.")
     counts, done, skipped = np.zeros(len(named), dtype=np.int64), [], []
     for path, written in Bar(files.items(), desc="masks", unit="image"):
         try:
@@ -235,5 +240,8 @@ def predict_folder(
     write_contact_sheet(out, done, legend)
     print(f"\nresults: {out}; open {out / 'index.html'}")
     if skipped:
-        raise LeftOut(skipped, f"{images}; the other {len(done)} images are done")
+        count = "1 image" if len(skipped) == 1 else f"{len(skipped)} images"
+        raise LeftOut(
+            listed(f"{count} in {images} could not be read; the other {len(done)} are done", skipped)
+        )
     return result

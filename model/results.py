@@ -26,7 +26,7 @@ def run_summary(module: PPAPModule, data: Any, trainer: Trainer, *, folder: Path
         "data": f"{options.dataset.data_type}, {data.labels.n_classes} classes, {items}, {labels}",
         "backbone": f"{options.model.arch}, {spec.depth} blocks of width {spec.dim}, {module.weights}",
         "device": f"{trainer.world_size} x {device.type}, precision {precision}",
-        "steps": f"{batches * epochs:,}: {epochs} epochs of {batches:,}",
+        "steps": f"{batches * epochs:,}: {epochs} epoch{'s' if epochs > 1 else ''} of {batches:,}",
         "folder": f"{folder}, which will contain report.html",
     }
     return "\n".join(f"{name:10}{words}" for name, words in lines.items())

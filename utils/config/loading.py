@@ -141,8 +141,11 @@ def missing_files(flat: dict[str, Any]) -> list[str]:
     name, folder = flat["dataset.data_type"], flat["dataset.data_path"]
     if folder and os.path.isfile(folder):
         mistakes.append(f"dataset.data_path is {folder}: a file, must be the folder of the data set")
-    if name not in (None, *WITHOUT_FOLDER) and not folder:
-        mistakes.append(f"dataset.data_path is not set: name the {name} folder with --data_path")
+    if name not in (None, *WITHOUT_FOLDER):
+        if not folder:
+            mistakes.append(f"dataset.data_path is not set: name the {name} folder with --data_path")
+        elif not os.path.exists(folder):
+            mistakes.append(f"dataset.data_path is {folder}: no such folder")
     return mistakes
 
 

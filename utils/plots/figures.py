@@ -118,8 +118,8 @@ def draw_confusion(path: Path, confusions: dict[str, np.ndarray], *, labels: Lab
     The last column, unmatched clusters, is hidden if it is empty.
     """
     side = 2.4 + 0.42 * labels.n_classes  # inches
-    size = (side, side * len(confusions))
-    figure, axes = plt.subplots(len(confusions), figsize=size, squeeze=False, layout="constrained")
+    size = (side * len(confusions), side)
+    figure, axes = plt.subplots(1, len(confusions), figsize=size, squeeze=False, layout="constrained")
     for axis, (title, counts) in zip(axes.flat, confusions.items(), strict=True):
         columns = [*labels.names, "unmatched"] if counts[:, -1].any() else labels.names
         total = counts.sum(axis=1, keepdims=True)  # (C, 1)
@@ -130,6 +130,8 @@ def draw_confusion(path: Path, confusions: dict[str, np.ndarray], *, labels: Lab
             linecolor="0.9", annot=cells, fmt="", annot_kws={"fontsize": 8},
             xticklabels=columns, yticklabels=labels.names,
         )  # fmt: skip
+        axis.tick_params(axis="x", rotation=90)
+        axis.tick_params(axis="y", rotation=0)
         axis.set(xlabel="predicted", ylabel="true", title=f"{title}: % of the true class")
     save_figure(figure, path)
 

@@ -1,9 +1,11 @@
 """Mask files of photographs: ids with names and colours, result folders, masks and overlays."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -134,7 +136,8 @@ def write_contact_sheet(out: Path, files: Iterable[ResultFiles], legend: Sequenc
     for each in files:
         mask, shown = (path.relative_to(out) for path in each)
         name = mask.parent if mask.name == MASK else mask.with_suffix("")
-        pictures.append((str(name), mask.as_posix(), shown.as_posix()))
+        links = (quote(os.fsencode(path.as_posix())) for path in (mask, shown))  # names may not be UTF-8
+        pictures.append((str(name), *links))
     used = [row for row in legend if row["share"]]
     write_text(out / "index.html", render("masks.html", pictures=pictures, legend=used))
 

@@ -53,16 +53,21 @@ def write_report(
     scalars = _read_scalars(folder / "metrics.csv")
     provenance = flatten(read_json_object(folder / "provenance.json"))
     provenance |= {key: f"{result[key]:.2f}" for key in ("train_hours", "peak_memory_gib") if key in result}
-    figures = {title: folder / f"{title.lower()}.png" for title in PICTURES} if pictures else {}
+    figures, results = {}, [("step", result), ("last step", result.get("last_step") or {})]
     if pictures:
-        figures["Frozen baseline"] = folder.with_name(f"{folder.name}{FROZEN}") / "predictions.png"
+        frozen = folder.with_name(f"{folder.name}{FROZEN}")
+        figures = {title: folder / f"{title.lower()}.png" for title in PICTURES}
+        figures["Frozen baseline"] = frozen / "predictions.png"
+        if (baseline := frozen / "metrics.json").exists():
+            results.append(("frozen baseline, step", read_json_object(baseline)))
     page = render(
         NAME,
         options=options,
         defaults=defaults,
         state=state,
         metrics=METRIC_TITLES,
-        results=_results(scalars, result),
+        results=_results(scalars, results),
+        labelled="cluster_shares" not in result,
         after_crf_missing=result.get("after_crf_missing"),
         charts=_charts(scalars),
         colours=dict(zip(labels.names, labels.palette, strict=True)),
@@ -82,7 +87,7 @@ def _strips(folder: Path) -> list[tuple[str, str]]:
     last, count = len(steps) - 1, min(MAX_STRIPS, len(steps))
     chosen = [steps[round(k * last / max(1, count - 1))] for k in range(count)]
     titled = [(f"step {int(path.stem):,}", embedded(path)) for path in chosen]
-    return [("photographs", embedded(folder / "photographs.png")), *titled] if titled else []
+    return [("images", embedded(folder / "photographs.png")), *titled] if titled else []
 
 
 def render(template: str, **content: Any) -> str:
@@ -107,10 +112,12 @@ def _read_scalars(path: Path) -> list[dict[str, float]]:
         return [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
 
 
-def _results(rows: Sequence[Mapping[str, float]], result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def _results(
+    rows: Sequence[Mapping[str, float]], results: Sequence[tuple[str, Mapping[str, Any]]]
+) -> list[tuple[str, list[str]]]:
     """Rows of the metrics table: the evaluated steps, and the last validation if it is not among them."""
-    table = []
-    for title, evaluated in (("step", result), ("last step", result.get("last_step") or {})):
+    table, result = [], results[0][1]
+    for title, evaluated in results:
         for stage, words in STAGES.items():
             if metrics := evaluated.get(stage):
                 table.append((f"{title} {evaluated['step']}, {words}", metrics))

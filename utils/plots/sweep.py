@@ -7,7 +7,7 @@ from typing import Any
 from utils.files import make_folder, write_json, write_text
 from utils.plots.figures import draw_sweep
 from utils.plots.report import embedded, render
-from utils.plots.tables import METRIC_TITLES, STAGES, markdown, sweep_rows
+from utils.plots.tables import METRIC_TITLES, METRICS, STAGES, markdown, sweep_rows
 
 KEPT = ("name", "step", *STAGES, "train_hours", "checkpoint")
 
@@ -19,7 +19,8 @@ def write_sweep(folder: Path, results: Sequence[tuple[str, dict[str, Any]]], *, 
     write_json(folder / "sweep.json", runs)
     rows, header = sweep_rows(results), ["setting", "runs", *METRIC_TITLES]
     write_text(folder / "sweep.md", markdown(header, rows) + "\n")
-    scored = [(setting, result["before_crf"]) for setting, result in results if result["before_crf"]]
+    stages = [(setting, result["before_crf"]) for setting, result in results if result["before_crf"]]
+    scored = [(setting, {name: m[name] for name in METRICS if name in m}) for setting, m in stages]
     if scored:
         draw_sweep(folder / "sweep.png", scored)
     figure = embedded(folder / "sweep.png") if scored else None

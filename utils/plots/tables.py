@@ -52,7 +52,7 @@ def metrics_table(results: dict[str, dict[str, Any]]) -> str:
             notes.append(f"{run}, after CRF: {result['after_crf_missing']}")
         if shares := result.get("cluster_shares"):
             parts = ", ".join(f"{cluster}: {percent(share)}" for cluster, share in shares.items())
-            notes.append(f"{run}: pixels of each cluster in the images shown, in percent: {parts}")
+            notes.append(f"{run}: cluster sizes in these images, in percent: {parts}")
     table = [text_table(["accuracy / mIoU, %", "clusters", "linear probe"], rows)] if rows else []
     return "\n".join([*table, *notes])
 

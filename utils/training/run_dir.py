@@ -111,8 +111,8 @@ class RunDir:
             if before.get(key) != value and not key.startswith(may_differ)
         ]
         if differing:
-            fix = "use the options of that run, or start a new run under another wandb.name"
-            raise UserError([*differing, fix], f"{path}, the run to resume")
+            fix = "use its options, or start a new run under another wandb.name"
+            raise UserError(differing, f"{path}, the run to resume ({fix})")
         if more and is_rank_zero():
             print(f"{self.path}: {epochs} epochs become {options.train.epoch}")
             if self._metrics.exists():

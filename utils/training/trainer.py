@@ -51,8 +51,10 @@ class RunBar(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Shows loss and best score every `refresh_rate` steps; newer ones would have to be waited for."""
-        if trainer.global_step % self.refresh_rate and trainer.global_step < self._bar.total:
-            return
+        if trainer.global_step % self.refresh_rate == 0 or trainer.global_step == self._bar.total:
+            self._show(trainer, pl_module)
+
+    def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
         self._bar.set_description(epoch, refresh=False)
         shown = [f"loss {pl_module.logged['total_loss']:.3f}"] if pl_module.logged else []
@@ -90,7 +92,9 @@ class RunBar(Callback):
             self._bar.say("   ".join([*words, *(["best"] if pl_module.improved else [])]))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Closes the bar."""
+        """Closes the bar, with the score of the last validation."""
+        self._show(trainer, pl_module)
+        self._bar.refresh()
         self._bar.close()
 
     def on_exception(self, *_: Any) -> None:

@@ -171,11 +171,14 @@ def test_print_options__is_an_option_file(capsys, tmp_path):
     assert job.options.train.seed == 7
 
 
-def test_words__home_and_both_spellings_of_data_path(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
+def test_words__home_and_both_spellings_of_data_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a").mkdir()
     for words in (["--data-path=~/a"], ["--data_path", "~/a"], ["dataset.data_path=~/a"]):
         (job,) = jobs("--opt", "camvid.json", *words, "model.pretrained.pretrained_weights=null")
-        assert job.options.dataset.data_path == "/home/someone/a"
+        assert job.options.dataset.data_path == f"{tmp_path}/a"
+    with pytest.raises(UserError, match=r"data_path is .*/b: no such folder"):
+        jobs("--opt", "camvid.json", "--data_path", "~/b")
 
 
 def test_variants_file__given_as_option_file():

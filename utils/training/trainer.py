@@ -55,7 +55,7 @@ class RunBar(Callback):
             self._show(trainer, pl_module)
 
     def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        epoch = f"epoch {min(trainer.current_epoch + 1, trainer.max_epochs)}/{trainer.max_epochs}"
         self._bar.set_description(epoch, refresh=False)
         shown = [f"loss {pl_module.logged['total_loss']:.3f}"] if pl_module.logged else []
         self._bar.set_postfix_str(", ".join([*shown, *self._best]), refresh=False)

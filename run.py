@@ -185,7 +185,8 @@ def closing_words(job: Job, results: dict[str, dict[str, Any]], *, alone: bool) 
     if "train_hours" in result:
         folder = Path(job.options.output_dir) / name
         spent, memory = duration(3600 * result["train_hours"]), f"{result['peak_memory_gib']:.1f} GiB"
-        parts += [f"\n{name}: best at step {result['step']}, trained in {spent}, peak memory {memory}"]
+        which = "best at step" if result["before_crf"] else "last step"
+        parts += [f"\n{name}: {which} {result['step']}, trained in {spent}, peak memory {memory}"]
         parts += [f"report: {folder / 'report.html'}"]
         parts += [f"masks:  python eval.py --checkpoint {folder} --images <folder> --out <masks>"]
     return "\n".join(parts)

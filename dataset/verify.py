@@ -37,7 +37,7 @@ def sound_items(
         messages[split] = _checked[key]
     damaged = [line for lines in messages.values() for line in lines if line]
     if damaged:
-        count = f"{len(damaged)} of {sum(map(len, messages.values()))} items are damaged"
+        count = f"{len(damaged)} of {sum(map(len, messages.values()))} images or labels are damaged"
         if not skip:
             hint = "fix or remove them, or skip them with dataset.skip_damaged=true"
             raise UserError(listed(f"{count}; {hint}", damaged))

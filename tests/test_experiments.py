@@ -83,11 +83,11 @@ def test_own_photographs__of_all_kinds_train_without_labels(tiny_file, tmp_path,
     assert trained["before_crf"] is None
     assert trained["step"] == 5 * 5 // 4
     told = capsys.readouterr().out
-    assert "1 of 6 items are damaged and skipped" in told
+    assert "1 of 6 images or labels are damaged and skipped" in told
     assert "ffmpeg -i walk.mp4" in told
     (left_out,) = json.loads((tmp_path / "output/tiny/left_out.json").read_text())
     assert "broken.jpg: not a readable image" in left_out
-    with pytest.raises(UserError, match=r"1 of 6 items are damaged;(.|\n)*broken\.jpg"):
+    with pytest.raises(UserError, match=r"1 of 6 images or labels are damaged;(.|\n)*broken\.jpg"):
         run.main(["--opt", path, "--check", "dataset.skip_damaged=false", "wandb.name=checked"])
     assert not (tmp_path / "output/checked").exists()
 

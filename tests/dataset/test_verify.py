@@ -22,7 +22,7 @@ def damaged(directory):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_check__names_every_damaged_file(data_of, damaged, workers):
-    with pytest.raises(UserError, match="3 of 6 items are damaged") as error:
+    with pytest.raises(UserError, match="3 of 6 images or labels are damaged") as error:
         data_of("directory", damaged, dataset__check_files=True, dataloader__num_workers=workers)
     for words in (
         "imgs/train/1.jpg: not a readable image",
@@ -53,10 +53,10 @@ def test_check__odd_files_and_names_that_are_not_utf_8(data_of, directory, tmp_p
 def test_check__reads_unchanged_files_once(data_of, directory, monkeypatch):
     data_of("directory", directory, dataset__check_files=True)
     (directory / "imgs/val/0.jpg").write_bytes(b"no image")
-    with pytest.raises(UserError, match="1 of 6 items are damaged"):
+    with pytest.raises(UserError, match="1 of 6 images or labels are damaged"):
         data_of("directory", directory, dataset__check_files=True)
     monkeypatch.setattr("dataset.verify.DataLoader", None)  # needed to read them again
-    with pytest.raises(UserError, match="1 of 6 items are damaged"):
+    with pytest.raises(UserError, match="1 of 6 images or labels are damaged"):
         data_of("directory", directory, dataset__check_files=True)
 
 
@@ -76,7 +76,7 @@ def test_skip__leaves_out_and_lists(data_of, damaged, capsys):
     assert [data.train_set.name(index)[-5:] for index in range(2)] == ["0.jpg", "3.jpg"]
     assert data.train_labelled
     assert data.validation_labelled
-    assert "3 of 6 items are damaged and skipped" in capsys.readouterr().out
+    assert "3 of 6 images or labels are damaged and skipped" in capsys.readouterr().out
     for item in [*data.train_set, *data.validation_set]:
         assert item.image.shape == (3, 32, 32)
 

@@ -30,6 +30,14 @@ def drawn_batch(seed=0):
     return codes, given
 
 
+def without_positives(given, patches):
+    """The arguments with features that leave some patches without a task-agnostic positive."""
+    directions = torch.eye(len(patches), len(patches) + given["f"].shape[1])  # orthogonal to all others
+    f, pool = (F.pad(given[name], (len(patches), 0)) for name in ("f", "pool_ag"))
+    f[patches] = directions
+    return given | {"f": f, "pool_ag": torch.cat([pool, directions])}
+
+
 def gradients(codes, **arguments):
     loss = hidden_positive_loss(*codes, **SETTINGS | arguments)
     return loss.item(), torch.autograd.grad(loss, codes)
@@ -80,6 +88,7 @@ def literal_loss(codes, *, f, e, pool_ag, pool_sp, keep, spatial_size, lmbd, tau
 @pytest.mark.parametrize("lmbd", [0.0, 0.7])
 def test_loss__literal(reweighting, lmbd):
     codes, given = drawn_batch()
+    given = without_positives(given, [2, 3, 20])  # no anchors, but with task-specific positives
     arguments = SETTINGS | given | {"reweighting": reweighting, "lmbd": lmbd}
     exact = [code.detach().double().requires_grad_() for code in codes]
     expected, blocks = literal_loss(exact, **arguments)
@@ -92,11 +101,7 @@ def test_loss__literal(reweighting, lmbd):
 
 def test_loss__block_without_anchors_is_skipped():
     codes, given = drawn_batch()
-    alone, others = given["f"].clone(), slice(SIDE**2, None)
-    directions = torch.eye(PATCHES, SIDE**2 + 6)
-    alone = torch.cat([directions[: SIDE**2], F.pad(alone[others], (SIDE**2, 0))])  # orthogonal to all
-    pool = F.pad(given["pool_ag"], (SIDE**2, 0))
-    arguments = given | {"f": alone, "pool_ag": torch.cat([pool, directions[: SIDE**2]])}
+    arguments = without_positives(given, list(range(SIDE**2)))
     found, grads = gradients(codes, **arguments)
     expected, blocks = literal_loss([code.double() for code in codes], **SETTINGS | arguments)
     assert blocks == IMAGES - 1

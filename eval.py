@@ -11,10 +11,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from utils.errors import UserError, exit_on_signals
+
+if __name__ == "__main__":  # before the imports that take time
+    exit_on_signals()
+
 from utils.config.cli import guarded, parse_arguments, parse_overrides, plan_jobs, print_options
 from utils.config.options import Options
-from utils.errors import UserError
-from utils.files import find_checkpoint
+from utils.files import find_checkpoints
 from utils.training.launch import is_rank_zero
 from utils.vision.crf import crf_missing
 
@@ -37,7 +41,7 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
     """
     from dataset import build_data, spread_indices
     from model import build_module
-    from model.checkpoint import read_checkpoint
+    from model.checkpoint import open_checkpoint
     from model.evaluator import open_refiner
     from model.results import cluster_shares, evaluation_result, write_pictures
     from utils.files import make_folder, write_json, write_text
@@ -46,7 +50,7 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
     from utils.training.trainer import build_trainer
 
     data = build_data(options, train=False)
-    stored = read_checkpoint(find_checkpoint(str(checkpoint), options.output_dir))
+    stored = open_checkpoint(str(checkpoint), options.output_dir)
     make_folder(folder)
     missing = _why_no_crf(options, labelled=data.validation_labelled)
     pictured = spread_indices(options.eval.pictures, len(data.validation_set))
@@ -129,19 +133,19 @@ def write_masks(options: Options, arguments: Namespace) -> dict[str, Any]:
 
 def export_checkpoint(options: Options, path: Path) -> None:
     """--export: writes a checkpoint in the published format."""
-    from model.checkpoint import export, read_checkpoint
+    from model.checkpoint import export, open_checkpoint
 
-    found = find_checkpoint(options.checkpoint, options.output_dir)
-    export(read_checkpoint(found), path)
-    print(f"{found} written in the published format: {path}")
+    found = open_checkpoint(options.checkpoint, options.output_dir)
+    export(found, path)
+    print(f"{found.path} written in the published format: {path}")
 
 
 def _stored_options(arguments: Namespace) -> dict[str, Any]:
     """The flat options in --checkpoint."""
-    from model.checkpoint import read_checkpoint, stored_options
+    from model.checkpoint import open_checkpoint, stored_options
 
     (output_dir,) = parse_overrides(arguments.overrides).choices.get("output_dir", [Options().output_dir])
-    return stored_options(read_checkpoint(find_checkpoint(arguments.checkpoint, output_dir)))
+    return stored_options(open_checkpoint(arguments.checkpoint, output_dir))
 
 
 def main(argv: Sequence[str] | None = None) -> list[Any]:
@@ -163,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
     from utils.plots.tables import class_table, metrics_table, sweep_table
 
     for job in jobs:  # fail before the first evaluation starts
-        find_checkpoint(job.options.checkpoint, job.options.output_dir)
+        find_checkpoints(job.options.checkpoint, job.options.output_dir)
     results = []
     for job in jobs:
         folder = results_folder(job.options)

@@ -12,6 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.errors import exit_on_signals
+
+if __name__ == "__main__":  # before the imports that take time
+    exit_on_signals()
+
 from eval import evaluate, results_folder
 from utils.config.cli import Job, guarded, parse_arguments, plan_jobs, print_options
 from utils.config.loading import with_changes
@@ -36,9 +41,8 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
     from dataset import build_data, spread_indices
     from model import build_module
     from model.callbacks import HtmlReport, WandbImages
-    from model.checkpoint import read_checkpoint
+    from model.checkpoint import open_checkpoint
     from model.results import run_summary
-    from utils.files import find_checkpoint
     from utils.training.checkpointing import CheckpointManager
     from utils.training.device import explained_errors, hardware_settings
     from utils.training.loggers import build_loggers, wandb_runs
@@ -46,14 +50,16 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
     from utils.training.trainer import build_trainer
 
     hardware, data = hardware_settings(options), build_data(options)
-    start = options.checkpoint and read_checkpoint(find_checkpoint(options.checkpoint, options.output_dir))
+    start = options.checkpoint and open_checkpoint(options.checkpoint, options.output_dir)
     validation = data.validation_set
     indices = spread_indices(options.eval.pictures, len(validation))
     known = {"checkpoint": start or None, "train_labelled": data.train_labelled, "pictured": indices}
     module = build_module(options, data.labels, **known)
+    inventory = data.inventory()
+    run_dir.check_data(inventory, options)
     checkpoint, progress = run_dir.resume_point(options)
     if checkpoint is None:
-        run_dir.prepare(options, data.damaged)
+        run_dir.prepare(options, data.damaged, inventory)
     loggers = build_loggers(options, run_dir.path, step=progress.step, wandb_id=progress.wandb_id)
     shown = [(validation.name(index), validation[index].image) for index in indices]
     images, report = WandbImages(wandb_runs(loggers), shown), HtmlReport(run_dir.path, data.labels, shown)
@@ -93,16 +99,16 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
         reset_peak_memory()
         try:
             seconds, report, images = train(options, run_dir)
-            result = evaluate(options, checkpoint=run_dir.best, folder=run_dir.path)
+            result = evaluate(options, checkpoint=run_dir.path, folder=run_dir.path)  # best.ckpt
             result |= {"train_hours": seconds / 3600, "peak_memory_gib": peak_memory_gib()}
             if options.eval.last_step:
                 last = run_dir.path / "last"
                 result["last_step"] = evaluate(options, checkpoint=run_dir.last, folder=last)
-            run_dir.write_metrics(result)
             if is_rank_zero():
                 report.finish(result)
                 artifact = run_dir.best if options.wandb.artifact else None
                 images.finish(result, folder=run_dir.path, artifact=artifact)
+            run_dir.write_metrics(result)  # last: the run then counts as finished
         finally:
             wandb.finish()  # so that the next run of a sweep gets its own
     return result

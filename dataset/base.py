@@ -57,10 +57,18 @@ class Source(ABC):
 
     def digest(self) -> str:
         """SHA-256 of the label rule and of each file's name, size and modification time."""
-        paths = [path for i in range(len(self)) for path in (self.name(i), self.label_path(i)) if path]
+        paths = self._paths()
         stats = [os.stat(path) for path in paths if os.path.isfile(path)]
-        files = list(map(str, paths)), [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        files = paths, [(stat.st_size, stat.st_mtime_ns) for stat in stats]
         return hashlib.sha256(repr((self.labelled, self.rule.tolist(), files)).encode()).hexdigest()
+
+    def inventory(self, root: str) -> dict[str, int]:
+        """Size in bytes of each file by its name below `root`; the number of items if there are no files."""
+        sizes = {path: os.path.getsize(path) for path in self._paths() if os.path.isfile(path)}
+        return {path.removeprefix(f"{root}/"): size for path, size in sizes.items()} or {"items": len(self)}
+
+    def _paths(self) -> list[str]:
+        return [str(path) for i in range(len(self)) for path in (self.name(i), self.label_path(i)) if path]
 
 
 class FileSource(Source):

@@ -22,10 +22,11 @@ from dataset.crops import CROPS, crop_boxes, prepared_folder
 from utils.config.cli import guarded, parse_overrides
 from utils.config.loading import find_option_file, load_options
 from utils.config.options import WITHOUT_FOLDER, DatasetOptions, Options
-from utils.errors import UserError, listed
+from utils.errors import UserError, exit_on_signals, listed
 from utils.files import exclusive, make_folder, replacing
 from utils.progress import Bar
 from utils.training.launch import cores
+from utils.training.stopping import follow_main_process
 from utils.vision.labels import IGNORE
 
 
@@ -52,11 +53,10 @@ class CropWriter(Dataset):
                 label = Image.fromarray(np.where(classes == IGNORE, 0, classes + 1).astype(np.uint8))
         except UserError as error:
             return str(error)
-        image = Image.fromarray(np.asarray(raw.image))  # without metadata, which every crop would repeat
-        for k, box in enumerate(crop_boxes(image.size, self.ratio, self.kind, index)):
+        for k, box in enumerate(crop_boxes(raw.image.size, self.ratio, self.kind, index)):
             for path in self._paths(CROPS * index + k):
                 with replacing(path) as temporary:
-                    whole, kind = (label, "PNG") if path.suffix == ".png" else (image, "JPEG")
+                    whole, kind = (label, "PNG") if path.suffix == ".png" else (raw.image, "JPEG")
                     whole.crop(box).save(temporary, kind)
         return ""
 
@@ -104,8 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     for part in ("img", "label") if source.labelled else ("img",):
         make_folder(folder / part / "train", named_by="dataset.data_path")
-    with exclusive(folder):
-        loader = DataLoader(writer, batch_size=1, collate_fn=list, num_workers=arguments.workers)
+    with exclusive(folder, advice=""):
+        how = {"num_workers": arguments.workers, "worker_init_fn": follow_main_process}
+        loader = DataLoader(writer, batch_size=1, collate_fn=list, **how)
         damaged = [line for (line,) in Bar(loader, desc="crops", unit="image") if line]
     if damaged:
         message = listed(f"{len(damaged)} of {len(source)} images are damaged and have no crops", damaged)
@@ -117,4 +118,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_signals()
     sys.exit(guarded(main, then="run the same command again"))

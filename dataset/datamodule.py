@@ -30,6 +30,7 @@ from dataset.token_cache import Encoder, TokenDataset, TokenLoader, cache_tokens
 from dataset.verify import sound_items
 from utils.config.options import DatasetOptions, Options
 from utils.errors import UserError
+from utils.training.stopping import follow_main_process
 from utils.vision.transforms import Geometry
 
 
@@ -89,6 +90,12 @@ class SegmentationDataModule(LightningDataModule):
             found.validation_set = cached(self.validation_set, "val")
         return found
 
+    def inventory(self) -> dict[str, dict[str, int]]:
+        """Size in bytes of each file of each split, by its name below the data folder."""
+        used = {"train": self.train_set, "val": self.validation_set}
+        root = self.options.dataset.data_path
+        return {split: items.source.inventory(root) for split, items in used.items() if items is not None}
+
     def image_names(self, step: int) -> list[str]:
         """The images of a training step, from 1."""
         batches = self._train_batches(0)
@@ -126,6 +133,7 @@ class SegmentationDataModule(LightningDataModule):
     def _loader(self, items: SegmentationDataset, batches: Sampler) -> DataLoader:
         workers, pinned = loader_workers(self.options), torch.cuda.is_available()
         how = {"num_workers": workers, "pin_memory": pinned, "batch_sampler": batches}
+        how |= {"worker_init_fn": follow_main_process}
         if isinstance(items, TokenDataset):
             return TokenLoader(items, **how)
         return DataLoader(items, persistent_workers=workers > 0, **how)

@@ -22,7 +22,7 @@ from dataset.cocostuff import LISTS
 from utils.config.cli import guarded
 from utils.config.options import DatasetOptions
 from utils.download import DownloadError, download, extract
-from utils.errors import UserError
+from utils.errors import UserError, exit_on_signals
 from utils.files import exclusive, make_folder
 
 COCO = ("http://images.cocodataset.org/zips", "https://s3.amazonaws.com/images.cocodataset.org/zips")
@@ -160,7 +160,7 @@ def _obtain(target: Target, root: Path, *, mirror: str, keep: bool) -> None:
     make_folder(root, named_by="--root")
     by_hand = [plan for plan in target.plans if all((root / file.name).is_file() for file in plan)]
     reasons: list[str] = []
-    with exclusive(root / "download"):
+    with exclusive(root / "download", advice=""):
         for plan in (*by_hand, *target.plans):
             try:
                 for file in plan:
@@ -190,4 +190,5 @@ def _obtain_file(file: File, root: Path, *, mirror: str, keep: bool) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_signals()
     sys.exit(guarded(main, then="run the same command again"))

@@ -26,6 +26,7 @@ from utils.errors import UserError
 from utils.files import TOKENS_FOLDER, exclusive, make_folder
 from utils.progress import Bar
 from utils.training.device import upload
+from utils.training.stopping import follow_main_process
 
 FORMAT = 3  # raised when tokens or labels change for the same inputs
 KEPT_FREE = 16 * 2**30  # bytes of a GPU that are left to training
@@ -131,7 +132,8 @@ def cache_tokens(
 def _fill(
     items: SegmentationDataset, encode: Encoder, options: Options, title: str, tokens: Tensor, labels: Tensor
 ) -> None:
-    loader = DataLoader(items, validation_batch_size(options), num_workers=loader_workers(options))
+    how = {"num_workers": loader_workers(options), "worker_init_fn": follow_main_process}
+    loader = DataLoader(items, validation_batch_size(options), **how)
     for batch in Bar(loader, desc=title, unit="batch"):
         tokens[batch.index] = encode(batch.image).half().to(tokens.device)
         labels[batch.index] = batch.label.to(labels.device)

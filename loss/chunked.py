@@ -1,44 +1,32 @@
 """Loss and gradient of a batch over chunks of anchors: no tensor is larger than (chunk, N)."""
 
 from dataclasses import replace
+from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loss.contrastive import anchor_weights, masked_contrastive
 from loss.kernels import compare, matmul, operands
-from loss.propagation import Boundaries, Sets, propagate, select_sets
+from loss.propagation import Sets, propagate, select_sets
+
+CHUNK_BYTES = 32  # of a GPU's free memory per entry of an (anchors, N) tensor; twice what is used
+memory = cache(torch.cuda.mem_get_info)  # a driver call, so only once per device
 
 
 class ChunkedLoss:
-    """Sums over the anchors of a batch, and the gradient of the weighted loss.
+    """Sums over the anchors of a batch and, if `with_grad`, the gradient of the weighted loss in `grad_z`.
 
-    Args:
-        z: projections, (N, D') float32.
-        bank: f_j, (N, D) float32, rounded to `operand`.
-        boundaries: coefficients of the propagation.
-        tau: the temperature.
-        operand: dtype of the similarities' operands, float32 or float16.
-        products: how products are computed, see `PPAPLoss`.
-        chunk_size: anchors that are compared with the N patches at a time.
-        with_grad: whether to accumulate the gradient in `grad_z`, (N, D') float32.
+    Takes z (N, D'), f_j as `bank` (N, D), float32 both, and a `PPAPLoss`, whose `bank` has rounded f_j.
     """
 
-    def __init__(
-        self,
-        z: Tensor,
-        bank: Tensor,
-        *,
-        boundaries: Boundaries,
-        tau: float,
-        operand: torch.dtype,
-        products: str,
-        chunk_size: int,
-        with_grad: bool,
-    ) -> None:
-        self.z, self.bank, self.boundaries = z, bank, boundaries
-        self.tau, self.operand, self.chunk_size = tau, operand, chunk_size
-        self.bank_operand, self.z_operand = operands(bank, products), z if products == "float32" else z.half()
+    def __init__(self, z: Tensor, bank: Tensor, criterion: nn.Module, *, with_grad: bool) -> None:
+        free = memory(z.device)[0] // CHUNK_BYTES if z.is_cuda else 2**24
+        self.chunk_size = criterion.chunk_size or max(1, 2 ** min(28, free.bit_length() - 1) // len(z))
+        self.z, self.bank, self.boundaries = z, bank, criterion.boundaries
+        self.tau, self.operand = criterion.tau, criterion.similarity_dtype
+        self.bank_operand = operands(bank, criterion.products)
+        self.z_operand = z if criterion.products == "float32" else z.half()
         self.grad_z = torch.zeros_like(z) if with_grad else None  # (N, D')
 
     def sums(self, groups: Tensor) -> Tensor:

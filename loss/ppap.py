@@ -1,15 +1,8 @@
-"""PPAPLoss: draws anchors, propagates them and contrasts each with the sets that it reaches.
-
-The published code rounds the initial boundaries of t >= 1 to float16, returns NaN if a group has no positive,
-fails below 784 patches, draws no anchors beyond the last full group and builds an (A, N, D) tensor per step.
-Here a group without positives is skipped, a short group is weighted by its number of anchors, and memory is
-bounded by a chunk of anchors.
-"""
+"""PPAPLoss: draws anchors, propagates them and contrasts each with the sets that it reaches."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +12,6 @@ from torch.nn import functional as F
 from loss.chunked import ChunkedLoss
 from loss.propagation import Boundaries
 from utils.training.distributed import all_gather, all_reduce, own_groups, world_size
-
-CHUNK_BYTES = 32  # of a GPU's free memory per entry of an (anchors, N) tensor; twice what is used
-memory = cache(torch.cuda.mem_get_info)  # a driver call, so only once per device
 
 
 @dataclass(frozen=True)
@@ -153,12 +143,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z: Tensor, bank: Tensor, anchors: Tensor, criterion: PPAPLoss):
-        free = memory(z.device)[0] // CHUNK_BYTES if z.is_cuda else 2**24
-        chunk_size = criterion.chunk_size or max(1, 2 ** min(28, free.bit_length() - 1) // len(z))
-        chunked = ChunkedLoss(
-            z, bank, boundaries=criterion.boundaries, tau=criterion.tau, operand=criterion.similarity_dtype,
-            products=criterion.products, chunk_size=chunk_size, with_grad=ctx.needs_input_grad[0],
-        )  # fmt: skip
+        chunked = ChunkedLoss(z, bank, criterion, with_grad=ctx.needs_input_grad[0])
         sums = all_reduce(chunked.sums(own_groups(anchors)))  # (8,)
         loss, weight, positives, negatives = sums[:4].unbind()
         weight = weight.clamp_min(1)  # without any positive: 0 / 1

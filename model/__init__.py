@@ -3,18 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from model.backbone import BackboneSpec, FrozenViT
-from model.checkpoint import Checkpoint, n_classes, read_checkpoint, restore, stored_options
+from model.checkpoint import Checkpoint, open_checkpoint, stored_options
 from model.criterion import register_loss
 from model.module import PPAPModule
 from model.predictor import Predictor
 from model.segmenter import Segmenter
-from model.weights import build_backbone, load_backbone, register_backbone
+from model.weights import build_backbone, load_backbone, load_strictly, register_backbone
 from utils.config.loading import build_options, find_option_file, load_options
 from utils.config.options import ARCHS, Options
-from utils.config.plugins import load_plugins
+from utils.config.plugins import load_plugins, report_changes
 from utils.errors import UserError
-from utils.files import find_checkpoint
 from utils.training.randomness import seeded
 from utils.vision.labels import LabelSpace
 
@@ -28,14 +29,7 @@ __all__ = [
     "register_backbone",
     "register_loss",
 ]
-READ_AFTER_TRAINING = (
-    "model.",
-    "eval.",
-    "dataset.res",
-    "dataset.val_res",
-    "dataset.interpolation",
-    "train.pre",
-)
+KEPT_OPTIONS = ("model.", "eval.", "dataset.res", "dataset.val_res", "dataset.interpolation", "train.pre")
 
 
 def build_module(
@@ -66,8 +60,21 @@ def build_module(
     evaluation |= {"train_labelled": train_labelled, "weights": f"from {source}"}
     module = PPAPModule(options, labels, segmenter, **evaluation)
     if checkpoint is not None:
-        restore(module, checkpoint)
+        _restore(module, checkpoint)
     return module
+
+
+def _restore(module: PPAPModule, checkpoint: Checkpoint) -> None:
+    """Loads all parameters; a UserError names both sides if classes, keys or shapes differ."""
+    report_changes(checkpoint.about.get("plugins", {}), checkpoint.path)
+    names, labels = checkpoint.about.get("class_names"), module.labels
+    if names is not None and tuple(names) != labels.names:
+        raise UserError(
+            f"{checkpoint.path}: trained on the {len(names)} classes {', '.join(names)}; the data set of the "
+            f"options ({module.options.dataset.data_type}) has the {labels.n_classes} classes "
+            f"{', '.join(labels.names)}; use the option file that the checkpoint was trained with"
+        )
+    load_strictly(module, checkpoint.state, str(checkpoint.path))
 
 
 def _check_channels(options: Options, *, n_classes: int, dim: int) -> None:
@@ -103,18 +110,18 @@ def load_segmenter(
     """
     if isinstance(opt, str):
         opt = load_options(find_option_file(opt))
-    loaded = read_checkpoint(find_checkpoint(str(checkpoint), (opt or Options()).output_dir))
+    loaded = open_checkpoint(str(checkpoint), (opt or Options()).output_dir)
     about = loaded.about
     if opt is None:
         flat = stored_options(loaded)
-        if trust_plugins or flat["model.arch"] not in ARCHS:
+        if trust_plugins or flat.get("model.arch", "dino") not in ARCHS:
             load_plugins(flat, trusted=trust_plugins)
-        kept = {key: value for key, value in flat.items() if key.startswith(READ_AFTER_TRAINING)}
+        kept = {key: value for key, value in flat.items() if key.startswith(KEPT_OPTIONS)}
         opt = build_options(kept, source=f"the options in {loaded.path}")
     if about:
-        labels = LabelSpace(tuple(about["class_names"]), tuple(map(tuple, about["palette"])))
+        labels = LabelSpace(about["class_names"], about["palette"])
     elif labels is None:
-        names = tuple(f"class {index}" for index in range(n_classes(loaded.state)))
-        labels = LabelSpace.with_spread_colours(names)
+        count = loaded.state.get("linear_probe.classifier.bias", torch.zeros(1)).numel()
+        labels = LabelSpace.with_spread_colours(tuple(f"class {index}" for index in range(count)))
     module = build_module(opt, labels, checkpoint=loaded)
     return Predictor(module, assignment=about.get("assignment"), **arguments)

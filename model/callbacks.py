@@ -1,8 +1,7 @@
 """Callbacks that report on a run: tables and images in wandb, and report.html in the run's folder."""
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ from torch import Tensor
 
 from model.explain import explain_images
 from model.module import PPAPModule
-from model.results import class_iou, class_maps
-from utils.errors import first_line
+from model.results import class_iou, class_maps, errors_as_warnings
 from utils.files import make_folder
 from utils.plots.explain_figure import draw_explanation
 from utils.plots.figures import UNMATCHED, colour, write_strip
 from utils.plots.report import NAME, STRIPS, write_report
-from utils.plots.tables import METRICS, STAGES
+from utils.plots.tables import STAGES
 from utils.plots.wandb_media import confusion_table, iou_chart, prediction_table
 from utils.training.loggers import attach
 from utils.vision.labels import LabelSpace
@@ -42,19 +40,18 @@ class WandbImages(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
         """Sends tables, and the metrics if they are the best."""
-        evaluation, step = pl_module.last_evaluation, pl_module.global_step
-        with errors_as_warnings():
-            for run in self.runs:
+        step, metrics = pl_module.global_step, pl_module.metrics
+        for run in self.runs:
+            with errors_as_warnings("wandb"):
                 if pl_module.improved:
-                    run.summary.update(summary_of({"step": step, "before_crf": evaluation.metrics()}))
-                tables = self._tables(pl_module)
+                    run.summary.update(summary_of({"step": step, "before_crf": metrics}))
                 # with the run's step: wandb would count a call without one as a step, and drop the next point
-                run.log(tables | {"iters": step}, step=step)
+                run.log(self._tables(pl_module) | {"iters": step}, step=step)
 
     def finish(self, result: dict[str, Any], *, folder: Path, artifact: Path | None) -> None:
         """Sends the content of metrics.json, pictures, files and, if given, a checkpoint as an artifact."""
-        with errors_as_warnings():
-            for run in self.runs:
+        for run in self.runs:
+            with errors_as_warnings("wandb"):
                 run.summary.update(summary_of(result))
                 existing = [folder / name for name in PICTURES if (folder / name).exists()]
                 pictures = {path.stem: wandb.Image(str(path)) for path in existing}
@@ -96,51 +93,47 @@ class HtmlReport(Callback):
             return
         for logger in trainer.loggers:
             logger.save()  # the page shows metrics.csv
-        evaluation, step = pl_module.last_evaluation, pl_module.global_step
-        total = trainer.max_epochs * trainer.num_training_batches
-        iou = {"before_crf": class_iou(evaluation, self.labels.names)}
-        result = {"step": step, "before_crf": evaluation.metrics(), "class_iou": iou}
-        state = f"Training: step {step:,} of {total:,}. Pictures and CRF follow at the end."
-        with errors_as_warnings():
+        if self.shown:
             self._explain(trainer, pl_module)
-            if self.shown:
-                self._add_strip(pl_module)
-            write_report(self.folder, labels=self.labels, state=state, result=result, pictures=False)
+            self._add_strip(pl_module)
+        step, total = pl_module.global_step, trainer.max_epochs * trainer.num_training_batches
+        iou = {"before_crf": class_iou(pl_module.last_evaluation, self.labels.names)}
+        result = {"step": step, "before_crf": pl_module.metrics, "class_iou": iou}
+        state = f"Training: step {step:,} of {total:,}. Pictures and CRF follow at the end."
+        self._write(state=state, result=result, pictures=False)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Writes the page of the finished run; `result` is the content of metrics.json."""
         minutes = 60 * result["train_hours"]
         state = f"Finished: {minutes:.1f} minutes of training, {result['images']:,} images evaluated."
-        with errors_as_warnings():
-            write_report(self.folder, labels=self.labels, state=state, result=result)
+        self._write(state=state, result=result)
+
+    def _write(self, **content: Any) -> None:
+        with errors_as_warnings(self.folder / NAME):
+            write_report(self.folder, labels=self.labels, **content)
 
     def _add_strip(self, module: PPAPModule) -> None:
         """Draws the clusters of the first images of this validation, and once the images."""
-        folder, shown = make_folder(self.folder / STRIPS), module.last_predictions[:STRIP_IMAGES]
-        maps = [class_maps(prediction, self.labels, module.last_evaluation) for prediction in shown]
-        clusters = [colour(each["clusters"], self.labels, missing=UNMATCHED) for each in maps]
-        write_strip(folder / f"{module.global_step:08}.png", clusters)
-        photographs = [image.permute(1, 2, 0).numpy() for _, image in self.shown[: len(shown)]]
-        write_strip(folder / "photographs.png", photographs)
+        folder, shown = self.folder / STRIPS, module.last_predictions[:STRIP_IMAGES]
+        with errors_as_warnings(folder):
+            maps = [class_maps(prediction, self.labels, module.last_evaluation) for prediction in shown]
+            clusters = [colour(each["clusters"], self.labels, missing=UNMATCHED) for each in maps]
+            write_strip(make_folder(folder) / f"{module.global_step:08}.png", clusters)
+            photographs = [image.permute(1, 2, 0).numpy() for _, image in self.shown[: len(shown)]]
+            write_strip(folder / "photographs.png", photographs)
 
     def _explain(self, trainer: Trainer, module: PPAPModule) -> None:
         path, propagates = self.folder / "explanation.png", module.options.training_coeff.loss == "ppap"
-        if not self.shown or not propagates or module.frozen or path.exists():
+        if not propagates or module.frozen or path.exists():
             return
-        names, images = zip(*self.shown, strict=True)
-        stacked, about = torch.stack(images), f"bank: {len(images)} images"  # (P, 3, H, W)
-        with torch.no_grad():
-            found = explain_images(module, stacked, patch=None, trainer=trainer)
-        draw_explanation(path, found, pictures=stacked.permute(0, 2, 3, 1).numpy(), names=names, about=about)
-
-
-@contextmanager
-def errors_as_warnings() -> Iterator[None]:
-    """Prints wandb and disk errors in one line instead of ending the run."""
-    try:
-        yield
-    except (wandb.errors.Error, OSError) as error:
-        print(f"{type(error).__name__}: {first_line(error)}; the run continues without it")
+        with errors_as_warnings(path):
+            names, images = zip(*self.shown, strict=True)
+            stacked, about = torch.stack(images), f"bank: {len(images)} images"  # (P, 3, H, W)
+            found, pictures = (
+                explain_images(module, stacked, patch=None, trainer=trainer),
+                stacked.permute(0, 2, 3, 1),
+            )
+            draw_explanation(path, found, pictures=pictures.numpy(), names=names, about=about)
 
 
 def summary_of(result: dict[str, Any]) -> dict[str, float]:
@@ -148,5 +141,5 @@ def summary_of(result: dict[str, Any]) -> dict[str, float]:
     summary = {"best_step": result["step"]}
     for stage, suffix in zip(STAGES, ("", "_crf"), strict=True):
         metrics = result.get(stage) or {}
-        summary |= {f"best_{name}{suffix}": metrics[name] for name in METRICS if name in metrics}
+        summary |= {f"best_{name}{suffix}": value for name, value in metrics.items()}
     return summary | {name: result[name] for name in ("train_hours", "peak_memory_gib") if name in result}

@@ -1,19 +1,22 @@
-"""Reads, restores and exports checkpoints, in our format and in the published one."""
+"""Reads and exports checkpoints, in our format and in the published one."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, JsonValue, ValidationError, ValidationInfo, model_validator
+from torch import Tensor
 
-from model.module import CHECKPOINT_ENTRY, PPAPModule
-from model.weights import is_state, load_strictly
+from model.weights import checked_state
 from utils.config.loading import flatten
 from utils.config.options import REMOVED_KEYS
-from utils.config.plugins import report_changes
 from utils.errors import UserError
+from utils.files import find_checkpoints
 from utils.training.torch_files import read_torch_file, write_torch_file
+from utils.vision.labels import IGNORE, LabelSpace
 
+CHECKPOINT_ENTRY = "ppap"
 PUBLISHED = {  # part of the published format -> published prefix of a parameter -> ours
     "net_model_state_dict": {
         "model.": "segmenter.backbone.",
@@ -25,6 +28,36 @@ PUBLISHED = {  # part of the published format -> published prefix of a parameter
 }
 
 OF_MACHINE = ("checkpoint", "gpu_ids", "output_dir", "resume", "trainer.", "wandb.id")
+Byte = Annotated[int, Field(ge=0, le=255)]
+
+
+class _StoredOptions(BaseModel, extra="allow"):
+    __pydantic_extra__: dict[str, JsonValue]
+    plugins: list[str] = []
+
+
+class _Entry(BaseModel, extra="allow"):
+    """The keys of our entry that are read; others describe the run to people."""
+
+    class_names: tuple[str, ...] = Field(min_length=1, max_length=IGNORE)
+    palette: tuple[tuple[Byte, Byte, Byte], ...]
+    assignment: list[int] | None  # class of each cluster
+    options: _StoredOptions
+    metrics: dict[str, float] = {}
+    train_labelled: bool = True
+    step: int | None = None
+    epoch: int | None = None
+    skipped_steps: int = 0
+    plugins: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self, info: ValidationInfo) -> "_Entry":
+        """Cross-field validation; the context is the state dict."""
+        LabelSpace(self.class_names, self.palette)
+        clusters = info.context.get("cluster_probe.clusters", torch.ones(0)).shape[:1].numel()
+        if self.assignment is not None and len(self.assignment) != clusters:
+            raise ValueError(f"assignment has {len(self.assignment)} entries for {clusters} clusters")
+        return self
 
 
 @dataclass(frozen=True)
@@ -32,21 +65,44 @@ class Checkpoint:
     """A checkpoint as read; `about` is our own entry, empty for the published format."""
 
     path: Path
-    state: dict[str, torch.Tensor]  # parameters under our names
+    state: dict[str, Tensor]  # parameters under our names
     about: dict[str, Any]  # class names, palette, matching, options, ...
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint of either format."""
-    content = read_torch_file(path, "checkpoint")
-    if isinstance(content, dict):
-        about, state = content.get(CHECKPOINT_ENTRY), content.get("state_dict")
-        if isinstance(about, dict) and is_state(state):
-            return Checkpoint(path, state, about)
-        if all(is_state(content.get(part)) for part in PUBLISHED):
-            return Checkpoint(path, _published_state(content), {})
+    """Reads and validates a checkpoint of either format."""
+    return parse_checkpoint(path, read_torch_file(path, "checkpoint"))
+
+
+def open_checkpoint(name: str, output_dir: str) -> Checkpoint:
+    """Reads the first intact one of `find_checkpoints`; the damaged ones before it are named."""
+    *preferred, last = find_checkpoints(name, output_dir)
+    for path in preferred:
+        try:
+            return read_checkpoint(path)
+        except UserError as error:
+            print(f"{error}; trying the next checkpoint")
+    return read_checkpoint(last)
+
+
+def parse_checkpoint(path: Path, content: Any) -> Checkpoint:
+    """Validates the content of a checkpoint of either format; errors name the file and the entry."""
     keys = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
+    if isinstance(content, dict) and content.keys() >= {CHECKPOINT_ENTRY, "state_dict"}:
+        state = checked_state(content["state_dict"], f"{path}: state_dict")
+        return Checkpoint(path, state, _checked_entry(path, content[CHECKPOINT_ENTRY], state))
+    if isinstance(content, dict) and content.keys() >= PUBLISHED.keys():
+        return Checkpoint(path, _published_state(path, content), {})
     raise UserError(f"{path}: neither one of our checkpoints nor a published one (it contains: {keys})")
+
+
+def _checked_entry(path: Path, entry: Any, state: dict[str, Tensor]) -> dict[str, Any]:
+    try:
+        return _Entry.model_validate(entry, context=state).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (CHECKPOINT_ENTRY, *first["loc"])))
+        raise UserError(f"{path}: {where}: {first['msg']}; the checkpoint cannot be used") from None
 
 
 def stored_options(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -62,11 +118,11 @@ def stored_options(checkpoint: Checkpoint) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if not key.startswith((*OF_MACHINE, *REMOVED_KEYS))}
 
 
-def _published_state(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _published_state(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     """The published parameters under our names; unknown names are kept, so that loading reports them."""
     state = {}
     for part, prefixes in PUBLISHED.items():
-        for name, value in content[part].items():
+        for name, value in checked_state(content[part], f"{path}: {part}").items():
             prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
             state[prefixes.get(prefix, "") + name.removeprefix(prefix)] = value
     return state
@@ -74,6 +130,8 @@ def _published_state(content: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def export(checkpoint: Checkpoint, path: Path) -> None:
     """Writes a checkpoint in the published format, such as <output_dir>/<name>/ckpt.pth."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"--export is {path}: a folder or a device, must be a regular file or a new name")
     about, content = checkpoint.about, {}
     for part, prefixes in PUBLISHED.items():
         content[part] = {
@@ -83,24 +141,6 @@ def export(checkpoint: Checkpoint, path: Path) -> None:
             if name.startswith(ours)
         }
         content[part.replace("model", "optimizer")] = None  # as in the released files
-    for name, key in {"iter": "step", "best_iter": "step", "epoch": "epoch", "best_epoch": "epoch"}.items():
-        content[name] = about.get(key)
-    write_torch_file(content | {"best": float(sum(about.get("metrics", {}).values()))}, path)
-
-
-def n_classes(state: dict[str, torch.Tensor]) -> int:
-    """Number of classes of the linear probe."""
-    return len(state["linear_probe.classifier.weight"])
-
-
-def restore(module: PPAPModule, checkpoint: Checkpoint) -> None:
-    """Loads all parameters, strictly; a UserError names both sides if classes, keys or shapes differ."""
-    report_changes(checkpoint.about.get("plugins", {}), checkpoint.path)
-    names, labels = checkpoint.about.get("class_names"), module.labels
-    if names is not None and tuple(names) != labels.names:
-        raise UserError(
-            f"{checkpoint.path}: trained on the {len(names)} classes {', '.join(names)}; the data set of the "
-            f"options ({module.options.dataset.data_type}) has the {labels.n_classes} classes "
-            f"{', '.join(labels.names)}; use the option file that the checkpoint was trained with"
-        )
-    load_strictly(module, checkpoint.state, str(checkpoint.path))
+    step, epoch, best = about.get("step"), about.get("epoch"), sum(about.get("metrics", {}).values())
+    place = {"iter": step, "best_iter": step, "epoch": epoch, "best_epoch": epoch}
+    write_torch_file(content | place | {"best": float(best)}, path)

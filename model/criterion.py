@@ -1,8 +1,8 @@
 """Builds the loss that the options select: PPAP's or a registered one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,22 +12,7 @@ from loss import PPAPLoss
 from utils.config.options import LOSSES, Options
 from utils.errors import UserError
 
-COEFFICIENTS = (
-    *("initialcrit_pos", "initialcrit_amb", "prop_iter", "sigma_pos", "sigma_amb"),
-    *("trainpatchsplit", "tau", "group_size", "chunk_size", "products"),
-)
 _registered: dict[str, Callable[[Options], Callable[..., Any]]] = {}
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """A loss, (), without statistics of sets."""
-
-    loss: Tensor
-
-    def statistics(self) -> dict[str, Tensor]:
-        """Nothing to log beside the loss."""
-        return {}
 
 
 class OwnLoss(nn.Module):
@@ -42,7 +27,8 @@ class OwnLoss(nn.Module):
     def forward(self, z: Tensor, features: Tensor, *, generator: torch.Generator) -> Any:
         """Loss and statistics; raises a UserError if the loss is no scalar with a gradient."""
         found = self.loss(z, features, **({"generator": generator} if self.drawn else {}))
-        output = LossOutput(found) if isinstance(found, Tensor) else found
+        # without statistics of sets
+        output = SimpleNamespace(loss=found, statistics=dict) if isinstance(found, Tensor) else found
         if not (hasattr(output, "statistics") and output.loss.ndim == 0 and output.loss.requires_grad):
             what = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else repr(found)
             raise UserError(
@@ -73,5 +59,5 @@ def build_criterion(options: Options) -> nn.Module:
     if chosen.loss in _registered:
         loss = _registered[chosen.loss](options)
         return loss if isinstance(loss, PPAPLoss) else OwnLoss(chosen.loss, loss)
-    coefficients = {name: getattr(chosen, name) for name in COEFFICIENTS}
-    return PPAPLoss(**coefficients, similarity_dtype=getattr(torch, chosen.similarity_dtype))
+    coefficients = chosen.model_dump(exclude={"loss"})
+    return PPAPLoss(**coefficients | {"similarity_dtype": getattr(torch, chosen.similarity_dtype)})

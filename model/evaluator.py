@@ -39,7 +39,7 @@ class Evaluation:
     """Scores of a whole set."""
 
     scores: dict[str, Scores]  # by head; only trained heads, none without labels
-    valid_loss: float  # mean over batches of the cluster loss on the upsampled code
+    valid_loss: float  # mean over images of the cluster loss on the upsampled code
     images: int
 
     @property
@@ -97,7 +97,7 @@ class Evaluator(nn.Module):
         """Clears all counts and kept predictions."""
         for metric in (*self.plain.values(), *self.refined.values()):
             metric.reset()
-        self.losses, self.images, self._predictions = [], 0, []
+        self._losses, self._sizes, self._predictions = [], [], []  # by batch: mean loss, number of images
 
     @torch.no_grad()
     def update(
@@ -110,14 +110,12 @@ class Evaluator(nn.Module):
         cluster: ClusterProbe,
         first: int,
     ) -> None:
-        """Adds a batch.
+        """Adds a batch, whose first image has the index `first` in the set.
 
         Args:
             code: (B, D, h, w).
             image: (B, 3, H, W) uint8; None if the network was given cached tokens.
             label: (B, H, W) integer; values outside [0, n_classes) are ignored.
-            linear, cluster: the probes.
-            first: index of the batch's first image in the set.
         """
         size = label.shape[-2:]
         with torch.autocast(code.device.type, enabled=False):
@@ -129,12 +127,12 @@ class Evaluator(nn.Module):
             largest, predicted[name] = upsampled_argmax(logits, size)  # (B, H, W)
             self.plain[name].update(predicted[name], label)
             if name == "cluster":
-                self.losses.append(-(largest if norm is None else largest / norm).mean())
+                self._losses.append(-(largest if norm is None else largest / norm).mean())
         for index in self.pictured.intersection(range(first, first + len(label))):
             batches = [image, label, predicted["cluster"], predicted.get("linear")]  # as in `Prediction`
             kept = [None if batch is None else batch[index - first].clone() for batch in batches]
             self._predictions.append((index, kept))
-        self.images += len(label)
+        self._sizes.append(len(label))
         if self.refiner is not None:
             self._refine(heads, norm, image=image, label=label)
 
@@ -167,10 +165,10 @@ class Evaluator(nn.Module):
         """Waits for the CRF, with a progress bar."""
         if self.refiner is None:
             return
-        with Bar(total=self.images, desc="CRF", unit="image") as bar:
+        with Bar(total=sum(self._sizes), desc="CRF", unit="image") as bar:
             while len(self.refiner):
                 self._count_refined(wait_for_one=True)
-                bar.update(self.images - len(self.refiner) - bar.n)
+                bar.update(bar.total - len(self.refiner) - bar.n)
 
     def predictions(self) -> list[Prediction]:
         """The kept predictions of all ranks, in the order of the set. Must be called by all ranks."""
@@ -182,26 +180,23 @@ class Evaluator(nn.Module):
         """Scores of everything added on all ranks, before or after CRF. Must be called by all ranks."""
         metrics = self.refined if refined else self.plain
         counts = {name: metric.compute().cpu() for name, metric in metrics.items()}
-        losses = torch.stack(self.losses).cpu() if self.losses else torch.zeros(0)
-        added = all_gather_object((counts, losses, self.images))
+        losses = torch.stack(self._losses).cpu() if self._losses else torch.zeros(0)
+        added = all_gather_object((counts, losses, torch.tensor(self._sizes)))
         totals = {name: sum(each[name] for each, _, _ in added) for name in counts}
         scores = {name: score(total, matched=name == "cluster") for name, total in totals.items()}
+        losses, sizes = (torch.cat([each[place] for each in added]) for place in (1, 2))  # (batches,)
         return Evaluation(
             {name: found for name, found in scores.items() if found},
-            valid_loss=float(torch.cat([each for _, each, _ in added]).mean()),  # NaN without images
-            images=sum(images for _, _, images in added),
+            # weights of 1 if all batches are full; NaN without images
+            valid_loss=float((losses * (sizes / sizes.float().mean())).mean()),
+            images=int(sizes.sum()),
         )
 
 
 def _to_cpu(tensors: list[Tensor | None]) -> list[Tensor | None]:
     """Copies to the CPU; waits for a GPU once."""
-    copies = [None if tensor is None else _copy(tensor) for tensor in tensors]
+    # not blocking: into pinned memory
+    copies = [None if tensor is None else tensor.to("cpu", non_blocking=True) for tensor in tensors]
     if torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()
     return copies
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor.cpu()
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

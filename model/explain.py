@@ -24,14 +24,10 @@ from utils.vision.images import open_image
 def explain_image(
     module: PPAPModule, data: Any, *, image: str, patch: tuple[int, int] | None, folder: Path
 ) -> dict[str, Any]:
-    """Draws <image>_<row>_<column>.png for one anchor, and adds its numbers to explain.json.
+    """Draws <image>_<row>_<column>.png for one anchor, and adds its numbers to explain.json in the folder.
 
-    Args:
-        module: network and criterion; only the frozen part is used.
-        data: the data module of the options.
-        image: an image file, or the index of a validation image.
-        patch: (row, column) of the anchor on the patch grid, from 0; None is the centre.
-        folder: for results; earlier explanations in it are kept.
+    `image` is a file or the index of a validation image; `patch`, (row, column) from 0, the anchor on the
+    patch grid, None the central one. Of the module only the frozen part is used.
     """
     images, names = build_bank(data, image, size=module.options.dataloader.batch_size)
     found = explain_images(module, images, patch=patch)

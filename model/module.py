@@ -1,6 +1,7 @@
 """PPAP as a LightningModule: training step, validation step, optimizer and checkpoint entry."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 from loss import PPAPLoss, ieee_float32
+from model.checkpoint import CHECKPOINT_ENTRY, parse_checkpoint
 from model.criterion import build_criterion
 from model.evaluator import Evaluation, Evaluator, Prediction
 from model.monitoring import NonFiniteGuard, SetWatch, Throughput
@@ -21,8 +23,6 @@ from utils.training.distributed import world_size
 from utils.training.randomness import generator, seed_globally, seeded
 from utils.training.run_dir import provenance
 from utils.vision.labels import LabelSpace
-
-CHECKPOINT_ENTRY = "ppap"
 
 
 class PPAPModule(LightningModule):
@@ -62,7 +62,7 @@ class PPAPModule(LightningModule):
         self.evaluator = Evaluator(labels.n_classes, n_clusters, **heads, **evaluation)
         self.last_evaluation: Evaluation | None = None
         self.last_predictions: list[Prediction] = []
-        self.best, self.improved = float("-inf"), False
+        self.best, self.score, self.improved = float("-inf"), float("-inf"), False
         self.metrics: dict[str, float] = {}
         self.assignment: list[int] | None = None
         self.scalars: dict[str, Tensor] = {}  # of the last step
@@ -149,10 +149,6 @@ class PPAPModule(LightningModule):
             scalars["skipped_steps"] = self.guard.skipped
         self._write(scalars | self.throughput.scalars(self.device))
 
-    def on_train_end(self) -> None:
-        """Repeats the warning about degenerate sets."""
-        self.watch.report()
-
     def on_validation_epoch_start(self) -> None:
         """Resets the evaluator."""
         self.guard.raise_if_found(self.trainer.datamodule)
@@ -174,8 +170,8 @@ class PPAPModule(LightningModule):
         self.last_evaluation, self.last_predictions = self.evaluator.compute(), self.evaluator.predictions()
         self.metrics, self.assignment = self.last_evaluation.metrics(), self.last_evaluation.assignment
         # without labels the newest checkpoint is the best
-        score = sum(self.metrics.values()) if self.metrics else float(self.global_step)
-        self.improved, self.best = score > self.best, max(score, self.best)
+        self.score = sum(self.metrics.values()) if self.metrics else float(self.global_step)
+        self.improved, self.best = self.score > self.best, max(self.score, self.best)
         if self.trainer.state.fn == "fit":
             self._write(self.metrics | {"valid_loss": self.last_evaluation.valid_loss})
 
@@ -201,8 +197,9 @@ class PPAPModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the last and the best score of a run that is resumed."""
-        entry, self.best = checkpoint[CHECKPOINT_ENTRY], checkpoint["progress"]["best"]
+        """Validates the checkpoint of a run that is resumed; restores its last and its best score."""
+        entry = parse_checkpoint(Path(self.trainer.ckpt_path), checkpoint).about
+        self.best = checkpoint["progress"]["best"]
         self.assignment, self.metrics = entry["assignment"], entry["metrics"]
         self.guard = NonFiniteGuard(skip=self.guard.skip, skipped=entry.get("skipped_steps", 0))
 

@@ -23,14 +23,14 @@ class NonFiniteGuard:
 
     def __init__(self, *, skip: bool, skipped: int = 0) -> None:
         self.skip, self.skipped = skip, skipped
-        self._first: Tensor | None = None  # step and losses of the first such step; step 0: none so far
+        self._first = torch.zeros(1)  # step and losses of the first such step; step 0: none so far
         self._parts: list[str] = []  # names of these losses
 
     def observe(self, losses: dict[str, Tensor], *, step: int) -> None:
         """Checks the losses of a step, on their device."""
         values = torch.stack([loss.float() for loss in losses.values()])
         here = torch.cat([values.new_full((1,), step), values])
-        if self._first is None or self.skip:
+        if self.skip or not self._parts:
             self._first, self._parts = torch.zeros_like(here), list(losses)
         found = (self._first[0] == 0) & ~torch.isfinite(values).all()
         self._first = torch.where(found, here, self._first)
@@ -38,11 +38,11 @@ class NonFiniteGuard:
     @property
     def first_step(self) -> Tensor:
         """The first such step, () on the device, or 0; with `skip`, of the current step only."""
-        return torch.zeros(()) if self._first is None else self._first[0]
+        return self._first[0]
 
     def raise_if_found(self, data: Any) -> None:
         """Raises NotFinite for the first such step, with its images in `data`; waits for the device."""
-        if self.skip or self._first is None or not self._first[0]:
+        if self.skip or not self._first[0]:
             return
         step, *losses = self._first.tolist()
         parts = [f"{name} {loss:g}" for name, loss in zip(self._parts, losses, strict=True)]
@@ -60,7 +60,8 @@ class NonFiniteGuard:
 class SetWatch:
     """Warns if PPAP's sets are so unbalanced that training learns nothing.
 
-    Checks the means over the logged steps after ten of them, or a quarter if these are fewer, and at the end.
+    Checks the means over the first ten logged steps, or a quarter of them if these are fewer: as the sets
+    depend on frozen features, they stay as they are.
     """
 
     def __init__(self) -> None:
@@ -73,12 +74,7 @@ class SetWatch:
         shares = (scalars["num_positives"] / patches, scalars["num_negatives"] / patches)
         found = (*shares, scalars["without_positives"])
         self._sums, self._count = [a + b for a, b in zip(self._sums, found, strict=True)], self._count + 1
-        if self._count == max(1, min(10, logged_steps // 4)):
-            self.report()
-
-    def report(self) -> None:
-        """Prints a warning if the means so far are degenerate."""
-        if self._count == 0:
+        if self._count != max(1, min(10, logged_steps // 4)):
             return
         positives, negatives, alone = (total / self._count for total in self._sums)
         problems = [f"{positives:.1%} of the patches are positives"] if positives > MOST_POSITIVES else []

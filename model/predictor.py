@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from utils.vision.upsampling import upsampled_argmax, upsampled_norm
 
 CRF_BACKENDS = (False, "pydensecrf", "torch")
 MIN_TILE = 4  # patches per side, of which a quarter overlaps
+MAX_PASS, MAX_PATCHES = 64**2, 2**18  # patches of one forward pass, and of a photograph
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -41,7 +43,8 @@ class Predictor:
         res: shorter side in pixels at which the network sees a photograph; None is `dataset.val_res`.
         head: "cluster" or "linear".
         crf: whether to refine; True uses `eval.crf_backend`, "pydensecrf" or "torch" overrides it.
-        tile: side in pixels of overlapping tiles; None passes the whole photograph through the network.
+        tile: side in pixels of overlapping tiles; None tiles photographs of more than 4,096 patches only,
+            and reduces extremely large or thin ones to 262,144 patches.
 
     Attributes:
         names: name of each id of a class map: a class, or a cluster without a class.
@@ -60,7 +63,7 @@ class Predictor:
         tile: int | None = None,
     ) -> None:
         options, labels, patch = module.options, module.labels, module.segmenter.backbone.spec.patch
-        self.head, self.tile, self.patch = head, tile, patch
+        self.head, self.tile, self.patch, self._announced = head, tile, patch, False
         self.res = options.dataset.val_res if res is None else res
         backend = options.eval.crf_backend if crf is True else crf
         self.crf = resolve_backend(backend) if backend else False
@@ -93,16 +96,9 @@ class Predictor:
 
         The photograph is a file, a PIL image of any mode, or an array (H, W, 3) uint8, RGB.
         """
-        if isinstance(image, (str, Path)):
-            image = open_image(Path(image))
-        elif isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                found = f"{image.shape} {image.dtype}"
-                raise UserError(f"the image is an array {found}, must be (H, W, 3) uint8, RGB")
-            image = Image.fromarray(image)
-        rgb = upright_rgb(image, "the image")
+        rgb = _as_rgb(image)
         size = rgb.height, rgb.width
-        scaled = np.asarray(rgb.resize(resized(rgb.size, self.res), self._resampling))  # (h', w', 3)
+        scaled = np.asarray(rgb.resize(self._network_size(rgb.size), self._resampling))  # (h', w', 3)
         height, width = scaled.shape[:2]
         # reflection, as repeated edge pixels would look like streaks
         below, right = -height % self.patch, -width % self.patch
@@ -110,13 +106,30 @@ class Predictor:
         pixels = torch.from_numpy(padded).permute(2, 0, 1)[None].to(self.device)  # (1, 3, H', W')
         probes = {"linear": self.module.linear_probe, "cluster": self.module.cluster_probe}
         with ieee_float32():
-            code = tiled_code(self._code, pixels, patch=self.patch, tile=self.tile)  # (1, D, h, w)
+            tile = self.tile or self._automatic_tile(pixels)
+            code = tiled_code(self._code, pixels, patch=self.patch, tile=tile)  # (1, D, h, w)
             logits = self.module.evaluator.heads(code, **probes)[self.head]  # (1, K, h, w)
         extent = height / self.patch, width / self.patch
         if self.crf:
             logits, extent = self._refined(pixels[..., :height, :width], code, logits), None  # (1, K, h', w')
         _, channels = upsampled_argmax(logits, size, extent)  # (1, H, W)
         return self._ids[channels[0].cpu().numpy()]
+
+    def _network_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(W, H) at which the network sees a photograph: without `tile`, at most `MAX_PATCHES`."""
+        width, height = resized(size, self.res)
+        shrink = 1 if self.tile else min(1, math.sqrt(MAX_PATCHES * self.patch**2 / (width * height)))
+        return math.ceil(width * shrink), math.ceil(height * shrink)
+
+    def _automatic_tile(self, image: Tensor) -> int | None:
+        """The tile of an image (1, 3, H, W) that has too many patches for one pass, else None."""
+        side = math.isqrt(MAX_PASS) * self.patch
+        if math.prod(self.module.segmenter.grid(image)) <= MAX_PASS:
+            return None
+        if not self._announced:
+            print(f"images above {MAX_PASS:,} patches are tiled, above {MAX_PATCHES:,} reduced; see --tile")
+        self._announced = True
+        return side
 
     def _code(self, image: Tensor) -> Tensor:
         """(1, 3, H, W) uint8 to (1, D, h, w) float32."""
@@ -141,6 +154,17 @@ class Predictor:
         return torch.from_numpy(refined).to(self.device)[None]
 
 
+def _as_rgb(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
+    if isinstance(image, (str, Path)):
+        return open_image(Path(image))
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            found = f"{image.shape} {image.dtype}"
+            raise UserError(f"the image is an array {found}, must be (H, W, 3) uint8, RGB")
+        image = Image.fromarray(image)
+    return upright_rgb(image, "the image")
+
+
 def tiled_code(
     encode: Callable[[Tensor], Tensor], image: Tensor, *, patch: int, tile: int | None = None
 ) -> Tensor:
@@ -156,13 +180,13 @@ def tiled_code(
     # sampled at the centres of the patches, so that no weight is 0
     rows, columns = (torch.sin(torch.pi * (torch.arange(side) + 0.5) / side).square() for side in sides)
     window = rows.outer(columns).to(image.device)  # (t_h, t_w)
-    total, weight = 0, torch.zeros(grid, device=image.device)  # (1, D, h, w), (h, w)
-    for top in _tile_starts(grid[0], sides[0]):
-        for left in _tile_starts(grid[1], sides[1]):
-            bottom, right = top + sides[0], left + sides[1]
-            code = encode(image[..., top * patch : bottom * patch, left * patch : right * patch])
-            total = total + F.pad(window * code, (left, grid[1] - right, top, grid[0] - bottom))
-            weight[top:bottom, left:right] += window
+    total, weight = None, torch.zeros(grid, device=image.device)  # (1, D, h, w), (h, w)
+    for top, left in product(*map(_tile_starts, grid, sides)):
+        bottom, right = top + sides[0], left + sides[1]
+        code = encode(image[..., top * patch : bottom * patch, left * patch : right * patch])
+        total = code.new_zeros(1, code.shape[1], *grid) if total is None else total
+        total[..., top:bottom, left:right] += window * code
+        weight[top:bottom, left:right] += window
     return total / weight
 
 
@@ -175,17 +199,10 @@ def _tile_starts(length: int, side: int) -> list[int]:
 def predict_folder(
     predictor: Predictor, images: Path, out: Path, *, names: str | None = None, flat: bool = False
 ) -> dict[str, Any]:
-    """Writes masks of one photograph or of a folder; see `result_files` for their paths.
+    """Writes masks of one photograph or of a folder, at the paths of `result_files`.
 
-    Args:
-        predictor: photograph -> class map.
-        images: a photograph, or a folder that is searched recursively.
-        out: folder for masks, overlays, legend.json, legend.png and index.html, which shows them all.
-        names: value of --names, replaces names in the legend.
-        flat: see `result_files`.
-
-    Returns:
-        The content of legend.json: `ids`, `images` (a count), `left_out` (messages).
+    The folder `out` also gets overlays, legend.png, index.html, which shows them all, and legend.json, whose
+    content is returned: `ids`, `images` (a count), `left_out` (messages). `names` is the value of --names.
 
     Raises:
         LeftOut: some photographs are damaged; the others have masks.
@@ -195,30 +212,28 @@ def predict_folder(
     make_folder(out, named_by="--out")
     if predictor.unmatched:
         print("no cluster has a class (no labels, or a published checkpoint): ids are cluster numbers")
-    counts, skipped = np.zeros(len(named), dtype=np.int64), []
-    for path in Bar(list(files), desc="masks", unit="image"):
+    counts, done, skipped = np.zeros(len(named), dtype=np.int64), [], []
+    for path, written in Bar(files.items(), desc="masks", unit="image"):
         try:
             image = open_image(path)
             classes = predictor(image)
         except UserError as error:
             skipped.append(str(error))
-            del files[path]
-            continue
         except torch.OutOfMemoryError:
             size = f"{image.width} x {image.height}"
             skipped.append(f"{path}: {size} pixels do not fit into memory; set --tile or a smaller --res")
-            del files[path]
-            continue
-        write_results(files[path], image, classes, predictor.palette)
-        counts += np.bincount(classes.ravel(), minlength=len(counts))
+        else:
+            write_results(written, image, classes, predictor.palette)
+            counts += np.bincount(classes.ravel(), minlength=len(counts))
+            done.append(written)
     shares = (100 * counts / max(1, counts.sum())).tolist()
-    rows = zip(range(len(named)), named, predictor.palette, shares, strict=True)
-    legend = [dict(zip(("id", "name", "colour", "share"), row, strict=True)) for row in rows]
-    result = {"ids": legend, "images": len(files), "left_out": skipped}
+    rows = enumerate(zip(named, predictor.palette, shares, strict=True))
+    legend = [{"id": number, "name": n, "colour": c, "share": share} for number, (n, c, share) in rows]
+    result = {"ids": legend, "images": len(done), "left_out": skipped}
     write_json(out / "legend.json", result)
     draw_legend(out / "legend.png", legend)
-    write_contact_sheet(out, files.values(), legend)
+    write_contact_sheet(out, done, legend)
     print(f"\nresults: {out}; open {out / 'index.html'}")
     if skipped:
-        raise LeftOut(skipped, f"{images}; the other {result['images']} images are done")
+        raise LeftOut(skipped, f"{images}; the other {len(done)} images are done")
     return result

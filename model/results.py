@@ -1,6 +1,7 @@
 """Results of an evaluation: metrics.json, confusion matrices, and pictures of some validation images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from pytorch_lightning import Trainer
 
 from model.evaluator import Evaluation, Prediction
 from model.module import PPAPModule
+from utils.errors import first_line
 from utils.plots.figures import IGNORED, UNMATCHED, colour, draw_class_iou, draw_confusion, draw_predictions
 from utils.vision.labels import IGNORE, LabelSpace
 
@@ -71,6 +73,15 @@ def class_maps(prediction: Prediction, labels: LabelSpace, plain: Evaluation) ->
     }
 
 
+@contextmanager
+def errors_as_warnings(what: Path | str) -> Iterator[None]:
+    """Prints an error of a file that a run can do without, or of wandb, in one line."""
+    try:
+        yield
+    except Exception as error:  # of matplotlib, Pillow, wandb and the disk
+        print(f"{what}: {type(error).__name__}: {first_line(error)}; the run continues without it")
+
+
 def write_pictures(
     folder: Path,
     labels: LabelSpace,
@@ -80,20 +91,22 @@ def write_pictures(
     refined: Evaluation | None,
 ) -> None:
     """Writes confusion.npz, confusion.png and class_iou.png of the scores, and predictions.png."""
-    counts = {head: scores.confusion for head, scores in plain.scores.items()}
-    if counts:
-        draw_confusion(folder / "confusion.png", counts, labels=labels)
-        iou = {f"{head}, before CRF": each for head, each in class_iou(plain, labels.names).items()}
-        if refined is not None:
-            counts |= {f"{head}_crf": scores.confusion for head, scores in refined.scores.items()}
-            iou |= {f"{head}, after CRF": each for head, each in class_iou(refined, labels.names).items()}
-        draw_class_iou(folder / "class_iou.png", iou, labels=labels)
-        np.savez(folder / "confusion.npz", class_names=np.array(labels.names), **counts)
     rows = []
     for prediction in predictions:
         row = {"image": prediction.image.permute(1, 2, 0).numpy()}  # (H, W, 3)
         for title, ids in class_maps(prediction, labels, plain).items():
             row[title] = colour(ids, labels, missing=UNMATCHED if title == "clusters" else IGNORED)
         rows.append(row)
-    if rows:
-        draw_predictions(folder / "predictions.png", rows, labels=labels)
+    counts, stored, iou = {head: scores.confusion for head, scores in plain.scores.items()}, {}, {}
+    for suffix, stage, found in (("", "before", plain), ("_crf", "after", refined)):
+        if found is not None:
+            stored |= {f"{head}{suffix}": scores.confusion for head, scores in found.scores.items()}
+            each = class_iou(found, labels.names)
+            iou |= {f"{head}, {stage} CRF": values for head, values in each.items()}
+    if stored:
+        np.savez(folder / "confusion.npz", class_names=np.array(labels.names), **stored)
+    figures = {"confusion": (draw_confusion, counts), "class_iou": (draw_class_iou, iou)}
+    for name, (draw, content) in (figures | {"predictions": (draw_predictions, rows)}).items():
+        if content:
+            with errors_as_warnings(path := folder / f"{name}.png"):
+                draw(path, content, labels=labels)

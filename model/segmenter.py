@@ -1,10 +1,4 @@
-"""The network of PPAP: frozen features that define the sets, and a trainable head.
-
-image (B, 3, H, W) -> FrozenViT blocks 1..L-1 -> tokens --> block L (frozen)  -> norm -> crit (B, D, h, w)
-                                                   \\-> head (trainable) -> norm -> code (B, D, h, w)
-                                                        code -> Linear -> L2 normalise -> z (B*h*w, D)
-The loss selects its sets by crit and is differentiated through z; the probes read code.
-"""
+"""The network of PPAP: frozen features that define the sets, and a trainable head; see README.md."""
 
 import copy
 from collections.abc import Callable

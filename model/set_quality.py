@@ -36,8 +36,8 @@ def measure_sets(module: PPAPModule, data: Any, *, folder: Path) -> list[dict[st
         path = options.dataset.data_path
         raise UserError(f"dataset.data_path is {path}: --measure-sets needs labels of the validation split")
     trainer, patch = build_trainer(options, hardware_settings(options)), module.segmenter.backbone.spec.patch
-    how = {"boundaries": criterion.boundaries, "operand": criterion.similarity_dtype}
     batches = DataLoader(data.validation_set, options.dataloader.batch_size)
+    how = {"boundaries": criterion.boundaries, "operand": criterion.similarity_dtype}
     totals: Tensor | float = 0.0
     for step, batch in enumerate(Bar(batches, desc="sets", unit="batch"), start=1):
         bank = criterion.bank(module.frozen_features(batch.image, trainer))  # (N, D)
@@ -66,12 +66,8 @@ def set_quality(
 ) -> Tensor:
     """Sums over anchors of `MEASURES`, and how many anchors have each, (T + 1, 2, 7) float64 on the CPU.
 
-    Args:
-        bank: f_j of all patches, (N, D) float32; see `PPAPLoss.bank`.
-        classes: class of each patch, (N,) int64; patches with `IGNORE` are neither anchors nor counted.
-        anchors: (A,) int64 indices into the N patches.
-        boundaries: the coefficients.
-        operand: `PPAPLoss.similarity_dtype`.
+    `bank`, (N, D) float32, and `classes`, (N,) int64, hold f_j (see `PPAPLoss.bank`) and the class of all
+    patches; those with `IGNORE` are neither anchors nor counted. `anchors`, (A,) int64, are indices of them.
     """
     labelled = classes != IGNORE  # (N,)
     anchors = anchors[labelled[anchors]]  # (A,)
@@ -82,15 +78,12 @@ def set_quality(
         for step in propagations(bank[anchors], bank, boundaries, operand=operand):
             sets = select_sets(step, anchors)
             positives = sets.positives & valid
-            negatives = (
-                sets.negatives & valid & ~positives
-            )  # if Psi lies above Phi, a patch in both sets counts as positive
+            # if Psi lies above Phi, a patch in both sets counts as positive
+            negatives = sets.negatives & valid & ~positives
             right, ambiguous = positives & same, valid & ~positives & ~negatives
             parts = (right, right, negatives & ~same, positives, negatives, ambiguous, same)  # as MEASURES
             wholes = (positives, same, negatives, valid, valid, valid, valid)
-            part, whole = (
-                torch.stack([s.sum(dim=1) for s in each]).cpu().double() for each in (parts, wholes)
-            )
+            part, whole = (torch.stack(each).sum(dim=2).cpu().double() for each in (parts, wholes))  # (7, A)
             shares = torch.where(whole > 0, part / whole.clamp_min(1), 0)  # (7, A)
             found.append(torch.stack([shares.sum(dim=1), (whole > 0).sum(dim=1).double()]))
     return torch.stack(found)

@@ -1,8 +1,9 @@
 """Builds the backbone that the options describe and loads its weights, from a file or a published address."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from utils.training.torch_files import read_torch_file, unreadable
 
 NATIVE_RES = {"dino": 224, "dinov2": 518}  # pixels
 DROPPED = ("head.", "mask_token", "dino_head.", "ibot_head.")  # parameters that a FrozenViT does not have
+# endings of their names; other entries, such as buffers of your own backbone, may have any dtype
+PARAMETERS = ("weight", "bias", "gamma", "clusters", "cls_token", "pos_embed", "register_tokens")
 DINO = "https://dl.fbaipublicfiles.com/dino"
 DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
 BACKBONES = {  # the paper uses the 300-epoch S/8 file, which is not torch.hub's dino_vits8
@@ -116,19 +119,31 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """The state dict in a .pth or .safetensors file: bare, or under `teacher`."""
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            state = load_file(path)
         except Exception as error:  # the format's own errors have no common base
             raise unreadable(path, "weights file", error) from None
-    state = read_torch_file(path, "weights file")
-    state = state.get("teacher", state) if isinstance(state, dict) else state
-    if not is_state(state):
-        raise UserError(f"{path}: must contain a state dict, bare or under 'teacher'")
+    else:
+        state = read_torch_file(path, "weights file")
+        state = state.get("teacher", state) if isinstance(state, dict) else state
+    return checked_state(state, f"{path}: the state dict, bare or under 'teacher'")
+
+
+def checked_state(state: Any, source: str) -> dict[str, Tensor]:
+    """A state dict as read; a UserError names the first entry that cannot be a parameter."""
+    if not isinstance(state, dict):
+        raise UserError(f"{source} is of type {type(state).__name__}, must be a dict of tensors")
+    for name, value in state.items():
+        found = None
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            found = f"of type {type(value).__name__}"
+        elif name.endswith(PARAMETERS):
+            if value.layout != torch.strided or not value.is_floating_point():
+                found = f"{value.dtype}, {value.layout}"
+            elif not value.float().isfinite().all():
+                found = "not finite: it contains NaN or infinity"
+        if found:
+            raise UserError(f"{source}: {name} is {found}; must be a dense tensor of finite numbers")
     return state
-
-
-def is_state(state: Any) -> bool:
-    """Whether an object is a dict of tensors."""
-    return isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
 
 
 def clean_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
@@ -145,29 +160,10 @@ def clean_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 
 def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """load_state_dict(strict=True); a UserError names the sizes of both sides and the first differences."""
-    wanted = module.state_dict()
-    differing = [f"{name}: {shape}, must be {other}" for name, shape, other in _differences(state, wanted)]
-    if differing:
-        sides = f"{source} ({_size(state)}) does not fit the options ({_size(wanted)})"
+    """Loads a state dict; a UserError names the first keys and shapes that differ."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        found = " ".join(shorten(line, 200) for line in str(error).splitlines()[1:4])
         hint = "compare model.* and the data set with those that the file was made for"
-        more = [f"and {len(differing) - 3} more"] if len(differing) > 3 else []
-        raise UserError(f"{sides}; {hint}: " + "; ".join([*differing[:3], *more]))
-    module.load_state_dict(state)
-
-
-def _differences(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> Iterator[tuple[str, str, str]]:
-    """Name, shape in the file and shape in the network of parameters that differ."""
-    for name in sorted(state.keys() | wanted.keys()):
-        shapes = [str(list(each[name].shape)) if name in each else "missing" for each in (state, wanted)]
-        if name in state and state[name].layout != torch.strided:
-            shapes[0] = str(state[name].layout)
-        if shapes[0] != shapes[1]:
-            yield name, *shapes
-
-
-def _size(state: dict[str, Tensor]) -> str:
-    """Width and number of blocks of the backbone in a state dict."""
-    widths = [value.shape[-1] for name, value in state.items() if name.endswith("pos_embed")]
-    blocks = {found[1] for name in state if (found := re.search(r"\bblocks\.(\d+)\.", name))}
-    return f"width {widths[0] if widths else 'unknown'}, {len(blocks)} blocks"
+        raise UserError(f"{source} does not fit the options; {hint}: {found}") from None

@@ -56,15 +56,10 @@ def staged(tmp_path_factory):
 def golden():
     def load(name: str) -> SimpleNamespace:
         """Arrays of a golden file as tensors, float16 as float32; other entries as they are."""
-        entries = {}
-        with np.load(GOLDEN / f"{name}.npz") as stored:
-            for key in stored.files:
-                value = stored[key]
-                if value.dtype.kind == "U":
-                    entries[key] = str(value)
-                else:
-                    tensor = torch.from_numpy(value)
-                    entries[key] = tensor.float() if tensor.dtype == torch.float16 else tensor
+        entries = dict(np.load(GOLDEN / f"{name}.npz"))
+        for key, value in entries.items():
+            value = value.astype(np.float32) if value.dtype == np.float16 else value
+            entries[key] = str(value) if value.dtype.kind == "U" else torch.from_numpy(value)
         return SimpleNamespace(**entries)
 
     return load

@@ -26,7 +26,7 @@ from utils.training import launch
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 TIMES = ("images_per_s", "train_hours", "peak_memory_gib", "checkpoint")
 MINUTE = 60
-STARTERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS")
+STARTERS = (*launch.NUMBERS, "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS")
 CASES = [*(f"loss, {case}" for case in in_two.LOSSES), *(f"probes, {case}" for case in in_two.IGNORED)]
 
 
@@ -136,9 +136,8 @@ def test_run__of_two_processes_is_that_of_one(finished):
         torch.load(output / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("one", "two")
     ]
     for name, value in states[0].items():
-        torch.testing.assert_close(
-            states[1][name], value, atol=1e-4, rtol=1e-4
-        )  # Adam divides by the gradient
+        # Adam divides by the gradient
+        torch.testing.assert_close(states[1][name], value, atol=1e-4, rtol=1e-4)
     assert not list(Path(output).glob("*.[0-9]"))  # no process has moved another's folder aside
 
 
@@ -182,6 +181,13 @@ def test_is_first__as_torchrun_slurm_and_lightning_tell(monkeypatch, environment
     assert launch.is_rank_zero() is first
 
 
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "SLURM_PROCID"])
+def test_launcher_variable__that_is_no_number(monkeypatch, capsys, name):
+    launched(monkeypatch, {name: "one"})
+    assert guarded(lambda: None) == 2
+    assert f"{name} is 'one', must be a number" in capsys.readouterr().err
+
+
 def launched(monkeypatch, environment):
     for name in STARTERS:
         monkeypatch.delenv(name, raising=False)
@@ -213,11 +219,6 @@ def test_launch__must_fit_the_options(monkeypatch, environment, devices, nodes, 
     else:
         with pytest.raises(UserError, match=f"is {devices} x {nodes}, but {started} processes were started;"):
             launch.check_launch(wanted)
-
-
-def test_batch_size__must_be_shared_out_evenly(tiny_options):
-    with pytest.raises(UserError, match=r"batch_size is 4.*trainer\.num_nodes \(3\)"):
-        tiny_options(trainer__devices=3)
 
 
 def test_guarded__one_process_tells_what_all_have_met(monkeypatch, capsys):

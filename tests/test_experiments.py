@@ -52,10 +52,6 @@ SMALL = [
 ]
 
 
-def test_makers__cover_the_registry():
-    assert set(MAKERS) == set(DATA_SETS)
-
-
 @pytest.mark.parametrize("data_type", DATA_SETS)
 def test_data_set__trains_and_evaluates(data_type, tiny_file, tmp_path):
     root = MAKERS[data_type](tmp_path, counts=(6, 2))

@@ -1,16 +1,28 @@
 """Faults from outside the program: the message says what to do, and the run resumes from what was saved."""
 
 import multiprocessing
+import os
 import resource
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import dataset
+import eval as evaluation
 import run
+from model import results
 from model.module import PPAPModule
 from tests.dataset.files import picture, save
 from tests.test_resume import LONG, assert_same_run, fast, whole  # noqa: F401
-from utils.errors import NotFinite, UserError
+from utils.config.cli import guarded
+from utils.errors import NotFinite, UserError, exit_on_signals
+from utils.files import REPOSITORY
+from utils.training.stopping import Stopped
+from utils.vision.crf import CrfPool
 
 
 @pytest.fixture
@@ -103,6 +115,77 @@ def photographs(tmp_path):
     }
 
 
+@pytest.mark.parametrize("words", [[], ["--images", "photo.png", "--out", "masks"], ["--export", "out.pth"]])
+def test_flipped_bit__another_checkpoint_takes_its_place(tmp_path, whole, monkeypatch, capsys, words):  # noqa: F811
+    """In best.ckpt of a run; without a second checkpoint it is an error that names the file."""
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "photo.png", picture(0))
+    (folder := tmp_path / "run").mkdir()
+    content = bytearray((whole / "best.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "best.ckpt").write_bytes(content)
+    words = ["--checkpoint", "run", *words, "eval.is_crf=false"]
+    with pytest.raises(UserError, match=r"best\.ckpt: not a readable checkpoint"):
+        evaluation.main(words)
+    shutil.copy(whole / "last.ckpt", folder)
+    evaluation.main(words)
+    assert "trying the next checkpoint" in capsys.readouterr().out
+
+
+def signalled(function, signum):
+    """The function, after the process has sent itself a signal."""
+
+    def wrapped(*arguments, **keywords):
+        os.kill(os.getpid(), signum)
+        return function(*arguments, **keywords)
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (dataset, "build_data"),
+        (PPAPModule, "validation_step"),
+        (CrfPool, "submit"),
+        (results, "write_pictures"),
+    ],
+)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal__in_an_evaluation(whole, monkeypatch, capsys, place, name, signum):  # noqa: F811
+    """Before, during and after the forward passes, and in the CRF."""
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(place, name, signalled(getattr(place, name), signum))
+    words = ["--checkpoint", str(whole), "eval.is_crf=true", "eval.crf_backend=pydensecrf"]
+    exit_on_signals()
+    try:
+        assert guarded(lambda: evaluation.main(words)) == 128 + signum
+    finally:
+        for each, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(each, handler)
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal__during_the_first_imports(tmp_path, signum):
+    (tmp_path / "hydra.py").write_text(f"import os\nos.kill(os.getpid(), {int(signum)})\n")
+    words = [sys.executable, "run.py", "--opt", "demo.json"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (128 + signum, "")
+
+
+@pytest.mark.parametrize(
+    ("stdout", "status", "message"), [("| head -0", 141, ""), ("> /dev/full", 2, "standard output: ")]
+)
+def test_stdout__that_cannot_be_written(stdout, status, message):
+    command = f"{sys.executable} run.py --opt demo.json --print-options {stdout}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == status
+    assert done.stderr.startswith(f"error: {message}" if message else "")
+    assert done.stderr.count("\n") == bool(message)
+
+
 def test_loader__missing_images_and_killed_workers(tiny_file, tmp_path, photographs, fault_at):
     """An image goes missing, then the workers are killed; the run resumes after both."""
     path, folder = tiny_file(**LONG | photographs), tmp_path / "photos"
@@ -125,8 +208,16 @@ def test_loader__missing_images_and_killed_workers(tiny_file, tmp_path, photogra
             child.kill()
         return losses
 
+    def kill_while_stopping(losses):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return kill(losses)
+
     undo = fault_at(reached + 1, kill)
     with pytest.raises(UserError, match=r"DataLoader worker was killed .*num_workers \(now 2\).*--resume"):
+        run.main(["--opt", path, "--resume"])
+    undo()
+    undo = fault_at(saved(tmp_path / "output/tiny")["progress"]["step"] + 1, kill_while_stopping)
+    with pytest.raises(Stopped, match=r"^at step \d+ of 24"):
         run.main(["--opt", path, "--resume"])
     undo()
     run.main(["--opt", path, "--resume", "dataloader.num_workers=0"])

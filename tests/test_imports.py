@@ -17,11 +17,7 @@ ALLOWED = {
     "utils": {"utils"},
 }
 FILES = [
-    path
-    for part in ALLOWED
-    for path in (
-        [REPOSITORY / f"{part}.py"] if part in ("run", "eval") else (REPOSITORY / part).rglob("*.py")
-    )
+    path for part in ALLOWED for path in [*REPOSITORY.glob(f"{part}.py"), *REPOSITORY.glob(f"{part}/**/*.py")]
 ]
 
 

@@ -18,7 +18,7 @@ from dataset import DATA_SETS, crop_datasets, dataset_download
 from model.checkpoint import read_checkpoint
 from utils.config import options, plugins
 from utils.config.cli import parse_arguments, plan_jobs
-from utils.config.loading import REPOSITORY, find_option_file, load_options, option_table
+from utils.config.loading import FIELDS, REPOSITORY, allowed, find_option_file, load_options
 from utils.errors import UserError
 from utils.files import sha256_of
 
@@ -44,21 +44,17 @@ def section(path: Path, heading: str) -> str:
     return TEXTS[path].split(f"\n## {heading}\n")[1].split("\n## ")[0]
 
 
-def test_readme__is_short():
+def test_readme__is_short_and_its_lines_have_at_most_120_characters():
     assert TEXTS[README].count("\n") <= 250
-
-
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_lines__are_at_most_120_characters(path):
-    prose = [line for line in TEXTS[path].splitlines() if not line.startswith("|")]
-    assert [line for line in prose if len(line) > 120] == []
+    lines = [line for text in TEXTS.values() for line in text.splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 120] == []
 
 
 def with_option_table(text: str) -> str:
     """json/README.md with the option table of the schema."""
     lines = ["| key | default | meaning | allowed |", "| --- | --- | --- | --- |"]
-    for key, default, meaning, allowed in option_table():
-        lines.append(f"| `{key}` | `{json.dumps(default)}` | {meaning} | {allowed} |")
+    for key, field in FIELDS.items():
+        lines.append(f"| `{key}` | `{json.dumps(field.default)}` | {field.description} | {allowed(field)} |")
     before, _, rest = text.partition("<!-- options -->\n")
     return before + "\n".join(["<!-- options -->", *lines, ""]) + rest[rest.index("<!-- /options -->") :]
 
@@ -94,11 +90,6 @@ def test_preparation_commands__parse(line, tmp_path):
     else:
         assert program == "crop_datasets.py"
         assert crop_datasets.chosen_options(crop_datasets.parse_arguments(words)).dataset.crop_type
-
-
-@pytest.mark.parametrize("line", commands(r"python (model/[^\n`#&]+)"))
-def test_scripts__exist(line):
-    assert (REPOSITORY / shlex.split(line)[0]).is_file()
 
 
 def test_option_files__are_those_in_the_readmes():

@@ -8,8 +8,10 @@ import random
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from functools import partialmethod
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,15 +22,17 @@ from tqdm import tqdm
 import run
 from loss import PPAPLossOutput
 from model import criterion, register_loss
+from model.callbacks import HtmlReport
 from model.module import PPAPModule
 from tests.conftest import without_figures, write_tiny
 from tests.dataset.files import picture, save
 from utils.config.cli import guarded
 from utils.config.options import LOSSES
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError, exit_on_signals
 from utils.training.checkpointing import CheckpointManager
 from utils.training.run_dir import BEST, LAST, RunDir
 from utils.training.stopping import Stopped, StopSignal
+from utils.vision.crf import CrfPool
 
 TIMES = {"images_per_s", "train_hours", "peak_memory_gib", "checkpoint"}
 LONG = {"train__epoch": 3, "train__valid_freq": 3, "train__print_freq": 1, "eval__is_crf": False}  # 12 steps
@@ -173,10 +177,8 @@ def test_resume__a_loss_that_draws_from_global_generators(tiny_file, tmp_path, s
 
 def test_signal__restores_the_handlers():
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with StopSignal() as stop:
+    with pytest.raises(Interrupted, match="143"), StopSignal():  # which arrives in the last step
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-        assert stop.signum == signal.SIGTERM
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -222,6 +224,32 @@ def test_resume__without_validation_images(tiny_file, tmp_path, stop_in):
     assert progress_of(tmp_path / "output/tiny" / BEST)["step"] == 8
 
 
+def test_resume__on_other_data(tiny_file, tmp_path, stop_in):
+    """Refused with the first difference; other_data continues, and so does the same data elsewhere."""
+    for number in range(16):
+        save(tmp_path / f"photos/{number:02}.png", picture(number))
+    photos = {"data_type": "directory", "data_path": str(tmp_path / "photos"), "n_classes": 5}
+    changed = {f"dataset__{key}": value for key, value in photos.items()}
+    words = ["--opt", tiny_file(**LONG | changed | {"train__epoch": 2}), "--resume"]
+    stop_in(2, words)
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    stop_in(4, [*words, f"dataset.data_path={tmp_path}/moved"])
+    (tmp_path / "moved").rename(tmp_path / "photos")
+    save(tmp_path / "photos/99.png", picture(99))
+    with pytest.raises(UserError, match=r"train: 99\.png was added.*resume_on_other_data=true"):
+        run.main(words)
+    (tmp_path / "photos/99.png").rename(tmp_path / "photos/00.png")
+    with (tmp_path / "photos/00.png").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(UserError, match=r"train: 00\.png had [\d,]+ bytes, has"):
+        run.main(words)
+    (tmp_path / "photos/00.png").unlink()
+    with pytest.raises(UserError, match=r"train: 00\.png was removed"):
+        run.main(words)
+    save(tmp_path / "photos/00.png", picture(99))
+    assert run.main([*words, "resume_on_other_data=true"])[0]["step"] == 8
+
+
 def test_resume__continues_a_sweep(tiny_file, tmp_path, stop_in, capsys):
     words = ["--opt", tiny_file(**LONG | {"train__epoch": 1}), "train.seed=0,1,2"]
     stop_in(2, words, seed=1)
@@ -261,6 +289,26 @@ def test_resume__more_epochs_continue_a_finished_run(tiny_file, tmp_path, capsys
         run.main([*words, "--resume", "train.epoch=1"])
 
 
+def test_resume__a_run_without_its_best_checkpoint_ends_with_results(tiny_file, tmp_path, stop_in, capsys):
+    words, folder = ["--opt", tiny_file(**LONG)], tmp_path / "output/tiny"
+    stop_in(9, words)
+    (folder / BEST).unlink()
+    (result,) = run.main([*words, "--resume"])
+    assert "best.ckpt is damaged or missing; step 9 takes its place" in capsys.readouterr().out
+    assert result["step"] in (11, 12)  # the validations that followed
+
+
+def test_resume__draws_what_a_finished_training_lacks(tiny_file, tmp_path, monkeypatch):
+    words, folder = ["--opt", tiny_file(**LONG | {"train__epoch": 1})], tmp_path / "output/tiny"
+    with monkeypatch.context() as patch:
+        patch.setattr(HtmlReport, "finish", Mock(side_effect=Interrupted(143)))
+        with pytest.raises(Interrupted):
+            run.main(words)
+    assert "Training: step 4 of 4" in (folder / "report.html").read_text()
+    run.main([*words, "--resume"])
+    assert "Finished: " in (folder / "report.html").read_text()
+
+
 def test_resume__skips_a_damaged_checkpoint(tiny_file, tmp_path, whole, stop_in, capsys):
     words, folder = ["--opt", tiny_file(**LONG)], tmp_path / "output/tiny"
     stop_in(9, words)
@@ -292,7 +340,7 @@ def test_checkpoint_every__steps_or_minutes(tiny_file, tmp_path, monkeypatch, ev
 def test_lock__two_runs_in_one_folder(tiny_file, tmp_path, tiny_options):
     with (
         RunDir(tiny_options()).lock(),
-        pytest.raises(UserError, match=r"another run is writing .*tiny\.lock.*wandb\.name"),
+        pytest.raises(UserError, match=r"in use by process .*tiny\.lock.*wandb\.name"),
     ):
         run.main(["--opt", tiny_file()])
     assert not (tmp_path / "output/tiny").exists()
@@ -306,9 +354,17 @@ def stay(module, batch, batch_idx, *, step, step_of):
     return step_of(module, batch, batch_idx)
 
 
-def run_until(argv, *, renames=None, stuck_in_step=None):
-    """run.py in its own process, which kills itself after `renames` files, or never ends a step."""
+def hang(pool, *_, pids, tag):
+    """Waits in the CRF for ever, after its process has started; writes the pids of all children."""
+    pool._pool.submit(int).result()
+    pids.write_text(" ".join(str(child.pid) for child in multiprocessing.active_children()))
+    time.sleep(600)
+
+
+def run_until(argv, *, renames=None, stuck_in_step=None, stuck_in_crf=None, figures=False):
+    """run.py in its own process, which kills itself after `renames` files, or hangs in a step or the CRF."""
     multiprocessing.set_start_method("fork", force=True)  # of its loaders, as on the command line
+    exit_on_signals()
     plain, left = os.replace, [renames]
 
     def counted(source, target):
@@ -322,7 +378,9 @@ def run_until(argv, *, renames=None, stuck_in_step=None):
         os.replace = counted
     if stuck_in_step is not None:
         PPAPModule.training_step = partialmethod(stay, step=stuck_in_step, step_of=PPAPModule.training_step)
-    with without_figures():
+    if stuck_in_crf is not None:
+        CrfPool.submit = partialmethod(hang, pids=stuck_in_crf)
+    with nullcontext() if figures else without_figures():
         sys.exit(guarded(lambda: run.main(argv)))
 
 
@@ -340,6 +398,22 @@ def start():
     return start
 
 
+def test_kill__no_child_stays_behind(tiny_file, tmp_path, start):
+    """The main process is killed in the CRF, while the loader's workers are alive as well."""
+    pids = tmp_path / "pids"
+    options = {"eval__is_crf": True, "eval__crf_backend": "pydensecrf", "dataloader__num_workers": 1}
+    process = start(["--opt", tiny_file(**LONG | options)], stuck_in_crf=pids)
+    while not (pids.exists() and pids.read_text()):
+        assert process.is_alive()
+        time.sleep(0.05)
+    children = [Path("/proc", pid) for pid in pids.read_text().split()]
+    assert len(children) >= 2
+    process.kill()
+    process.join()
+    while any(map(Path.exists, children)):  # for ever, if one stays behind
+        time.sleep(0.05)
+
+
 def test_kill__before_renames(tiny_file, tmp_path, whole, start):
     """Kills one run before its 1st, 4th, 7th ... rename; it resumes each time."""
     path, kills = tiny_file(**LONG), 0
@@ -354,17 +428,34 @@ def test_kill__before_renames(tiny_file, tmp_path, whole, start):
     assert_same_run(tmp_path / "output/tiny", whole)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_kill__at_random_moments(tmp_path, whole, start, kills):
-    drawn, finished = random.Random(kills), 0
-    path = write_tiny(tmp_path, **LONG, dataloader__num_workers=1)
+def descendants(pid):
+    """The processes that a process has started, and theirs."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended
+        return []
+    return [*children, *(each for child in children for each in descendants(child))]
+
+
+@pytest.mark.parametrize(("kills", "full"), [(2, False), pytest.param(50, True, marks=pytest.mark.slow)])
+def test_kill__at_random_moments(tmp_path, whole, start, kills, full):
+    """Resumes after each kill; `full`: also in the CRF and while pictures are drawn."""
+    drawn, finished, longest = random.Random(kills), 0, 5
+    path = write_tiny(tmp_path, **LONG | {"eval__is_crf": full}, dataloader__num_workers=1)
     words = ["--opt", path, "--resume", "train.checkpoint_every=2"]
+    if full:
+        began, whole = time.monotonic(), tmp_path / "output/whole"
+        start([*words, "wandb.name=whole"], figures=True).join(600)
+        longest = time.monotonic() - began
     while kills > 0 or not finished:
-        process = start([*words, f"wandb.name=cut{finished}"])
-        process.join(drawn.uniform(0, 5) if kills > 0 else 300)
+        process = start([*words, f"wandb.name=cut{finished}"], figures=full)
+        process.join(drawn.uniform(0, longest) if kills > 0 else 600)
         if process.exitcode is None:
+            started = descendants(process.pid)
             process.kill()
             process.join()
+            while any(Path("/proc", each).exists() for each in started):  # for ever, if one stays behind
+                time.sleep(0.05)
             kills -= 1
             continue
         assert process.exitcode == 0

@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import time
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -9,7 +11,8 @@ from pathlib import Path
 
 import requests
 from requests.adapters import HTTPAdapter
-from requests.exceptions import ChunkedEncodingError, ConnectionError
+from requests.exceptions import ConnectionError
+from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
 from utils.errors import UserError, first_line
@@ -18,7 +21,8 @@ from utils.progress import Bar
 
 CHUNK = 1 << 16  # bytes
 TRIES = 5  # failed requests in a row before the next address is used
-TIMEOUT = 30.0  # seconds without data after which a request fails
+TIMEOUT = 30.0  # seconds without data, or with data at less than LEAST_RATE, after which a request fails
+LEAST_RATE = 1000  # bytes per second
 BACKOFF = 1.0  # seconds before a request is repeated; doubled each time
 BUSY = (429, 500, 502, 503, 504)  # HTTP status of requests that are repeated
 
@@ -43,7 +47,7 @@ def download(urls: Sequence[str], path: Path, *, sha256: str | None = None, size
             part = path.with_name(f"{path.name}{source}.part")
             try:
                 _fetch(session, url, part, sha256, size)
-            except (requests.RequestException, DownloadError) as error:
+            except (requests.RequestException, HTTPError, DownloadError) as error:
                 reasons.append(f"{url}: {first_line(error)}")
                 continue
             os.replace(part, path)
@@ -63,7 +67,7 @@ def _fetch(session: requests.Session, url: str, part: Path, sha256: str | None, 
             try:
                 _copy(response, part, start if response.status_code == 206 else 0, size)
                 break
-            except (ChunkedEncodingError, ConnectionError):  # connection lost or timed out
+            except (ConnectionError, HTTPError):  # connection lost or timed out
                 failures = 0 if _length(part) - start >= CHUNK else failures + 1
                 if failures == TRIES:
                     raise
@@ -85,11 +89,20 @@ def _copy(response: requests.Response, part: Path, start: int, size: int | None)
     total = size if length is None else start + int(length)
     if size not in (None, total):
         raise DownloadError(f"has {total:,} bytes, must have {size:,}")
+    if total is not None and total - start > (free := shutil.disk_usage(part.parent).free):
+        raise DownloadError(f"has {total:,} bytes, but only {free:,} bytes are free in {part.parent}")
     bar = Bar(total=total, initial=start, desc=part.stem, unit="B", unit_scale=True)
     with part.open("ab" if start else "wb") as file, bar:
-        for chunk in response.iter_content(CHUNK):
+        measured, since = file.tell(), time.monotonic()
+        while chunk := response.raw.read1(CHUNK):  # what has arrived
             file.write(chunk)
             bar.update(len(chunk))
+            if (seconds := time.monotonic() - since) > TIMEOUT:
+                if file.tell() - measured < LEAST_RATE * seconds:
+                    raise DownloadError(f"sends less than {LEAST_RATE:,} bytes per second")
+                measured, since = file.tell(), time.monotonic()
+        if total is not None and file.tell() < total:
+            raise ConnectionError("the connection was lost")
 
 
 def _length(part: Path) -> int:

@@ -1,7 +1,9 @@
-"""The exception for mistakes that a user can fix, and helpers for its messages."""
+"""The exceptions that end a program, and helpers for their messages."""
 
+import signal
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
+from typing import Any, NoReturn
 
 SHOWN = 20  # lines of a long list in a message
 SIMILAR = 0.68  # likeness from which a key is suggested
@@ -36,6 +38,20 @@ class LeftOut(UserError):
     """Raised after damaged files were skipped and all others processed."""
 
     status = 1
+
+
+class Interrupted(SystemExit):
+    """Raised by Ctrl-C and SIGTERM; Lightning would turn a KeyboardInterrupt into exit status 1."""
+
+
+def exit_on_signals() -> None:
+    """Makes Ctrl-C and SIGTERM raise `Interrupted`, with exit status 130 and 143."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _interrupt)
+
+
+def _interrupt(signum: int, _frame: Any) -> NoReturn:
+    raise Interrupted(128 + signum)
 
 
 def listed(heading: str, lines: Sequence[str]) -> str:

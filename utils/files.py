@@ -4,24 +4,34 @@ import hashlib
 import json
 import math
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENS_FOLDER = "tokens"  # below output_dir; shared by all runs
-CHECKPOINTS = ("best.ckpt", "best.pth", "ckpt.pth")  # in this order
+CHECKPOINTS = ("best.ckpt", "best.pth", "ckpt.pth", "last.ckpt")  # in this order
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads the object in a JSON file."""
+    """Reads the object in a JSON file; a key that appears twice in an object is an error."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f'"{key}" appears twice in one object; merge the two or remove one')
+            found[key] = value
+        return found
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: not a readable JSON file: {error}") from None
     if not isinstance(content, dict):
@@ -45,7 +55,7 @@ def write_json(path: Path, content: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path that is not UTF-8
 
 
 @contextmanager
@@ -84,8 +94,8 @@ def make_folder(path: Path, *, named_by: str = "output_dir") -> Path:
 
 
 def move_aside(path: Path) -> Path | None:
-    """Renames a folder that is not empty to the first free <name>.1, <name>.2, ... and returns that path."""
-    if not path.exists() or not any(path.iterdir()):
+    """Renames a file or a folder that is not empty to the first free <name>.1, .2, ...; returns that path."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return None
     number = 1
     while (target := path.with_name(f"{path.name}.{number}")).exists():
@@ -98,20 +108,31 @@ def weights_file(name: str) -> Path:
     return Path(name) if os.path.exists(name) else REPOSITORY / name
 
 
-def find_checkpoint(name: str, output_dir: str) -> Path:
-    """Finds a checkpoint: a file, or one of `CHECKPOINTS` in a folder or in a run below `output_dir`."""
+def find_checkpoints(name: str, output_dir: str) -> list[Path]:
+    """Finds checkpoints: a file, or those of `CHECKPOINTS` in a folder or in a run below `output_dir`."""
     if not name:
         raise UserError("no checkpoint is named: give --checkpoint a file, a folder or the name of a run")
     folders = (Path(name), Path(output_dir, name))
     places = [Path(name), *(folder / file for folder in folders for file in CHECKPOINTS)]
-    for place in places:
-        if os.path.isfile(place):  # unlike Path.is_file, False for a name that is too long
-            return place
+    if found := [place for place in places if os.path.isfile(place)]:  # False for a name that is too long
+        return found
     runs = sorted({path.parent.name for file in CHECKPOINTS for path in Path(output_dir).glob(f"*/{file}")})
     known = f"runs in {output_dir}: {', '.join(runs)}" if runs else f"{output_dir} contains no run"
     raise UserError(f"checkpoint {name}: none of {', '.join(map(str, places[1:]))} exists; {known}")
 
 
-def exclusive(path: Path) -> FileLock:
-    """The lock .<name>.lock beside `path`; entering it waits for another process that holds it."""
-    return FileLock(path.with_name(f".{path.name}.lock"))
+@contextmanager
+def exclusive(path: Path, *, advice: str | None = None) -> Iterator[None]:
+    """Holds the lock .<name>.lock beside `path` until the block or the process ends.
+
+    Waits for another process that holds it, or, with `advice`, raises a UserError that ends with it.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    holder = lock.read_text(encoding="utf-8") if lock.exists() else ""  # trying to lock may empty the file
+    try:
+        with FileLock(lock, timeout=-1 if advice is None else 0):
+            lock.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+            yield
+    except Timeout:
+        user = holder or "another process"
+        raise UserError(f"{path} is in use by {user} (lock: {lock}); wait until it ends{advice}") from None

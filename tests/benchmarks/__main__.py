@@ -37,11 +37,9 @@ CASES: dict[str, Callable[[Bench, str], list[Row]]] = {
 
 def hardware(device: torch.device) -> str:
     """The machine, torch's version and the date."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     date = datetime.now(timezone.utc).date()
     return f"{name}, {cores()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {date}"
 

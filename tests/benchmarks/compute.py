@@ -13,13 +13,7 @@ from model.module import PPAPModule
 from model.segmenter import dropout_mask
 from model.weights import backbone_spec
 from tests.benchmarks import literal
-from tests.benchmarks.inputs import (
-    loss_inputs,
-    n_classes_of,
-    random_batch,
-    random_module,
-    shape_options,
-)
+from tests.benchmarks.inputs import loss_inputs, n_classes_of, random_batch, random_module, shape_options
 from tests.benchmarks.measure import Bench, Cost, Row
 from utils.config.loading import with_changes
 from utils.config.options import Options

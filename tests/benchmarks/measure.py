@@ -77,14 +77,10 @@ class Bench:
         items: int | None = None,
         once: bool = False,
     ) -> list[Row]:
-        """Rows of all forms; gains are relative to the one named "literal".
+        """Rows of the forms, name -> what to run; gains are relative to the one named "literal".
 
-        Args:
-            case: name of the benchmark.
-            forms: name -> what to run.
-            costs: name -> least work of that form, one after another.
-            items: number of items that a run processes.
-            once: whether the first run, of which the memory is measured, is timed too and is the only one.
+        A run processes `items`; `costs` are the least work of a form, one after another. With `once`, the
+        first run, whose memory is measured, is timed too and is the only one.
         """
         first = {name: self.first_run(form) for name, form in forms.items()}
         seconds = {name: [spent] if once else [] for name, (spent, _) in first.items()}
@@ -96,18 +92,10 @@ class Bench:
         for name, median in medians.items():
             needed = (costs or {}).get(name, [])
             gain = medians["literal"] / median if "literal" in medians and name != "literal" else None
-            row = Row(
-                case,
-                name,
-                median,
-                _half_quartiles(seconds[name]),
-                first[name][1],
-                items=items and items / median,
-                gain=gain,
-                floor=sum(map(self.floor, needed)) if needed else None,
-                operand=", ".join(dict.fromkeys(str(c.operand).removeprefix("torch.") for c in needed)),
-            )
-            rows.append(row)
+            floor = sum(map(self.floor, needed)) if needed else None
+            operand = ", ".join(dict.fromkeys(str(c.operand).removeprefix("torch.") for c in needed))
+            spread, rate = _half_quartiles(seconds[name]), items and items / median
+            rows.append(Row(case, name, median, spread, first[name][1], rate, gain, floor, operand))
         return rows
 
     def once(self, form: Callable[[], Any]) -> float:

@@ -79,15 +79,9 @@ def bench_data(bench: Bench, shape: str) -> list[Row]:
 
 def literal_epoch(bench: Bench, module: PPAPModule, source: Source, options: Options) -> Callable[[], None]:
     """Two views of each item, the literal loss, no cached tokens."""
-    loader = DataLoader(
-        TwoViews(source, options.dataset.res),
-        options.dataloader.batch_size,
-        num_workers=options.dataloader.num_workers,
-        persistent_workers=True,
-        drop_last=True,
-        shuffle=True,
-        pin_memory=bench.device.type == "cuda",
-    )
+    how = {"persistent_workers": True, "drop_last": True, "shuffle": True}
+    how |= {"num_workers": options.dataloader.num_workers, "pin_memory": bench.device.type == "cuda"}
+    loader = DataLoader(TwoViews(source, options.dataset.res), options.dataloader.batch_size, **how)
     module.to(bench.device)
     step = step_form(module, module.configure_optimizers(), functools.partial(literal_losses, module))
 

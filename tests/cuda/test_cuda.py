@@ -142,9 +142,8 @@ def test_step__launches_few_kernels(results):
 @pytest.mark.slow
 def test_step_at_coco_shape__launches_and_memory(tmp_path):
     """ViT-S/8, 64 images of 224 pixels, 3,136 anchors in one chunk."""
-    found = run_cases({"coco": {"program": "coco", "words": [3136]}}, tmp_path, devices=1, capture=True)[
-        "coco"
-    ]
+    case = {"program": "coco", "words": [3136]}
+    found = run_cases({"coco": case}, tmp_path, devices=1, capture=True)["coco"]
     assert found["error"] is None, found["error"]
     beyond_weights = (found["peaks"][0] - found["result"]["weights"]) / 2**30
     assert beyond_weights <= 5

@@ -1,10 +1,14 @@
 """Reading every file before a run."""
 
+import os
+import sys
+
 import numpy as np
 import pytest
 
 from tests.dataset.files import SIZE, save
 from utils.errors import UserError
+from utils.files import read_json_object, write_json
 
 
 @pytest.fixture
@@ -27,6 +31,23 @@ def test_check__names_every_damaged_file(data_of, damaged, workers):
         "dataset.skip_damaged=true",
     ):
         assert words in str(error.value)
+
+
+def test_check__odd_files_and_names_that_are_not_utf_8(data_of, directory, tmp_path_factory, capsys):
+    """They are skipped or used; the digest, the inventory and the messages contain them."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # as `guarded` does
+    tmp_path = tmp_path_factory.mktemp("odd")
+    odd = directory.rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    (odd / "imgs/train/1.jpg").rename(odd / "imgs/train" / os.fsdecode(b"\xe9.jpg"))
+    (odd / "imgs/train/loop.jpg").symlink_to("loop.jpg")
+    os.mkfifo(odd / "imgs/train/pipe.jpg")
+    data = data_of("directory", odd, dataset__skip_damaged=True)
+    assert len(data.train_set) == 4
+    assert len(data.train_set.source.digest()) == 64
+    write_json(tmp_path / "inventory.json", data.inventory())
+    assert read_json_object(tmp_path / "inventory.json") == data.inventory()
+    assert os.fsdecode(b"imgs/train/\xe9.jpg") in data.inventory()["train"]
+    assert "loop.jpg: not a readable image" in capsys.readouterr().out
 
 
 def test_check__reads_unchanged_files_once(data_of, directory, monkeypatch):

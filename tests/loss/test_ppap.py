@@ -195,51 +195,6 @@ def test_loss__gradient_scales_and_needs_z_only():
     assert not criterion(z.detach(), features, anchors).loss.requires_grad
 
 
-def test_loss__no_positive_anywhere_is_zero_with_a_graph():
-    z, features = clustered_batch()
-    criterion = PPAPLoss(**COEFFICIENTS | {"initialcrit_pos": 2.0, "prop_iter": 3})
-    output = criterion(z, features, generator=torch.Generator().manual_seed(0))
-    output.loss.backward()
-    assert output.loss.item() == 0
-    assert output.num_positives.item() == 0
-    assert torch.equal(z.grad, torch.zeros_like(z))
-
-
-def test_loss__group_without_positives_is_skipped():
-    features = torch.eye(6).repeat_interleave(1, 0)[None, :, :, None].clone()  # (1, 6, 6, 1), all orthogonal
-    features[0, :, 1] = features[0, :, 0]  # but patches 0 and 1, of the first group, are one
-    z = F.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1)
-    both = torch.tensor([[0, 1, 2], [3, 4, 5]])
-    criterion = PPAPLoss(**COEFFICIENTS | {"group_size": 3, "trainpatchsplit": 1})
-    torch.testing.assert_close(criterion(z, features, both).loss, criterion(z, features, both[:1]).loss)
-
-
-def test_loss__short_group_counts_by_its_anchors():
-    z, features = clustered_batch(images=1, side=4)
-    criterion = PPAPLoss(**COEFFICIENTS | {"initialcrit_pos": -1.1})  # everything is a positive
-    first, second = torch.tensor([[0, 1, 2]]), torch.tensor([[9, -1, -1]])
-    a, b = criterion(z, features, first).loss, criterion(z, features, second).loss
-    torch.testing.assert_close(criterion(z, features, torch.cat([first, second])).loss, (3 * a + b) / 4)
-
-
-def test_loss__infinite_sigma_keeps_the_boundary():
-    z, features = clustered_batch()
-    anchors = PPAPLoss(**COEFFICIENTS).sample_anchors(len(z), torch.Generator().manual_seed(1))
-    held = PPAPLoss(**COEFFICIENTS | {"sigma_pos": math.inf, "sigma_amb": math.inf})(z, features, anchors)
-    nearly = PPAPLoss(**COEFFICIENTS | {"sigma_pos": 1e9, "sigma_amb": 1e9})(z, features, anchors)
-    torch.testing.assert_close(held.loss, nearly.loss)
-    assert held.num_positives == nearly.num_positives
-
-
-def test_loss__overlapping_sets_count_each_patch_once():
-    z, features = clustered_batch()
-    anchors = PPAPLoss(**COEFFICIENTS).sample_anchors(len(z), torch.Generator().manual_seed(1))
-    everything = COEFFICIENTS | {"initialcrit_pos": -2.0, "prop_iter": 0}
-    alone = PPAPLoss(**everything | {"initialcrit_amb": -3.0})(z, features, anchors)
-    doubled = PPAPLoss(**everything | {"initialcrit_amb": 3.0})(z, features, anchors)
-    torch.testing.assert_close(alone.loss, doubled.loss)
-
-
 def test_loss__float16_operands_round_before_the_boundary():
     """cos = 0.60012 lies above 0.60011; the nearest float16, 0.60009765625, lies below."""
     cosine = 0.6001201
@@ -254,51 +209,14 @@ def test_loss__float16_operands_round_before_the_boundary():
     assert PPAPLoss(**chosen, products="float16")(z, features, anchors).num_positives == 0
 
 
-def test_products__float16_has_the_sets_of_similarity_dtype_float16():
+def test_arguments__that_do_not_fit():
     z, features = clustered_batch()
-    anchors = PPAPLoss(**COEFFICIENTS).sample_anchors(len(z), torch.Generator().manual_seed(1))
-    criterion = PPAPLoss(**COEFFICIENTS, products="float16")
-    assert criterion.similarity_dtype == torch.float16
-    found = criterion(z, features, anchors)
-    rounded = PPAPLoss(**COEFFICIENTS, similarity_dtype=torch.float16)(z, features, anchors)
-    torch.testing.assert_close(found.reached, rounded.reached)
-    assert found.num_negatives == rounded.num_negatives
-    torch.testing.assert_close(found.loss, rounded.loss, rtol=1e-3, atol=0)  # z is rounded too
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"tau": 0.0}, "tau"),
-        ({"sigma_pos": 0.0}, "sigma_pos"),
-        ({"prop_iter": -1}, "prop_iter"),
-        ({"trainpatchsplit": 0}, "trainpatchsplit"),
-        ({"products": "bfloat16"}, "products is bfloat16"),
-        ({"products": "split", "similarity_dtype": torch.float16}, "products is split"),
-    ],
-)
-def test_coefficients__out_of_range(change, word):
-    with pytest.raises(ValueError, match=word):
-        PPAPLoss(**COEFFICIENTS | change)
-
-
-def test_shapes__mismatch():
-    z, features = clustered_batch()
-    criterion = PPAPLoss(**COEFFICIENTS)
-    with pytest.raises(ValueError, match="z must be"):
-        criterion(z[:-1], features)
-    with pytest.raises(ValueError, match="for features"):
-        criterion(z, features[0])
-
-
-def test_ieee_float32__restores_the_setting():
-    torch.set_float32_matmul_precision("high")
-    try:
-        with ieee_float32():
-            assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    for change in ({"products": "bfloat16"}, {"products": "split", "similarity_dtype": torch.float16}):
+        with pytest.raises(ValueError, match=f"products is {change['products']}"):
+            PPAPLoss(**COEFFICIENTS | change)
+    for arguments in ((z[:-1], features), (z, features[0])):
+        with pytest.raises(ValueError, match="z must be"):
+            PPAPLoss(**COEFFICIENTS)(*arguments)
 
 
 SETTINGS = {  # what a user of the library may have set
@@ -358,7 +276,3 @@ def test_sampling__covers_a_group_and_depends_on_the_generator_alone():
     assert {int(i) for seed in range(80) for i in sample(16, seed)[0]} == set(range(16))
     assert torch.equal(sample(160, 5), sample(160, 5))
     assert torch.equal(sample(80, 5), sample(160, 5)[:5])  # the groups that follow make no difference
-
-
-def test_sampling__fewer_patches_than_the_split_give_one_anchor():
-    assert PPAPLoss(**COEFFICIENTS).sample_anchors(3).shape == (1, 1)

@@ -1,21 +1,9 @@
-import math
 from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
 
 from loss.propagation import Boundaries, Propagation, propagate, propagations, select_sets
-
-
-def test_propagate__one_step_by_hand():
-    bank = F.normalize(torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), dim=1)
-    reached = propagate(bank[:1], bank, Boundaries(0.5, 0.2, 1, sigma_pos=2, sigma_amb=4))
-    mean = (bank[0] + bank[1]) / 2
-    proxy = mean / mean.norm()
-    moved = 1 - proxy[0].item()
-    torch.testing.assert_close(reached.proxies[0], proxy)
-    assert math.isclose(reached.phi.item(), 0.5 - moved / 2, rel_tol=1e-6)
-    assert math.isclose(reached.psi.item(), 0.2 + moved / 4, rel_tol=1e-6)
 
 
 def test_propagate__empty_set_keeps_the_proxy():

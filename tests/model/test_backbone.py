@@ -63,11 +63,6 @@ def test_tokens__equal_timm_at_the_native_grid(registers):
     torch.testing.assert_close(features.flatten(2).transpose(1, 2), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_tokens__size_that_is_no_multiple():
-    with pytest.raises(AssertionError, match="divisible by patch size"):
-        FrozenViT(SPEC).tokens(image(18, 16))
-
-
 def test_frozen__never_trains():
     backbone = FrozenViT(SPEC).train()
     assert not backbone.training

@@ -7,7 +7,6 @@ import pytest
 
 import run
 from model import callbacks
-from model.callbacks import summary_of
 from tests.utils.wandb_file import WandbFile
 
 KEY = "0123456789abcdef0123456789abcdef01234567"  # in the format of wandb's keys
@@ -117,16 +116,17 @@ def test_run__of_every_kind_has_a_report(tiny_file, tmp_path, no_figures, words,
     assert (page.parent / "explanation.png").exists() == explained
 
 
-def test_wandb__an_error_does_not_end_the_run(tiny_file, tmp_path, monkeypatch, capsys, no_figures):
+def test_pictures__their_errors_do_not_end_the_run(tiny_file, tmp_path, monkeypatch, capsys):
     def refuse(*_arguments, **_keywords):
-        raise callbacks.wandb.errors.CommError("no room left")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(callbacks, "attach", refuse)
-    monkeypatch.setattr(callbacks, "prediction_table", refuse)
-    run.main(["--opt", tiny_file(wandb__mode="offline"), "eval.is_crf=false"])
-    assert (tmp_path / "output/tiny/report.html").exists()
-    assert "CommError: no room left; the run continues without it" in capsys.readouterr().out
-
-
-def test_summary__without_labels_has_no_metrics():
-    assert summary_of({"step": 4, "before_crf": None, "after_crf": None}) == {"best_step": 4}
+    for place in ("callbacks.attach", "callbacks.write_strip", "callbacks.draw_explanation"):
+        monkeypatch.setattr(f"model.{place}", refuse)
+    for name in ("draw_confusion", "draw_class_iou", "draw_predictions"):
+        monkeypatch.setattr(f"model.results.{name}", refuse)
+    run.main(["--opt", tiny_file(wandb__mode="offline", eval__pictures=1), "eval.is_crf=false"])
+    folder, lines = tmp_path / "output/tiny", capsys.readouterr().out.splitlines()
+    assert (folder / "report.html").exists()
+    for name in ("validations", "explanation.png", "confusion.png", "class_iou.png", "predictions.png"):
+        assert any(line.startswith(f"{folder / name}: OSError: ") for line in lines)
+    assert any(line.startswith("wandb: OSError: ") for line in lines)

@@ -1,18 +1,20 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+import run
 from dataset import DATA_SETS
 from model import PPAPModule, build_module
 from model.backbone import FrozenViT
-from model.checkpoint import Checkpoint, export, read_checkpoint, restore
+from model.checkpoint import CHECKPOINT_ENTRY, Checkpoint, export, read_checkpoint
 from model.segmenter import Segmenter
 from model.weights import backbone_spec
-from utils.config.loading import load_options
+from utils.config.loading import as_tree, load_options
 from utils.errors import UserError
-from utils.files import find_checkpoint
+from utils.files import find_checkpoints
 from utils.vision.labels import LabelSpace
 
 EXPERIMENTS = {
@@ -41,9 +43,7 @@ def test_published_format__round_trip(tiny_options, tmp_path):
 def test_published_format__other_number_of_classes_names_both_shapes(tiny_options, tmp_path):
     path = exported(build_module(tiny_options(), LABELS), tmp_path / "ckpt.pth")
     two = LabelSpace.with_spread_colours(("a", "b"))
-    with pytest.raises(
-        UserError, match=r"ckpt\.pth \(width 24, 2 blocks\) does not fit .*\[3, 24\].*\[2, 24\]"
-    ):
+    with pytest.raises(UserError, match=r"ckpt\.pth does not fit .*\[3, 24, 1, 1\].*\[2, 24, 1, 1\]"):
         build_module(tiny_options(), two, checkpoint=read_checkpoint(path))
 
 
@@ -56,7 +56,9 @@ def test_export__entries_keys_and_shapes_of_the_released_files(shared, name, tmp
         module = PPAPModule(options, labels, Segmenter(FrozenViT(backbone_spec(options))))
     content = {}
     monkeypatch.setattr("model.checkpoint.write_torch_file", lambda written, path: content.update(written))
-    exported(module, tmp_path, step=300, epoch=2, metrics={"Cluster_mIoU": 12.5, "Linear_mIoU": 30.0})
+    exported(
+        module, tmp_path / "ckpt.pth", step=300, epoch=2, metrics={"Cluster_mIoU": 12.5, "Linear_mIoU": 30.0}
+    )
     assert set(content) == set(listed["top_level"])
     found = [content[key] for key in ("iter", "epoch", "best", "net_optimizer_state_dict")]
     assert found == [300, 2, 42.5, None]
@@ -69,34 +71,82 @@ def test_find__order_of_names_and_places(tmp_path):
     folder.mkdir(parents=True)
     for name in ("ckpt.pth", "best.pth", "best.ckpt"):
         (folder / name).touch()
-        assert find_checkpoint("run", str(tmp_path / "output")) == folder / name
-        assert find_checkpoint(str(folder), "elsewhere") == folder / name
-    assert find_checkpoint(str(folder / "best.pth"), "elsewhere") == folder / "best.pth"
+        assert find_checkpoints("run", str(tmp_path / "output"))[0] == folder / name
+        assert find_checkpoints(str(folder), "elsewhere")[0] == folder / name
+    assert find_checkpoints(str(folder / "best.pth"), "elsewhere") == [folder / "best.pth"]
     with pytest.raises(UserError, match=r"runs in .*: run"):
-        find_checkpoint("ran", str(tmp_path / "output"))
+        find_checkpoints("ran", str(tmp_path / "output"))
     with pytest.raises(UserError, match="no checkpoint is named"):
-        find_checkpoint("", str(tmp_path))
+        find_checkpoints("", str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"weights": 1},
-        [1, 2],
-        {},
-        {"ppap": 5, "state_dict": {}},
-        {"ppap": {}, "state_dict": {"a": 1}},
-        NONE_PARTS,
-    ],
-)
+@pytest.mark.parametrize("content", [{"weights": 1}, [1, 2], {}, {"ppap": {}}])
 def test_read__neither_format(tmp_path, content):
     torch.save(content, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match=r"x\.ckpt: neither"):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
-def test_restore__other_classes_are_named(tiny_options):
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("class_names", None, "ppap.class_names"),
+        ("class_names", ["a", "b"], "ppap: .*2 names and 3 colours"),
+        ("palette", [[1, 2, 3], [1, 2, 3.5], [1, 2, 300]], "ppap.palette.1.2"),
+        ("assignment", {0: 1}, "ppap.assignment"),
+        ("assignment", [0, 1], "ppap: .*2 entries for 3 clusters"),
+        ("options", [], "ppap.options"),
+        ("options", {"model": {"dim": torch.ones(1)}}, "ppap.options.model"),
+        ("options", {"plugins": [5]}, "ppap.options.plugins.0"),
+        ("step", "last", "ppap.step"),
+        ("state", {"a.weight": 1}, "state_dict: a.weight is of type int"),
+        ("state", [], "state_dict is of type list"),
+        ("state", {"cluster_probe.clusters": torch.ones(())}, "ppap: .*3 entries for 1 clusters"),
+        ("state", {"a.weight": torch.ones(2, dtype=torch.int64)}, "a.weight is torch.int64"),
+        ("state", {"a.bias": torch.ones(2, dtype=torch.complex64)}, "a.bias is torch.complex64"),
+        ("state", {"a.bias": torch.eye(2).to_sparse()}, "a.bias is .*sparse"),
+        ("state", {"a.bias": torch.tensor([1.0, torch.nan])}, "a.bias is not finite"),
+        ("state", {"a.bias": torch.tensor([torch.inf])}, "a.bias is not finite"),
+    ],
+)
+def test_read__an_entry_of_the_wrong_form_is_named(tiny_options, tmp_path, key, value, named):
     module = build_module(tiny_options(), LABELS)
-    about = {"class_names": ["x", "y"]}
+    entry = {"palette": [list(colour) for colour in LABELS.palette], "options": as_tree(module.options)}
+    entry |= {"class_names": list(LABELS.names), "assignment": [0, 1, 2]}
+    state = value if key == "state" else module.state_dict()
+    content = {"state_dict": state, CHECKPOINT_ENTRY: entry | {key: value}}
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=rf"x\.ckpt: .*{named}") as error:
+        read_checkpoint(tmp_path / "x.ckpt")
+    assert "\n" not in str(error.value)
+
+
+def test_read__a_published_part_of_the_wrong_form_is_named(tmp_path):
+    torch.save(NONE_PARTS, tmp_path / "ckpt.pth")
+    with pytest.raises(UserError, match=r"ckpt\.pth: net_model_state_dict is of type NoneType"):
+        read_checkpoint(tmp_path / "ckpt.pth")
+
+
+def test_export__writes_to_a_file_alone(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path(os.devnull)):
+        with pytest.raises(UserError, match=f"--export is {path}"):
+            export(Checkpoint(Path("best.ckpt"), {}, {}), path)
+    assert not Path(os.devnull).is_file()
+
+
+def test_build__other_classes_are_named(tiny_options):
+    content = Checkpoint(Path("best.ckpt"), {}, {"class_names": ["x", "y"]})
     with pytest.raises(UserError, match=r"2 classes x, y.*\(synthetic\) has the 3 classes a, b, c"):
-        restore(module, Checkpoint(Path("best.ckpt"), module.state_dict(), about))
+        build_module(tiny_options(), LABELS, checkpoint=content)
+
+
+def test_resume__an_entry_of_the_wrong_form_is_named(tiny_file, tmp_path, no_figures):
+    words = ["--opt", tiny_file(), "eval.is_crf=false"]
+    run.main(words)
+    last = tmp_path / "output/tiny/last.ckpt"
+    content = torch.load(last, weights_only=True)
+    content[CHECKPOINT_ENTRY]["assignment"] = "none"
+    torch.save(content, last)
+    with pytest.raises(UserError, match=r"last\.ckpt: ppap\.assignment"):
+        run.main([*words, "--resume", "train.epoch=2"])

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from model.evaluator import CLUSTER_ALPHA, Evaluator
 from model.probes import ClusterProbe, LinearProbe
-from utils.vision.crf import CrfPool, refine
+from utils.vision.crf import refine
 from utils.vision.mean_field import MeanField
 
 
@@ -45,16 +45,19 @@ def test_update__equals_probes_on_the_upsampled_code(batch):
     assert evaluator.compute().valid_loss == pytest.approx(literal, abs=1e-5)
 
 
-def test_update__batched_equals_single(batch):
-    together, apart = (Evaluator(3, 4, is_direct=False, with_linear=True) for _ in range(2))
-    add(together, batch)
-    for place in range(2):
-        one = {k: v[place : place + 1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        add(apart, one)
+def test_update__images_count_equally_in_batches_of_any_size(batch):
+    apart, mixed = (Evaluator(3, 4, is_direct=False, with_linear=True) for _ in range(2))
+    ones = [
+        {k: v[[place]] if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for place in (0, 1)
+    ]
+    for evaluator, parts in ((apart, (*ones, ones[0])), (mixed, (batch, ones[0]))):
+        for part in parts:
+            add(evaluator, part)
     for name in ("cluster", "linear"):
-        difference = together.plain[name].compute() - apart.plain[name].compute()
-        assert difference.abs().sum() <= 2
-    assert together.compute().images == apart.compute().images == 2
+        difference = mixed.plain[name].compute() - apart.plain[name].compute()
+        assert difference.abs().sum() <= 2  # ties
+    assert mixed.compute().images == apart.compute().images == 3
+    assert mixed.compute().valid_loss == pytest.approx(apart.compute().valid_loss, abs=1e-6)
 
 
 def test_predictions__are_kept_of_the_images_asked_for(batch):
@@ -105,17 +108,6 @@ def test_crf__literal_logits_reach_the_workers(batch):
         assert image.shape == (40, 48, 3)
         for head, literal in zip(heads, expected, strict=True):
             np.testing.assert_allclose(head.at((40, 48)), literal[place].numpy(), atol=1e-4)
-
-
-def test_crf__pool_counts_every_image_once(batch):
-    with CrfPool(2) as pool:
-        evaluator = Evaluator(3, 4, is_direct=False, with_linear=True, refiner=pool)
-        for _ in range(3):
-            add(evaluator, batch)
-        evaluator.finish_refining()
-    valid = int((batch["label"] < 3).sum()) * 3
-    assert int(evaluator.refined["cluster"].compute().sum()) == valid
-    assert int(evaluator.refined["linear"].compute().sum()) == valid
 
 
 class InProcess(list):

@@ -74,6 +74,7 @@ def test_optimizer__three_groups_and_decay_for_adamw_alone(made):
     ]
     listed = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert listed == {id(p) for p in module.parameters() if p.requires_grad}
+    # Lightning does not unscale the gradients of a fused optimizer, so that they would be clipped scaled
     assert not any(group["fused"] for group in optimizer.param_groups)
 
 
@@ -193,12 +194,6 @@ def test_training__deterministic_gives_the_same_bits_on_cuda(tiny_options, tmp_p
         train(tiny_options(train__deterministic=True, train__epoch=4), tmp_path / name)
     assert loss_rows(tmp_path / "one") == loss_rows(tmp_path / "two")
     torch.use_deterministic_algorithms(False)
-
-
-def test_optimizer__is_not_fused(made):
-    """Lightning does not unscale the gradients of a fused optimizer, so that they would be clipped scaled."""
-    _, _, module = made()
-    assert not getattr(module.configure_optimizers(), "_step_supports_amp_scaling", False)
 
 
 def test_channels__that_do_not_fit(made):

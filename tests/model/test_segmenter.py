@@ -80,10 +80,3 @@ def test_dropout_mask__factors_of_channels():
     assert mask.shape == (40, 50, 1, 1)
     assert (mask == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
     torch.testing.assert_close(mask[mask > 0], torch.full_like(mask[mask > 0], 1 / 0.7))
-
-
-def test_dropout_mask__an_image_does_not_depend_on_those_behind_it():
-    masks = [
-        dropout_mask((n, 10), probability=0.5, generator=torch.Generator().manual_seed(2)) for n in (2, 4)
-    ]
-    assert torch.equal(masks[0], masks[1][:2])

@@ -63,21 +63,6 @@ def test_set_quality__compares_as_the_loss_does():
     assert abs(difference) == pytest.approx(100 / 399)
 
 
-@pytest.mark.gpu
-def test_set_quality__cuda_equals_cpu():
-    drawn = torch.Generator().manual_seed(0)
-    bank = torch.nn.functional.normalize(torch.randn(300, 64, generator=drawn) + 1, dim=1)
-    classes = torch.randint(4, (300,), generator=drawn)
-    boundaries = Boundaries(phi=0.6, psi=0.45, steps=2, sigma_pos=3.0, sigma_amb=3.0)
-    anchors = torch.arange(0, 300, 7)
-    on_cpu, on_cuda = (
-        means(set_quality(bank.to(d), classes.to(d), anchors=anchors.to(d), boundaries=boundaries))
-        for d in ("cpu", "cuda")
-    )
-    for cpu_row, cuda_row in zip(on_cpu, on_cuda, strict=True):
-        assert cuda_row == pytest.approx(cpu_row, abs=0.05)
-
-
 def test_patch_classes__are_the_most_frequent():
     label = torch.tensor([[3, 3, 255, 255], [3, 0, 255, 2], [1, 1, 0, 0], [1, 2, 255, 255]])
     assert patch_classes(label[None], 2, n_classes=4).tolist() == [3, IGNORE, 1, IGNORE]  # ignore wins a tie

@@ -78,7 +78,7 @@ def test_load__file_that_does_not_fit_names_keys_and_shapes(spec, tmp_path):
 @pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 3}])
 def test_load__file_without_weights(spec, tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"w\.pth: must contain a state dict"):
+    with pytest.raises(UserError, match=r"w\.pth: the state dict, bare or under"):
         load(spec, tmp_path / "w.pth")
 
 

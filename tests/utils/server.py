@@ -22,7 +22,8 @@ class Fault:
     """What goes wrong with one GET.
 
     `status` is answered with `headers`; `cut` ends the body after so many bytes; `hang` sends `cut` bytes and
-    then nothing; `ignore_range` sends the whole file; `swap` is served from now on.
+    then nothing; `ignore_range` sends the whole file; `swap` is served from now on; `length` is announced;
+    `drip` sends a byte at a time.
     """
 
     status: int | None = None
@@ -31,6 +32,8 @@ class Fault:
     hang: bool = False
     ignore_range: bool = False
     swap: Page | None = None
+    length: int | None = None
+    drip: bool = False
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -72,10 +75,12 @@ class Handler(BaseHTTPRequestHandler):
     def send_page(self, page, fault, start, *, body):
         rest = page.body[start:]
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(rest)))
+        self.send_header("Content-Length", str(fault.length or len(rest)))
         self.send_header("Content-Type", page.kind)
         self.end_headers()
         with contextlib.suppress(ConnectionError):
+            while fault.drip and not self.server.closing.wait(0.05):
+                self.wfile.write(rest[:1])
             if body:
                 self.wfile.write(rest[: fault.cut])
         if fault.hang:

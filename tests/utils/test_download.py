@@ -56,7 +56,7 @@ def test_download__whole(server, get, tmp_path):
 def test_download__cut_is_resumed(server, get, tmp_path):
     server.faults["a.zip"] = [Fault(cut=CUT), Fault(cut=module.CHUNK), Fault(cut=10)]
     assert get() == BODY
-    assert starts(server) == [0, CUT, CUT + module.CHUNK, CUT + module.CHUNK]
+    assert starts(server) == [0, CUT, CUT + module.CHUNK, CUT + module.CHUNK + 10]
     assert left(tmp_path) == ["a.zip"]
 
 
@@ -109,6 +109,18 @@ def test_download__address_that_lacks_the_file_is_not_tried_again(server, get, t
         get("bad.zip", **known)
     assert len(server.seen) == 1
     assert not (tmp_path / "a.zip").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [(Fault(length=10**15), "are free"), (Fault(drip=True), "less than .* bytes per second")],
+)
+def test_download__address_that_lies_or_drips(server, get, fault, why):
+    server.pages["bad.zip"] = Page(BODY)
+    server.faults["bad.zip"] = [fault] * 2
+    with pytest.raises(DownloadError, match=f"bad.zip: .*{why}"):
+        get("bad.zip", timeout=0.2)
+    assert get("bad.zip", "a.zip", timeout=0.2) == BODY
 
 
 def test_download__next_address(server, get):

@@ -1,9 +1,10 @@
 import json
+import os
 
 import pytest
 
 from utils.errors import UserError
-from utils.files import make_folder, move_aside, replacing, write_json
+from utils.files import exclusive, make_folder, move_aside, replacing, write_json
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -37,6 +38,18 @@ def test_move_aside__keeps_every_earlier_run(tmp_path):
         assert move_aside(run) == tmp_path / f"run.{number}"
     assert [(tmp_path / f"run.{n}/best.ckpt").read_text() for n in (1, 2)] == ["1", "2"]
     assert move_aside(run) is None
+
+
+def test_exclusive__names_the_holder_and_the_lock(tmp_path):
+    path = tmp_path / "data"
+    with (
+        exclusive(path, advice=""),
+        pytest.raises(UserError, match=rf"{path} is in use by process {os.getpid()} on .*\.data\.lock"),
+        exclusive(path, advice=""),
+    ):
+        pass
+    with exclusive(path, advice=""):
+        pass
 
 
 def test_make_folder__that_cannot_be_written(tmp_path):

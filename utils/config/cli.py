@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,17 +16,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 
-from utils.config.loading import (
-    FIELDS,
-    as_tree,
-    build_options,
-    find_option_file,
-    flatten,
-    read_option_file,
-)  # fmt: skip
+from utils.config.loading import FIELDS, as_tree, build_options, find_option_file, flatten, read_option_file
 from utils.config.options import Options
 from utils.config.plugins import load_plugins, with_absolute_plugins
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.files import read_json_object
 from utils.training.launch import is_rank_zero, process_index
 
@@ -181,11 +175,8 @@ def parse_overrides(words: Sequence[str]) -> _Overrides:
             if override.is_sweep_override():
                 texts = override.sweep_string_iterator()
                 values = [parser.parse_override(f"{key}={text}").value() for text in texts]
-            if (
-                override.type is not OverrideType.CHANGE
-                or override.package is not None
-                or not (key and values)
-            ):
+            plain = override.type is OverrideType.CHANGE and override.package is None
+            if not (plain and key and values):
                 raise ValueError("not a value or a sweep of an existing key")
             choices[key] = values
         except (HydraException, ValueError):
@@ -195,22 +186,39 @@ def parse_overrides(words: Sequence[str]) -> _Overrides:
 
 def guarded(main: Callable[[], None], *, then: str = "rerun with --resume") -> int:
     """Runs a program and returns its exit status; prints a user's mistake once, with no traceback."""
-    process = "" if is_rank_zero() else f" in process {'.'.join(map(str, process_index()))}"
-    if process:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed with the process
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names that are not UTF-8
+    process = ""
     try:
+        if not is_rank_zero():
+            process = f" in process {'.'.join(map(str, process_index()))}"
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed with the process
         main()
-        status, message = 0, ""
+        sys.stdout.flush()
+        return 0
     except UserError as error:
-        reported = process and error.common  # by the first process
-        status, message = (0, "") if reported else (error.status, f"{error.label}{process}: {error}")
-    except KeyboardInterrupt:
-        status, message = 130, f"interrupted; {then}"
+        if process and error.common:  # reported by the first process
+            return 0
+        status, message = error.status, f"{error.label}{process}: {error}"
+    except Interrupted as error:
+        status, message = error.code, f"interrupted; {then}"
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        lost = _stdout_is_lost()
+        if isinstance(error, BrokenPipeError):  # `| head` has read enough
+            return 128 + signal.SIGPIPE
+        if not lost and error.errno not in DISK_ERRORS:
             raise
-        where = error.filename or "output_dir"
+        where = error.filename or ("standard output" if lost else "output_dir")
         status, message = 2, f"error: {where}: {error.strerror}; fix this, then {then}"
-    if message:
-        print(message, file=sys.stderr)
+    print(message, file=sys.stderr)
     return status
+
+
+def _stdout_is_lost() -> bool:
+    """Whether standard output cannot be written; Python's flush at exit then goes nowhere."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

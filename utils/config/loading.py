@@ -133,11 +133,6 @@ def allowed(field: FieldInfo) -> str:
     return ", ".join(words) + (" or null" if NoneType in kinds else "")
 
 
-def option_table() -> list[tuple[str, Any, str, str]]:
-    """(key, default, description, allowed values) of all options."""
-    return [(key, field.default, field.description, allowed(field)) for key, field in FIELDS.items()]
-
-
 def missing_files(flat: dict[str, Any]) -> list[str]:
     """Lists missing weights and folders; data and checkpoints are checked when they are opened."""
     key, mistakes = "model.pretrained.pretrained_weights", []

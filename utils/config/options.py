@@ -73,6 +73,8 @@ Number = Annotated[
 FolderName = Annotated[Text, Predicate(_is_folder_name), 'a folder name of at most 200 bytes, not "tokens"']
 Interval = Annotated[Text | None, Predicate(_is_interval), 'steps (500), minutes ("15 min") or null']
 Arch = Annotated[Text, Predicate(ARCHS.__contains__), ARCHS]
+DataType = Annotated[Text, Predicate(DATA_TYPES.__contains__), DATA_TYPES]
+Loss = Annotated[Text, Predicate(LOSSES.__contains__), LOSSES]
 
 
 def option(default: Any, description: str, **bounds: float) -> Any:
@@ -108,9 +110,7 @@ class WandbOptions(_Section):
 class DatasetOptions(_Section):
     """Training and validation data."""
 
-    data_type: Annotated[Text, Predicate(DATA_TYPES.__contains__), DATA_TYPES] = option(
-        "cocostuff27", "data set"
-    )
+    data_type: DataType = option("cocostuff27", "data set")
     data_path: PathName = option("", "folder of the data set (`--data_path`)")
     loader_crop_type: Literal["center", "random", None] = option("center", "crop to a square; null: resize")
     crop_type: Literal["five", "random", None] = option("five", "crops to train on; null: whole images")
@@ -143,7 +143,7 @@ class _Coefficients(_Section):
     sigma_amb: Number = option(3.0, "damping of the Psi update; inf keeps Psi fixed", gt=0)
     trainpatchsplit: int = option(16, "a group of s patches gives s // trainpatchsplit anchors", ge=1)
     tau: Number = option(0.8, "temperature", gt=0, le=1e6)
-    loss: Annotated[Text, Predicate(LOSSES.__contains__), LOSSES] = option("ppap", "loss")
+    loss: Loss = option("ppap", "loss")
     group_size: int = option(784, "consecutive patches that anchors are drawn from together", ge=1)
     chunk_size: int | None = option(None, "anchors per block of similarities; null: automatic", ge=1)
     similarity_dtype: Literal["float32", "float16"] = option("float32", "dtype of the similarities' operands")
@@ -249,6 +249,7 @@ class Options(_Section):
     checkpoint: PathName = option("", "checkpoint file, folder or name of a run (`--checkpoint`)")
     plugins: list[str] = option([], "your own Python files that register data sets, backbones or losses")
     resume: Literal["auto", None] = option(None, "auto: continue from the last checkpoint (`--resume`)")
+    resume_on_other_data: bool = option(False, "continue a run whose data changed since it was stopped")
     wandb: WandbOptions = WandbOptions()
     dataset: DatasetOptions = DatasetOptions()
     dataloader: _Dataloader = _Dataloader()

@@ -5,10 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,6 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from PIL import Image
+
+from utils.plots.figures import save_figure  # selects a backend without a display
 
 SETS = ("positives", "ambiguous", "negatives")
 POSITIVE, AMBIGUOUS, NEGATIVE, ANCHOR = range(4)  # values of `Explanation.zones`
@@ -55,12 +53,11 @@ class Explanation:
 
     def numbers(self) -> list[dict[str, Any]]:
         """For t = 0..T: boundaries, m_t, and the sizes of the sets in the bank and in the anchor's image."""
-        rows = zip(self.phi.tolist(), self.psi.tolist(), self.moved.tolist(), self.counts(), strict=True)
         return [
-            {"t": t, "phi": phi, "psi": psi, "moved": moved}
+            {"t": t, "phi": float(self.phi[t]), "psi": float(self.psi[t]), "moved": float(self.moved[t])}
             | dict(zip(SETS, counts.sum(axis=0).tolist(), strict=True))
             | {"in_image": dict(zip(SETS, counts[0].tolist(), strict=True))}
-            for t, (phi, psi, moved, counts) in enumerate(rows)
+            for t, counts in enumerate(self.counts())
         ]
 
 
@@ -69,36 +66,32 @@ def draw_explanation(
 ) -> None:
     """One column per t; rows of similarities, sets, sets in the three nearest images, and histograms.
 
-    Args:
-        path: PNG to write.
-        found: the propagation.
-        pictures: images of the bank, (B, H, W, 3) uint8.
-        names: of the images.
-        about: description of the bank.
+    `pictures`, (B, H, W, 3) uint8, and `names` are those of the bank's images, `about` describes the bank.
     """
     shown = [0, *found.nearest(3)]
     rows, columns = len(shown) + 2, len(found.phi) + 1
     side = max(1.9, min(13.4 / columns, 3.6))  # inches
     size = (side * columns + 0.6, (side + 0.3) * rows + 1)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", dpi=105)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
     row, column = found.anchor
     title = f"Propagation of patch {row},{column} of {Path(names[0]).stem[:60]}"
     figure.suptitle(f"{title}\n{about}, {found.zones[0].size:,} patches", fontsize=13, parse_math=False)
     for axis in (*axes[:-1].flat, axes[-1, 0]):
         axis.set_axis_off()
     axes[0, 0].legend(handles=_legend(), loc="center", fontsize=10, frameon=False)
-    _draw_similarities(axes[0, 1:], found, side=pictures.shape[1])
+    pixels = pictures.shape[1]
+    _draw_similarities(axes[0, 1:], found, pixels=pixels)
     for line, image in zip(axes[1:-1], shown, strict=True):
         line[0].imshow(pictures[image])
         line[0].set_title(Path(names[image]).stem[:32], fontsize=9, parse_math=False)
         for t, axis in enumerate(line[1:]):
             axis.imshow(painted(pictures[image], found.zones[t, image]))
             _draw_counts(axis, found.counts()[t, image])
+    y, x = (pixels * (at + 0.5) / n - 0.5 for at, n in zip(found.anchor, found.grid, strict=True))
     for axis in axes[:2].flat[1:]:
-        axis.plot(*_position(found, pictures.shape[1]), **STAR)
+        axis.plot(x, y, **STAR)
     _draw_histograms(axes[-1, 1:], found)
-    figure.savefig(path)
-    plt.close(figure)
+    save_figure(figure, path, dpi=105, bbox_inches=None)
 
 
 def _legend() -> list[Patch | Line2D]:
@@ -110,16 +103,10 @@ def _legend() -> list[Patch | Line2D]:
     ]
 
 
-def _position(found: Explanation, side: int) -> tuple[float, float]:
-    """(x, y) of the anchor's centre in pixels."""
-    y, x = (side * (at + 0.5) / n - 0.5 for at, n in zip(found.anchor, found.grid, strict=True))
-    return x, y
-
-
-def _draw_similarities(row: Sequence[Axes], found: Explanation, *, side: int) -> None:
+def _draw_similarities(row: Sequence[Axes], found: Explanation, *, pixels: int) -> None:
     own = found.similarity[:, 0]  # (T + 1, h, w)
     for t, axis in enumerate(row):
-        fine = np.asarray(Image.fromarray(own[t]).resize((side, side), Image.Resampling.BILINEAR))
+        fine = np.asarray(Image.fromarray(own[t]).resize((pixels, pixels), Image.Resampling.BILINEAR))
         shown = axis.imshow(fine, vmin=own.min(), vmax=own.max())
         if fine.min() < found.phi[t] < fine.max():  # otherwise matplotlib warns that there is no line
             lines = axis.contour(fine, levels=[found.phi[t]], colors="white", linewidths=1.6)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
+from utils.files import replacing
 from utils.vision.labels import LabelSpace
 
 IGNORED = (0, 0, 0)
@@ -45,7 +46,7 @@ def draw_predictions(path: Path, rows: Sequence[dict[str, np.ndarray]], *, label
                 axis.set_title(title, fontsize=10)
     named = [*zip(labels.names, labels.palette, strict=True), ("ignored", IGNORED), ("unmatched", UNMATCHED)]
     _legend(figure, named, loc="outside lower center", ncols=max(1, int(size[0] / 1.45)))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _legend(figure: Figure, named: Sequence[tuple[str, tuple[int, ...]]], **arguments: Any) -> None:
@@ -56,15 +57,18 @@ def _legend(figure: Figure, named: Sequence[tuple[str, tuple[int, ...]]], **argu
         text.set_parse_math(False)  # a class name may contain $
 
 
-def _save(figure: Figure, path: Path, *, dpi: int = 120) -> None:
-    figure.savefig(path, dpi=dpi, bbox_inches="tight")
+def save_figure(figure: Figure, path: Path, *, dpi: int = 120, bbox_inches: str | None = "tight") -> None:
+    """Writes a PNG atomically and closes the figure."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi, bbox_inches=bbox_inches)
     plt.close(figure)
 
 
 def write_strip(path: Path, pictures: Sequence[np.ndarray]) -> None:
     """Writes pictures (H, W, 3) uint8 of one size side by side, 160 pixels wide each."""
     small = [Image.fromarray(picture).resize((160, 160), Image.Resampling.NEAREST) for picture in pictures]
-    Image.fromarray(np.concatenate(small, axis=1)).save(path)
+    with replacing(path) as temporary:
+        Image.fromarray(np.concatenate(small, axis=1)).save(temporary, format="PNG")
 
 
 def draw_sweep(path: Path, rows: Sequence[tuple[str, dict[str, float]]]) -> None:
@@ -84,7 +88,7 @@ def draw_sweep(path: Path, rows: Sequence[tuple[str, dict[str, float]]]) -> None
         axis.set_xlabel("%", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", linewidth=0.4)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_sets(path: Path, rows: Sequence[dict[str, float]], *, title: str) -> None:
@@ -105,7 +109,7 @@ def draw_sets(path: Path, rows: Sequence[dict[str, float]], *, title: str) -> No
     size.set(xlabel="relocations t", ylabel="% of the patches", ylim=(0, 100), xticks=steps)
     for axis in (quality, size):
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)  # below the axes
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_confusion(path: Path, confusions: dict[str, np.ndarray], *, labels: LabelSpace) -> None:
@@ -127,7 +131,7 @@ def draw_confusion(path: Path, confusions: dict[str, np.ndarray], *, labels: Lab
             xticklabels=columns, yticklabels=labels.names,
         )  # fmt: skip
         axis.set(xlabel="predicted", ylabel="true", title=f"{title}: % of the true class")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_class_iou(path: Path, iou: dict[str, dict[str, float]], *, labels: LabelSpace) -> None:
@@ -149,7 +153,7 @@ def draw_class_iou(path: Path, iou: dict[str, dict[str, float]], *, labels: Labe
         axis.set(xlim=(0, 112), xticks=range(0, 101, 25))
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylim(labels.n_classes - 0.4, -0.6)  # first class on top
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_legend(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -158,4 +162,4 @@ def draw_legend(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     figure = plt.figure()
     ink = ["black" if row["share"] else "0.6" for row in rows]
     _legend(figure, named, loc="center", ncols=math.ceil(len(rows) / LEGEND_ROWS), labelcolor=ink)
-    _save(figure, path, dpi=150)
+    save_figure(figure, path, dpi=150)

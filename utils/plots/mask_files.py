@@ -30,13 +30,8 @@ def mask_ids(
 ) -> tuple[list[str], list[Colour], list[int]]:
     """Ids of a mask: those of the classes, followed by the clusters without a class.
 
-    Args:
-        labels: the classes.
-        assignment: class of each cluster, outside [0, n_classes) for none; None keeps the clusters' numbers.
-        n_clusters: K.
-
-    Returns:
-        Name and (red, green, blue) of each id, and the id of each cluster.
+    `assignment` holds the class of each cluster, outside [0, n_classes) for none; None keeps the clusters'
+    numbers. Returns name and (red, green, blue) of each id, and the id of each cluster.
     """
     spread = LabelSpace.with_spread_colours(tuple(map(str, range(IGNORE)))).palette
     unused = [colour for colour in spread[labels.n_classes :] if colour not in labels.palette]
@@ -92,15 +87,13 @@ def result_files(images: Path, out: Path, *, flat: bool = False) -> dict[Path, R
         names = {images / name: name for name in _photographs_below(images, without=out)}
     if flat:
         names = {file: Path("_".join(name.parts)) for file, name in names.items()}
-    stems = {file: name.with_suffix("") for file, name in names.items()}
-    count = Counter(str(stem).casefold() for stem in stems.values())  # some file systems ignore case
+    count = Counter(str(name.with_suffix("")).casefold() for name in names.values())  # as some file systems
     files = {}
     for file, name in names.items():
-        name = stems[file] if count[str(stems[file]).casefold()] == 1 else name
-        if flat:
-            files[file] = ResultFiles(out / f"{name}.png", out / OVERLAYS / f"{name}.jpg")
-        else:
-            files[file] = ResultFiles(out / name / MASK, out / name / OVERLAY)
+        stem = name.with_suffix("")
+        name = stem if count[str(stem).casefold()] == 1 else name
+        mask, shown = (f"{name}.png", f"{OVERLAYS}/{name}.jpg") if flat else (name / MASK, name / OVERLAY)
+        files[file] = ResultFiles(out / mask, out / shown)
     return files
 
 

@@ -44,14 +44,10 @@ PICTURES = {  # title -> description; the files are predictions.png, ...; the ba
 def write_report(
     folder: Path, *, labels: LabelSpace, state: str, result: Mapping[str, Any], pictures: bool = True
 ) -> None:
-    """Writes report.html into the folder of a run.
+    """Writes report.html into the folder of a run, from its options.json, provenance.json and metrics.csv.
 
-    Args:
-        folder: contains options.json, provenance.json and, once scalars are logged, metrics.csv.
-        labels: class names and colours.
-        state: one sentence about the progress of the run.
-        result: the content of metrics.json; during training, the part of it that is known.
-        pictures: whether to embed the PNG figures in the folder.
+    `state` is a sentence about the progress of the run, `result` the content of metrics.json as far as it is
+    known, and `pictures` whether to embed the PNG figures in the folder.
     """
     options, defaults = flatten(read_json_object(folder / "options.json")), flatten(as_tree(Options()))
     scalars = _read_scalars(folder / "metrics.csv")

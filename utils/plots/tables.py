@@ -81,15 +81,11 @@ def class_table(result: dict[str, Any]) -> str:
 
 def _class_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     before, after = (result["class_iou"].get(stage) or {} for stage in STAGES)
-    names = list(next(iter(before.values()), ()))
-    arrow = " -> CRF" if after else ""
-    rows = [[name, *(_cell(before, after, head, name) for head in before)] for name in names]
+    arrow, rows = " -> CRF" if after else "", []
+    for name in next(iter(before.values()), ()):
+        refined = {head: f" -> {percent(iou[name])}" for head, iou in after.items()}
+        rows.append([name, *(percent(iou[name]) + refined.get(head, "") for head, iou in before.items())])
     return ["IoU, %", *(f"{head}{arrow}" for head in before)], rows
-
-
-def _cell(before: Mapping[str, Any], after: Mapping[str, Any], head: str, name: str) -> str:
-    refined = f" -> {percent(after[head][name])}" if after else ""
-    return percent(before[head][name]) + refined
 
 
 def sweep_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:

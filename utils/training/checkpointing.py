@@ -17,7 +17,7 @@ from utils.training.distributed import Agreement
 from utils.training.launch import in_slurm_job
 from utils.training.loggers import wandb_runs
 from utils.training.run_dir import BEST, LAST, Progress
-from utils.training.stopping import Stopped, StopSignal, requeue
+from utils.training.stopping import Stopped, StopSignal, requeue, worker_was_killed
 from utils.training.torch_files import write_torch_file
 
 
@@ -52,6 +52,7 @@ class CheckpointManager(Callback):
         self._loops: dict[str, Any] = {}
         self._agreement = Agreement()
         self._saved_step, self._saved = progress.step, time.perf_counter()
+        self._in_step = False
         self._began = time.perf_counter() - progress.seconds
 
     @property
@@ -75,11 +76,13 @@ class CheckpointManager(Callback):
             self._stop(trainer)
         if due and self._saved_step < self.progress.step:
             self._save(trainer)
+        self._in_step = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Records the position in the run."""
+        self._in_step = False
         validated = not self.validates or trainer.val_check_batch != batch_idx + 1  # see ValidationSteps
         self.progress = replace(self.progress, step=trainer.global_step, validated=validated)
         self._loops = _resumable_loops(trainer)
@@ -92,7 +95,10 @@ class CheckpointManager(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves, and updates best.ckpt if the score improved."""
-        self.progress = replace(self.progress, validated=True, best=pl_module.best)
+        step, score = self.progress.step, pl_module.score
+        self.progress = replace(
+            self.progress, validated=True, best=pl_module.best, scored_step=step, score=score
+        )
         self._save(trainer, best=pl_module.improved)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,11 +107,17 @@ class CheckpointManager(Callback):
             self._save(trainer, best=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves if bad data or a killed worker ends a run of one process; saving needs all ranks."""
-        unforeseen = isinstance(exception, UserError) and not exception.common
-        unforeseen |= "DataLoader worker (pid" in str(exception)
-        if unforeseen and trainer.world_size == 1 and self._saved_step < self.progress.step:
+        """Saves if bad data or a killed worker ends a run of one process between two steps.
+
+        Saving needs all ranks. Python reports a killed worker at any moment, also while weights change.
+        """
+        bad_data = isinstance(exception, UserError) and not exception.common
+        killed = worker_was_killed(exception)
+        alone = trainer.world_size == 1 and not self._in_step
+        if (bad_data or killed) and alone and self._saved_step < self.progress.step:
             self._save(trainer)
+        if killed and self.stop.signum is not None:  # the signal reached the workers too
+            raise self._stopped(trainer) from exception
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
         """Restores the position that the run resumes from.
@@ -144,12 +156,15 @@ class CheckpointManager(Callback):
 
     def _stop(self, trainer: Trainer) -> None:
         self._save(trainer)
+        raise self._stopped(trainer)
+
+    def _stopped(self, trainer: Trainer) -> Stopped:
         total = trainer.max_epochs * trainer.num_training_batches
-        message = f"at step {self.progress.step:,} of {total:,}, saved in {self.folder / LAST}"
+        message = f"at step {self._saved_step:,} of {total:,}, saved in {self.folder / LAST}"
         if in_slurm_job() and trainer.is_global_zero:
             message += f"; {requeue()}"
         message += "; to continue, repeat the command with --resume"
-        raise Stopped(message, signum=self.stop.signum or signal.SIGTERM)
+        return Stopped(message, signum=self.stop.signum or signal.SIGTERM)
 
 
 def _resumable_loops(trainer: Trainer) -> dict[str, Any]:

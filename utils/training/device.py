@@ -13,6 +13,7 @@ from torch import Tensor
 from utils.config.options import Options
 from utils.errors import UserError, first_line
 from utils.training.launch import check_launch
+from utils.training.stopping import worker_was_killed
 
 try:
     import resource
@@ -97,8 +98,7 @@ def explained_errors(options: Options) -> Iterator[None]:
                 f"out of memory ({reason}); lower dataloader.val_batch_size, training_coeff.chunk_size or "
                 "dataloader.batch_size (which affects the result), or set dataset.cache_features=disk"
             ) from error
-        killed = "DataLoader worker (pid" in str(error) or "shared memory" in str(error)
-        if killed or isinstance(error, (ConnectionError, EOFError)):  # of a pipe that a worker wrote to
+        if worker_was_killed(error):
             raise UserError(
                 f"a DataLoader worker was killed ({reason}), usually because memory or /dev/shm is full: "
                 f"lower dataloader.num_workers (now {options.dataloader.num_workers}) or enlarge /dev/shm "

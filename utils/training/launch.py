@@ -5,6 +5,8 @@ import os
 from utils.config.options import TrainerOptions
 from utils.errors import UserError
 
+NUMBERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "SLURM_PROCID")  # set by launchers
+
 
 def cores() -> int:
     """Number of CPU cores available to this process."""
@@ -18,11 +20,21 @@ def is_rank_zero() -> bool:
 
 def process_index() -> tuple[int, ...]:
     """The launcher's index of this process: its rank, or (node rank, local rank)."""
+    number = {name: _number(name) for name in NUMBERS}  # all of them, as Lightning reads them too
     if "RANK" in os.environ:  # torchrun
-        return (int(os.environ["RANK"]),)
+        return (number["RANK"],)
     if "SLURM_STEP_NUM_TASKS" in os.environ and "LOCAL_RANK" not in os.environ:  # srun
-        return (int(os.environ.get("SLURM_PROCID", "0")),)
-    return tuple(int(os.environ.get(name, "0")) for name in ("NODE_RANK", "LOCAL_RANK"))
+        return (number["SLURM_PROCID"],)
+    return number["NODE_RANK"], number["LOCAL_RANK"]
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name, "0")
+    try:
+        return int(value)
+    except ValueError:
+        fix = "unset it, or start the program with torchrun or srun, which set it"
+        raise UserError(f"the environment variable {name} is {value!r}, must be a number; {fix}") from None
 
 
 def in_slurm_job() -> bool:
@@ -33,7 +45,7 @@ def in_slurm_job() -> bool:
 def check_launch(wanted: TrainerOptions) -> None:
     """Raises a UserError if torchrun or srun started a different number of processes than configured."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        started = int(os.environ["WORLD_SIZE"])
+        started = _number("WORLD_SIZE")
     elif in_slurm_job():
         started = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     else:

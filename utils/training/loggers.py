@@ -16,6 +16,7 @@ from requests.utils import get_netrc_auth
 from utils.config.loading import as_tree
 from utils.config.options import Options
 from utils.errors import first_line
+from utils.files import move_aside
 from utils.training.launch import is_rank_zero
 from utils.training.run_dir import provenance
 
@@ -60,12 +61,18 @@ def build_loggers(
 
 
 def csv_logger(folder: Path, *, step: int) -> CSVLogger:
-    """A logger for metrics.csv that keeps existing rows up to `step`."""
+    """A logger for metrics.csv that keeps existing rows up to `step`.
+
+    A file that was edited is moved aside, and logging starts anew.
+    """
     path, rows = folder / "metrics.csv", []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            complete = [row for row in csv.DictReader(file) if None not in row.values()]
-        rows = [row for row in complete if int(row["step"]) <= step]
+    try:
+        rows = [row for row in _logged_rows(path) if int(row["step"]) <= step]
+    except FileNotFoundError:
+        if step:
+            print(f"{path} is gone; logging starts anew")
+    except (ValueError, KeyError, csv.Error):
+        print(f"{path} is not as it was written: moved to {move_aside(path)}; logging starts anew")
     logger = CSVLogger(folder.parent, name=folder.name, version="")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning warns that it replaces the file
@@ -73,6 +80,22 @@ def csv_logger(folder: Path, *, step: int) -> CSVLogger:
             logger.log_metrics(row, step=int(row["step"]))
         logger.save()
     return logger
+
+
+def _logged_rows(path: Path) -> list[dict[str, str]]:
+    """The complete rows of metrics.csv: the last one may be cut off.
+
+    Raises:
+        KeyError, ValueError, csv.Error: the file is not as Lightning writes it.
+    """
+    text = path.read_text(encoding="utf-8")
+    if not text.isascii():  # a spreadsheet's byte order mark
+        raise ValueError(text[:1])
+    rows = [row for row in csv.DictReader(text.splitlines(), strict=True) if None not in row.values()]
+    for row in rows:
+        for cell in filter(None, (row["step"], *row.values())):
+            float(cell)
+    return rows
 
 
 def _start_wandb(options: Options, folder: Path, run_id: str | None, *, mode: str) -> WandbLogger:

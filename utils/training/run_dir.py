@@ -1,12 +1,13 @@
 """The folder of a run: lock, options, provenance, checkpoints and metrics."""
 
 import json
+import math
 import platform
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -14,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from utils.config.loading import as_tree, flatten
 from utils.config.options import Options
 from utils.config.plugins import plugin_digests, report_changes
-from utils.errors import UserError
-from utils.files import make_folder, move_aside, read_json_object, write_json
+from utils.errors import UserError, first_line
+from utils.files import exclusive, make_folder, move_aside, read_json_object, write_json
 from utils.training.launch import cores, is_rank_zero
-from utils.training.torch_files import read_torch_file
+from utils.training.torch_files import read_torch_file, write_torch_file
 
-BEST, LAST = "best.ckpt", "last.ckpt"
+BEST, LAST, DATA = "best.ckpt", "last.ckpt", "data.json"
 MAY_DIFFER = (  # on resume: keys and sections that change where and how fast a run computes, not its result
     "checkpoint", "dataloader.num_workers", "dataset.check_files", "dataset.data_path", "eval.crf_workers",
     "gpu_ids", "output_dir", "plugins", "resume", "train.checkpoint_every", "trainer.", "wandb.",
@@ -42,6 +42,8 @@ class Progress:
     step: int = 0  # last trained step, from 1
     validated: bool = True  # False if the validation after this step is pending
     best: float = float("-inf")  # largest sum of metrics so far
+    score: float = float("-inf")  # sum of metrics of the last validation
+    scored_step: int = 0  # step of the last validation
     seconds: float = 0.0  # training time
     wandb_id: str | None = None
 
@@ -61,15 +63,7 @@ class RunDir:
             yield
             return
         make_folder(self.path.parent)
-        path = self.path.with_name(f".{self.path.name}.lock")
-        try:
-            lock = FileLock(path, timeout=0).acquire()
-        except Timeout:
-            raise UserError(
-                f"{self.path}: another run is writing to this folder (lock: {path}); wait until it ends, "
-                "or choose another wandb.name or output_dir"
-            ) from None
-        with lock:
+        with exclusive(self.path, advice=", or choose another wandb.name or output_dir"):
             yield
 
     def final_metrics(self) -> dict[str, Any] | None:
@@ -82,8 +76,8 @@ class RunDir:
         if is_rank_zero():
             write_json(self._metrics, result)
 
-    def prepare(self, options: Options, damaged: Sequence[str]) -> None:
-        """Creates the folder of a new run with options, provenance and the descriptions of damaged files.
+    def prepare(self, options: Options, damaged: Sequence[str], inventory: dict[str, Any]) -> None:
+        """Creates the folder of a new run with options, provenance, damaged files and the data's inventory.
 
         An earlier run of that name is moved aside.
         """
@@ -94,6 +88,7 @@ class RunDir:
         make_folder(self.path)
         write_json(self.path / "options.json", as_tree(options))
         write_json(self.path / "provenance.json", provenance() | {"plugins": plugin_digests()})
+        write_json(self.path / DATA, inventory)
         if damaged:
             write_json(self.path / "left_out.json", list(damaged))
 
@@ -128,16 +123,62 @@ class RunDir:
         """The checkpoint to resume from and its progress: best.ckpt if last.ckpt is damaged, None if new."""
         if options.resume is None:
             return None, Progress()
+        whole = {}
         for path in filter(Path.exists, (self.last, self.best)):
             try:
-                progress = Progress(**read_torch_file(path, "checkpoint")["progress"])
+                content = read_torch_file(path, "checkpoint")
+                whole[path] = content, _progress(content, path)
             except UserError as error:
                 print(f"{error}; skipping this checkpoint")
-                continue
-            print(f"resuming after step {progress.step:,} from {path}")
-            return path, progress
-        print(f"{self.path}: no checkpoint to resume from, starting a new run")
-        return None, Progress()
+        if not whole:
+            print(f"{self.path}: no checkpoint to resume from, starting a new run")
+            return None, Progress()
+        path, (content, progress) = next(iter(whole.items()))
+        if self.best not in whole and progress.best > -math.inf and is_rank_zero():
+            progress = self._replace_best(content, progress)
+        print(f"resuming after step {progress.step:,} from {path}")
+        return path, progress
+
+    def _replace_best(self, content: dict[str, Any], progress: Progress) -> Progress:
+        """Writes the content of last.ckpt to best.ckpt; its score counts if it was validated at its step."""
+        own = progress.score if progress.scored_step == progress.step else -math.inf
+        content["progress"]["best"] = own
+        for path in (self.best, self.last):
+            write_torch_file(content, path)
+        print(f"{self.best} is damaged or missing; step {progress.step:,} takes its place")
+        return replace(progress, best=own)
+
+    def check_data(self, inventory: dict[str, Any], options: Options) -> None:
+        """Raises a UserError if a resumed run would continue on other data than it was started on."""
+        stored = self.path / DATA
+        if options.resume is None or options.resume_on_other_data or not stored.exists():
+            return
+        if (difference := first_difference(read_json_object(stored), inventory)) is not None:
+            raise UserError(
+                f"{self.path}: the data changed since the run was started ({difference}); restore it, "
+                "continue knowingly with resume_on_other_data=true, or choose another wandb.name"
+            )
+
+
+def _progress(content: Any, path: Path) -> Progress:
+    try:
+        return Progress(**content["progress"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: progress is not as it was written ({first_line(error)})") from None
+
+
+def first_difference(before: dict[str, dict[str, int]], now: dict[str, dict[str, int]]) -> str | None:
+    """The first difference between two inventories of data in words, None if they are equal."""
+    for split in sorted(before.keys() | now.keys()):
+        files, found = before.get(split, {}), now.get(split, {})
+        for name in sorted(files.keys() | found.keys()):
+            if name not in found:
+                return f"{split}: {name} was removed"
+            if name not in files:
+                return f"{split}: {name} was added"
+            if files[name] != found[name]:
+                return f"{split}: {name} had {files[name]:,} bytes, has {found[name]:,}"
+    return None
 
 
 @cache

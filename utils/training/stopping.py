@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import os
 import signal
 import subprocess
+import sys
+from threading import Thread
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.training.launch import in_slurm_job
+
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent ends
 
 
 class Stopped(UserError):
@@ -42,9 +48,11 @@ class StopSignal:
         self._before = self.listen()
         return self
 
-    def __exit__(self, *_exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+        if self.signum is not None and kind is None:  # it arrived in the last step
+            raise Interrupted(128 + self.signum)
 
     def _handle(self, signum: int, _frame: Any) -> None:
         if os.getpid() != self._process:
@@ -55,6 +63,29 @@ class StopSignal:
             os.write(2, f"\n{name}: saving before exit; press Ctrl-C to exit at once\n".encode())
         elif signum == signal.SIGINT:
             os._exit(128 + signum)
+
+
+def follow_main_process(*_: Any) -> None:
+    """Makes a worker end with its main process, and not before: a step in progress needs its workers.
+
+    In a process group of its own, it does not get signals to that of the main process, such as Ctrl-C.
+    """
+    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        Thread(target=_exit_after_main_process, daemon=True).start()
+
+
+def worker_was_killed(error: BaseException) -> bool:
+    """Whether an error comes from a DataLoader worker that was killed, or from the pipe it wrote to."""
+    said = any(words in str(error) for words in ("DataLoader worker (pid", "shared memory"))
+    return said or isinstance(error, (ConnectionError, EOFError))
+
+
+def _exit_after_main_process() -> None:
+    multiprocessing.parent_process().join()  # waits on a pipe that closes with it
+    os._exit(0)
 
 
 def requeue() -> str:

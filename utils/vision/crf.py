@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.special import softmax
 
 from utils.training.launch import cores, is_rank_zero
+from utils.training.stopping import follow_main_process
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,18 +74,13 @@ def refine(image: np.ndarray, heads: Sequence[HeadLogits]) -> list[np.ndarray]:
     crf.addPairwiseBilateral(**BILATERAL, rgbim=np.ascontiguousarray(image[:, :, ::-1]))  # BGR
     marginals = []
     for head in heads:
+        probability = softmax(head.at((height, width)), axis=0).reshape(len(head.logits), -1)
         unary = np.full((labels, height * width), NEVER, dtype=np.float32)
-        unary[: len(head.logits)] = unary_energy(head.at((height, width))).reshape(len(head.logits), -1)
+        unary[: len(head.logits)] = -np.log(probability.clip(LEAST_PROBABILITY, 1))
         crf.setUnaryEnergy(unary)
         q = np.asarray(crf.inference(ITERATIONS), dtype=np.float32).reshape(labels, height, width)
         marginals.append(q[: len(head.logits)])
     return marginals
-
-
-def unary_energy(logits: np.ndarray) -> np.ndarray:
-    """-log of the softmax over the first axis, probabilities clipped at 1e-5; float32."""
-    exponent = np.exp(logits - logits.max(axis=0))
-    return -np.log(np.clip(exponent / exponent.sum(axis=0), LEAST_PROBABILITY, 1)).astype(np.float32)
 
 
 def upsample(channels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -117,6 +114,11 @@ def _keep_freed_memory() -> None:
             glibc.mallopt(trim, 2**30)
 
 
+def _start_worker() -> None:
+    follow_main_process()
+    _keep_freed_memory()
+
+
 class CrfPool:
     """Processes, one per core by default, that refine images in order while the network continues."""
 
@@ -125,7 +127,7 @@ class CrfPool:
     def __init__(self, workers: int | None = None) -> None:
         self.workers = workers or cores()
         spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's threads and CUDA context
-        self._pool = ProcessPoolExecutor(self.workers, spawn, initializer=_keep_freed_memory)
+        self._pool = ProcessPoolExecutor(self.workers, spawn, initializer=_start_worker)
         self._pending: deque[tuple[Any, Future]] = deque()
 
     def submit(self, image: np.ndarray, heads: Sequence[HeadLogits], tag: Any) -> None:

@@ -15,10 +15,16 @@ IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 VIDEO_ENDINGS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif"}
 
 
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # Pillow runs Ghostscript for others
+
+
 @contextmanager
-def _reading(kind: str, path: Path) -> Iterator[None]:
+def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
     try:
-        yield
+        if path.exists() and not path.is_file():
+            raise OSError("not a regular file")
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise many types
@@ -29,18 +35,19 @@ def open_image(path: Path) -> Image.Image:
     """An image file as upright 8-bit RGB; raises a UserError if it is missing, damaged or unsupported."""
     if path.suffix.lower() in VIDEO_ENDINGS:
         raise UserError(f"{path}: is a video; {_frames_hint(path)}")
-    with _reading("image", path), Image.open(path) as image:
+    with _opened(path, "image") as image:
         return upright_rgb(image, str(path))
 
 
 def upright_rgb(image: Image.Image, name: str) -> Image.Image:
     """An image of any mode as 8-bit RGB, turned upright by its EXIF orientation; `name` is for errors.
 
-    Transparency is dropped. Of 16-bit images the upper byte is used, as Pillow does with 16-bit colour.
+    Transparency and metadata are dropped. Of 16-bit images the upper byte is used, as Pillow does with
+    16-bit colour.
     """
     upright = ImageOps.exif_transpose(image)
     if not upright.mode.startswith(("I", "F")):
-        return upright.convert("RGB")
+        return Image.fromarray(np.asarray(upright.convert("RGB")))
     values = np.asarray(upright)  # (H, W)
     if upright.mode == "F" or values.min() < 0 or values.max() >= 2**16:
         raise UserError(f"{name}: image mode is {upright.mode}, must have 8 or 16 bits; convert it")
@@ -49,7 +56,7 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 def open_label(path: Path, size: tuple[int, int]) -> Image.Image:
     """An 8-bit greyscale or palette image as class values in mode L; `size` is (W, H) of its image."""
-    with _reading("label", path), Image.open(path) as label:
+    with _opened(path, "label") as label:
         label.load()
     if label.mode not in ("L", "P"):
         raise UserError(f"{path}: label mode is {label.mode}, must be 8-bit greyscale or palette; convert it")

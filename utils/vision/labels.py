@@ -25,8 +25,7 @@ class LabelSpace:
         if len(self.names) > IGNORE:
             raise UserError(f"{len(self.names)} classes, must be at most {IGNORE}: labels have 8 bits")
         if len(self.names) != len(self.palette) or len(set(self.names)) != len(self.names):
-            counts = f"{len(self.names)} names and {len(self.palette)} colours"
-            raise ValueError(f"{counts}, must be equally many with unique names: {self.names}")
+            raise ValueError(f"{len(self.palette)} colours for {self.names}; names must be unique")
 
     @property
     def n_classes(self) -> int:

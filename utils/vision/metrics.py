@@ -21,9 +21,7 @@ class ConfusionMatrix(Metric):
     def __init__(self, n_classes: int, n_predictions: int) -> None:
         super().__init__(sync_on_compute=False)
         self.n_classes, self.n_predictions = n_classes, n_predictions
-        self.add_state(
-            "counts", torch.zeros(n_classes, n_predictions, dtype=torch.int64), dist_reduce_fx="sum"
-        )
+        self.add_state("counts", torch.zeros(n_classes, n_predictions, dtype=torch.int64))
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Adds a batch: both (..., H, W) integer, predictions in [0, n_predictions)."""

@@ -71,10 +71,6 @@ def test_legacy__published_value_is_accepted_and_another_has_no_effect(key):
     assert mistakes({key: 99})[0].startswith(f"{key} is 99, but has no effect")
 
 
-def test_removed__is_an_error():
-    assert mistakes({"training_coeff.backend": "torch"})[0].startswith("training_coeff.backend was removed")
-
-
 TOGETHER = [
     ("dataset.rez", 3, "(value 3) is not an option. Did you mean dataset.res?"),
     ("tau", 0.1, "(value 0.1) is not an option. Did you mean training_coeff.tau?"),
@@ -82,6 +78,9 @@ TOGETHER = [
     ("train.epoch", 0, "is 0, must be a whole number, at least 1"),
     ("train.seed", 1.5, "is 1.5, must be a whole number, at least 0, at most 4294967295"),
     ("eval", 5, "(value 5) is not an option."),
+    ("optimizer.net.learning_rate", 1, "(value 1) is not an option. Did you mean optimizer.net.lr?"),
+    ("model.pretrained.patch", 8, "(value 8) is not an option. Did you mean model.pretrained.dino_patch"),
+    ("training_coeff.backend", "torch", "was removed"),
     ("training_coeff.tau", float("nan"), "is NaN, must be a number, above 0, at most 1000000.0"),
     ("train.frozen", "yes", 'is "yes", must be true or false'),
     ("gpu_ids", 3, "is 3, must be a list of whole numbers"),
@@ -140,6 +139,8 @@ def test_missing_files__are_reported_with_the_rest():
     found = mistakes(flat, check_files=True)
     parts = ("train.epoch is -1", "model.pretrained.pretrained_weights is no.pth: no", "dataset.data_path is")
     assert all(mistake.startswith(part) for mistake, part in zip(found, parts, strict=True))
+    (found,) = mistakes({"dataset.data_path": __file__}, check_files=True)
+    assert found.endswith("a file, must be the folder of the data set")
     build_options({"dataset.data_type": "synthetic"}, source="x", check_files=True)
 
 
@@ -166,10 +167,15 @@ def test_base__is_read_first_and_cycles_are_errors(tmp_path):
             load_options(tmp_path / "b.json")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{'a': 1}", "\xff"])
-def test_file__not_json_is_named(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", ""), ("[]", ""), ("{'a': 1}", ""), ("\xff", ""),
+     ('{"train": {}, "train": {"seed": 1}}', '"train" appears twice'),
+     ('{"train": {"seed": 1, "seed": 1}}', '"seed" appears twice')],
+)  # fmt: skip
+def test_file__that_cannot_be_read_is_named(tmp_path, content, words):
     (tmp_path / "a.json").write_text(content, encoding="latin-1")
-    with pytest.raises(UserError, match=r"a\.json"):
+    with pytest.raises(UserError, match=rf"a\.json.*{words}"):
         load_options(tmp_path / "a.json")
 
 

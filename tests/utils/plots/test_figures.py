@@ -1,7 +1,16 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from utils.plots.figures import colour, draw_class_iou, draw_confusion, draw_legend, draw_predictions
+from utils.plots.figures import (
+    colour,
+    draw_class_iou,
+    draw_confusion,
+    draw_legend,
+    draw_predictions,
+    write_strip,
+)
 from utils.vision.labels import LabelSpace
 
 
@@ -30,3 +39,19 @@ def test_figures__few_and_many_classes(tmp_path, n_classes):
     draw_legend(tmp_path / "legend.png", legend)
     for name in ("confusion", "iou", "predictions", "legend"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda path: draw_legend(path, []), lambda path: write_strip(path, [np.zeros((4, 4, 3), np.uint8)])],
+)
+def test_figures__an_interruption_leaves_the_old_file(tmp_path, monkeypatch, draw):
+    def interrupted(image, file, **_):
+        Path(file).write_text("half")
+        raise KeyboardInterrupt
+
+    (tmp_path / "a.png").write_text("old")
+    monkeypatch.setattr("PIL.Image.Image.save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        draw(tmp_path / "a.png")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

@@ -33,6 +33,33 @@ def test_csv__has_each_step_once_after_a_resume(tmp_path, recwarn):
     assert not recwarn
 
 
+@pytest.mark.parametrize(
+    "edited",
+    [
+        lambda text: "\ufeff" + text,  # byte order mark
+        lambda text: text.replace(",", ";"),
+        lambda text: text.replace("0.5", "a half"),
+        lambda text: text.replace("step", "steps"),
+        lambda text: text.replace("0.5", '"0.5'),
+    ],
+)
+def test_csv__that_was_edited_is_moved_aside(tmp_path, capsys, edited):
+    logger, path = csv_logger(tmp_path, step=0), tmp_path / "metrics.csv"
+    logger.log_metrics({"loss": 0.5}, step=1)
+    logger.save()
+    path.write_text(text := edited(path.read_text()))
+    resumed = csv_logger(tmp_path, step=1)
+    resumed.log_metrics({"loss": 0.25}, step=2)
+    resumed.save()
+    assert (tmp_path / "metrics.csv.1").read_text() == text
+    assert f"moved to {path}.1" in capsys.readouterr().out
+    with path.open() as file:
+        assert [row["loss"] for row in csv.DictReader(file)] == ["0.25"]
+    path.unlink()
+    csv_logger(tmp_path, step=2)
+    assert f"{path} is gone" in capsys.readouterr().out
+
+
 def test_wandb__without_login_is_recorded_offline(logged_out, tmp_path, tiny_options, capsys):
     folder = make_folder(tmp_path / "out" / "run")
     loggers = build_loggers(tiny_options(wandb__mode="online"), folder)

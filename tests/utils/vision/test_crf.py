@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from utils.config.loading import REPOSITORY
-from utils.vision.crf import CrfPool, HeadLogits, crf_missing, refine, resolve_backend, unary_energy, upsample
+from utils.vision.crf import CrfPool, HeadLogits, crf_missing, refine, resolve_backend, upsample
 from utils.vision.transforms import to_eight_bit
 
 needs_pydensecrf = pytest.mark.skipif(crf_missing() is not None, reason="needs pydensecrf")
@@ -54,11 +54,6 @@ def test_upsample__equals_torch(shape):
     logits = torch.randn(3, h, w, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(logits[None], size=(height, width), mode="bilinear")[0].numpy()
     np.testing.assert_allclose(upsample(logits.numpy(), (height, width)), expected, atol=1e-5)
-
-
-def test_unary__is_minus_log_of_a_clipped_softmax():
-    energy = unary_energy(np.array([[0.0], [100.0]], dtype=np.float32))
-    np.testing.assert_allclose(energy[:, 0], [-np.log(1e-5), 0], atol=1e-6)
 
 
 def test_worker__imports_no_torch():

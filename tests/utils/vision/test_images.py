@@ -1,9 +1,11 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from utils.errors import UserError
-from utils.vision.images import find_images, open_image, open_label
+from utils.vision.images import find_images, open_image, open_label, upright_rgb
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 
@@ -57,6 +59,24 @@ def test_open__video_missing_and_damaged_are_named(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:45])
     with pytest.raises(UserError, match=r"cut\.png: not a readable image"):
         open_image(tmp_path / "cut.png")
+
+
+def test_open__only_regular_files_of_known_formats(tmp_path):
+    (tmp_path / "script.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    for name in ("script.jpg", "pipe.jpg", "loop.jpg"):
+        with pytest.raises(UserError, match=rf"{name}: not a readable image"):
+            open_image(tmp_path / name)
+
+
+def test_open__drops_metadata(tmp_path):
+    """A picture is turned upright once."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(GREY).save(tmp_path / "turned.jpg", exif=exif)
+    opened = open_image(tmp_path / "turned.jpg")
+    assert upright_rgb(opened, "it").size == opened.size == (6, 8)
 
 
 def test_label__mismatch(tmp_path):

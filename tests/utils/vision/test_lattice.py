@@ -1,6 +1,3 @@
-import math
-
-import numpy as np
 import pytest
 import torch
 
@@ -9,55 +6,6 @@ from utils.vision.lattice import build_lattice
 
 def points(n, d, *, spread=2.0, seed=0):
     return spread * torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
-
-
-def literal_filter(features, values):
-    """Splat, blur and slice of the paper in float64, point by point, with a dictionary of vertices."""
-    features, values = features.double().numpy(), values.double().numpy()
-    d = features.shape[1]
-    simplices, table = [], {}
-    for feature, value in zip(features, values, strict=True):
-        scaled = [f * (d + 1) * math.sqrt(2 / 3 / ((i + 1) * (i + 2))) for i, f in enumerate(feature)]
-        elevated = [sum(scaled[i:]) - (i * scaled[i - 1] if i else 0) for i in range(d + 1)]
-        origin = [round(x / (d + 1)) * (d + 1) for x in elevated]
-        excess = sum(origin) // (d + 1)
-        by_rise = sorted(range(d + 1), key=lambda i: elevated[i] - origin[i])
-        for i in by_rise[:excess] if excess > 0 else by_rise[excess:] if excess else []:
-            origin[i] -= math.copysign(d + 1, excess)
-        rise = [x - o for x, o in zip(elevated, origin, strict=True)]
-        falling = sorted(range(d + 1), key=lambda i: -rise[i])
-        simplex = []
-        for remainder in range(d + 1):
-            key = [int(o) + remainder for o in origin]
-            for i in falling[d + 1 - remainder :]:
-                key[i] -= d + 1
-            if remainder:
-                weight = (rise[falling[d - remainder]] - rise[falling[d + 1 - remainder]]) / (d + 1)
-            else:
-                weight = 1 - (rise[falling[0]] - rise[falling[d]]) / (d + 1)
-            simplex.append((tuple(key), weight))
-            table[tuple(key)] = table.get(tuple(key), 0) + weight * value
-        simplices.append(simplex)
-    for axis in range(d + 1):
-        blurred = {}
-        for key in table:
-            step = [-d if i == axis else 1 for i in range(d + 1)]
-            ahead, behind = (tuple(k + sign * s for k, s in zip(key, step, strict=True)) for sign in (1, -1))
-            blurred[key] = table[key] + (table.get(ahead, 0) + table.get(behind, 0)) / 2
-        table = blurred
-    sliced = [sum(weight * table[key] for key, weight in simplex) for simplex in simplices]
-    return np.stack(sliced) / (1 + 2.0**-d), len(table)
-
-
-@pytest.mark.parametrize("spread", [0.2, 2.0])  # a narrow one has keys at the ends of their range
-@pytest.mark.parametrize("d", [1, 2, 3, 5])
-def test_filter__equals_a_literal_one(d, spread):
-    features = points(60, d, spread=spread)
-    values = torch.randn(60, 4, generator=torch.Generator().manual_seed(1))
-    expected, vertices = literal_filter(features, values)
-    lattice = build_lattice(features)
-    np.testing.assert_allclose(lattice.filter(values).numpy(), expected, rtol=1e-4, atol=2e-5)
-    assert lattice.offsets.numel() - 1 == lattice.neighbours.shape[1] == vertices
 
 
 def test_filter__chunked_equals_unchunked_with_a_leftover():

@@ -39,14 +39,6 @@ def test_argmax__extent_crops_the_padding():
     assert torch.equal(indices, full.indices)
 
 
-def test_argmax__extent_of_all_is_none():
-    for size in ((97, 131), (7, 300), (49, 10)):
-        for found, expected in zip(
-            upsampled_argmax(LOGITS, size, (6, 9)), upsampled_argmax(LOGITS, size), strict=True
-        ):
-            torch.testing.assert_close(found, expected)
-
-
 def test_argmax__memory_is_bounded(monkeypatch):
     """The upsampled logits of 3 megapixels and 5 channels would be 60 MB; strips hold 400 kB."""
     seen = []

@@ -19,7 +19,6 @@ from model.methods.heads import update_average
 from model.methods.pools import ReferencePools
 from model.segmenter import Segmenter, dropout_mask
 from utils.config.options import Options
-from utils.training.device import upload
 from utils.training.distributed import all_reduce_mean, own_slice, world_size
 from utils.training.randomness import derived_seed, generator, seeded
 from utils.vision.colour_view import ColourView, draw_colour_views
@@ -37,20 +36,19 @@ class HP(Method):
     """
 
     def __init__(self, options: Options, segmenter: Segmenter) -> None:
-        super().__init__()
-        self.chosen, self.tau, self.seed = options.hp, options.training_coeff.tau, options.train.seed
-        self.dropout, self.net = options.model.criterion_dropout, options.optimizer.net
+        super().__init__(options)
+        self.chosen, self.seed = options.hp, options.train.seed
+        self.dropout, self.channels = options.model.criterion_dropout, segmenter.code_dim
         self.needs_images = options.hp.alpha > 0
-        self.dim, self.channels = segmenter.backbone.spec.dim, segmenter.code_dim
         self.average = copy.deepcopy(segmenter.head).requires_grad_(False)
         with seeded(self.seed, "hp projection"):
             self.projection = nn.Linear(self.channels, self.channels)
-        self.pools = ReferencePools(options.hp.pool_size, self.dim, self.channels)
+        self.pools = ReferencePools(options.hp.pool_size, segmenter.backbone.spec.dim, self.channels)
 
     def groups(self, segmenter: Segmenter) -> list[tuple[list[nn.Parameter], Any]]:
         """The head, and the projection at the same rate without decay."""
-        without_decay = self.net.model_copy(update={"weight_decay": 0.0})
-        return [(segmenter.trainable(), self.net), (list(self.projection.parameters()), without_decay)]
+        without_decay = self.options.optimizer.net.model_copy(update={"weight_decay": 0.0})
+        return [*super().groups(segmenter), (list(self.projection.parameters()), without_decay)]
 
     def pools_due(self, step: int, batch_idx: int) -> bool:
         """Whether the pools are to be renewed before a step, from 1, that is `batch_idx` in its epoch."""
@@ -62,49 +60,47 @@ class HP(Method):
         how = {"dropout": self.dropout, "both": step == 1}
         self.pools.renew(segmenter, self.average, batches, drawn, **how)
 
-    def draws(self, images: int, grid: tuple[int, int], step: int) -> dict[str, Any]:
+    def draws(self, images: int, grid: tuple[int, int], step: int, *, dim: int) -> dict[str, Any]:
         """Dropout masks by what they apply to, and the colour changes of this rank's images."""
-        drawn, masks = generator(self.seed, "dropout", step), {}
-        names = {"linear": self.dim, "average linear": self.dim, "nonlinear": self.dim}
-        names |= {"average nonlinear": self.dim, "features": self.dim}
-        names |= {"average": self.channels, "mixed": self.channels}
+        names = {"linear": dim, "average linear": dim, "nonlinear": dim, "average nonlinear": dim}
+        names |= {"features": dim, "average": self.channels, "mixed": self.channels}
         if self.needs_images:
-            names |= {"view linear": self.dim, "view nonlinear": self.dim}
+            names |= {"view linear": dim, "view nonlinear": dim}
+        drawn, found = generator(self.seed, "dropout", step), {}
         for name, channels in names.items():
-            mask = dropout_mask((images, channels), probability=self.dropout, generator=drawn)
-            masks[name] = upload(mask, self.projection.weight.device)
+            found[name] = dropout_mask((images, channels), probability=self.dropout, generator=drawn)
         views = draw_colour_views(world_size() * images, generator(self.seed, "colour view", step))
-        return {"masks": masks, "views": own_slice(views)}
+        return found | {"views": own_slice(views)}
 
     def forward(
         self, segmenter: Segmenter, batch: Any, draws: dict[str, Any], progress: Progress
     ) -> MethodOutput:
         """The code with dropout, the contrastive loss and, if alpha > 0, the distance to the second view."""
-        grid, masks = segmenter.grid(batch.label), draws["masks"]
+        grid = segmenter.grid(batch.label)
         tokens = segmenter.tokens(batch.inputs)  # (B, T, D)
         features = segmenter.features(tokens, grid)  # (B, D, h, w)
-        code = segmenter.head(features, (masks["linear"], masks["nonlinear"]))  # (B, K, h, w)
-        averaged = self.average(features, (masks["average linear"], masks["average nonlinear"]))
+        code = segmenter.head(features, (draws["linear"], draws["nonlinear"]))  # (B, K, h, w)
+        averaged = self.average(features, (draws["average linear"], draws["average nonlinear"]))
         update_average(self.average, segmenter.head, momentum=self.chosen.ema_m)
         mixed = mix_local(code, segmenter.backbone.attention_logits(tokens)[:, None])  # (B, K, h, w)
         z, lmbd = self._project(code), specific_weight(progress.step, progress.total, self.chosen.warmup)
         loss = hidden_positive_loss(
             z,
-            self._project(mixed * masks["mixed"]),
-            f=_unit_rows(features * masks["features"]),
-            e=_unit_rows(averaged * masks["average"]),
+            self._project(mixed * draws["mixed"]),
+            f=_unit_rows(features * draws["features"]),
+            e=_unit_rows(averaged * draws["average"]),
             pool_ag=self.pools.agnostic,
             pool_sp=self.pools.specific,
             keep=self._kept(len(z), math.prod(grid), progress.step),
             spatial_size=grid[0],
             lmbd=lmbd,
-            tau=self.tau,
+            tau=self.options.training_coeff.tau,
             reweighting=self.chosen.reweighting,
         )
         losses = {"hp_loss": loss}
         if self.needs_images:
             view = segmenter.encode(self._view(batch.inputs, draws["views"]))  # (B, T, D)
-            branches = masks["view linear"], masks["view nonlinear"]
+            branches = draws["view linear"], draws["view nonlinear"]
             other = self._project(segmenter.head(segmenter.features(view, grid), branches))
             distance = F.pairwise_distance(z, other).mean()
             losses["consistency_loss"] = self.chosen.alpha * all_reduce_mean(distance)

@@ -56,25 +56,26 @@ def batch_of():
     return make
 
 
+def hp_options(options, **changed):
+    """Options with a section for HP."""
+    chosen = {
+        "rho": 0.5,
+        "alpha": 0.05,
+        "pool_size": 2 * IMAGES,
+        "ema_m": 0.9,
+        "warmup": 1,
+        "renew_interval": 2,
+        "reweighting": True,
+        "published_colour": False,
+    }
+    sections = {name: getattr(options, name) for name in ("training_coeff", "train", "model", "optimizer")}
+    return SimpleNamespace(hp=SimpleNamespace(**chosen | changed), **sections)
+
+
 @pytest.fixture
-def hp_options(tiny_options):
-    def make(seed=0, dropout=0.1, **changed):
-        options = tiny_options(
-            train__seed=seed, model__criterion_dropout=dropout, optimizer__net__weight_decay=0.1
-        )
-        chosen = {
-            "rho": 0.5,
-            "alpha": 0.05,
-            "pool_size": 2 * IMAGES,
-            "ema_m": 0.9,
-            "warmup": 1,
-            "renew_interval": 2,
-            "reweighting": True,
-            "published_colour": False,
-        }
-        sections = {
-            name: getattr(options, name) for name in ("training_coeff", "train", "model", "optimizer")
-        }
-        return SimpleNamespace(hp=SimpleNamespace(**chosen | changed), **sections)
+def options_of(tiny_options):
+    def make(dropout=0.1, **changed):
+        options = tiny_options(model__criterion_dropout=dropout, optimizer__net__weight_decay=0.1)
+        return hp_options(options, **changed)
 
     return make

@@ -87,7 +87,7 @@ def train(segmenter, method, batch_of, steps, *, total=6, optimizer_state=None):
     for step in steps:
         if method.pools_due(step, step - 1):
             method.prepare(segmenter, [batch_of(100 + step), batch_of(200 + step)], step)
-        drawn = method.draws(IMAGES, GRID, step)
+        drawn = method.draws(IMAGES, GRID, step, dim=12)
         output = method(segmenter, batch_of(step), drawn, Progress(step, total))
         optimizer.zero_grad()
         sum(output.losses.values()).backward()
@@ -96,8 +96,8 @@ def train(segmenter, method, batch_of, steps, *, total=6, optimizer_state=None):
     return found, optimizer.state_dict()
 
 
-def test_hp__a_step_trains_head_and_projection_alone(segmenter, hp_options, batch_of):
-    method = HP(hp_options(), segmenter)
+def test_hp__a_step_trains_head_and_projection_alone(segmenter, options_of, batch_of):
+    method = HP(options_of(), segmenter)
     before = {name: value.clone() for name, value in method.state_dict().items()}
     head = copy.deepcopy(segmenter.head)
     torch.manual_seed(1)
@@ -110,9 +110,9 @@ def test_hp__a_step_trains_head_and_projection_alone(segmenter, hp_options, batc
     assert not any(parameter.requires_grad for parameter in method.average.parameters())
 
 
-def test_hp__average_lags_the_head_by_a_step(segmenter, hp_options, batch_of):
+def test_hp__average_lags_the_head_by_a_step(segmenter, options_of, batch_of):
     """It starts as the head, and takes in the weights from before the optimizer's step."""
-    method, start = HP(hp_options(), segmenter), copy.deepcopy(segmenter.head)
+    method, start = HP(options_of(), segmenter), copy.deepcopy(segmenter.head)
     _, state = train(segmenter, method, batch_of, [1])
     first = copy.deepcopy(segmenter.head)
     train(segmenter, method, batch_of, [2], optimizer_state=state)
@@ -120,9 +120,9 @@ def test_hp__average_lags_the_head_by_a_step(segmenter, hp_options, batch_of):
         torch.testing.assert_close(kept, 0.9 * old + 0.1 * new)
 
 
-def test_hp__resumed_equals_uninterrupted(segmenter, hp_options, batch_of):
+def test_hp__resumed_equals_uninterrupted(segmenter, options_of, batch_of):
     """Pools are renewed before steps 1, 3 and 5, and the global generators play no part."""
-    other, options = copy.deepcopy(segmenter), hp_options()
+    other, options = copy.deepcopy(segmenter), options_of()
     method = HP(options, segmenter)
     whole, _ = train(segmenter, method, batch_of, range(1, 7))
     stopped = HP(options, other)
@@ -136,24 +136,24 @@ def test_hp__resumed_equals_uninterrupted(segmenter, hp_options, batch_of):
     assert all(map(torch.equal, segmenter.head.parameters(), other.head.parameters()))
 
 
-def test_hp__cached_tokens_equal_images(segmenter, hp_options, batch_of):
+def test_hp__cached_tokens_equal_images(segmenter, options_of, batch_of):
     batch, found = batch_of(1), []
     for inputs in (batch.inputs, segmenter.tokens(batch.inputs)):
-        method = HP(hp_options(alpha=0.0), segmenter)
+        method = HP(options_of(alpha=0.0), segmenter)
         method.prepare(segmenter, [batch_of(2), batch_of(3)], 1)
-        drawn = method.draws(IMAGES, GRID, 1)
+        drawn = method.draws(IMAGES, GRID, 1, dim=12)
         found.append(method(segmenter, batch._replace(inputs=inputs), drawn, Progress(1, 6)).losses)
     assert found[0] == found[1]
     assert list(found[0]) == ["hp_loss"]
 
 
-def test_hp__without_positives_the_contrastive_loss_is_0(segmenter, hp_options, batch_of):
+def test_hp__without_positives_the_contrastive_loss_is_0(segmenter, options_of, batch_of):
     """A pool that holds a batch's own patches leaves none above it."""
-    method, batch = HP(hp_options(dropout=0.0, pool_size=IMAGES * 16), segmenter), batch_of(1)
+    method, batch = HP(options_of(dropout=0.0, pool_size=IMAGES * 16), segmenter), batch_of(1)
     features = segmenter.features(segmenter.tokens(batch.inputs), GRID)  # (4, D, 4, 4)
     rows = F.normalize(features.permute(0, 2, 3, 1).flatten(0, 2), dim=1)
     method.load_state_dict(method.state_dict() | {"pools.agnostic": 2 * rows})
-    losses = method(segmenter, batch, method.draws(IMAGES, GRID, 1), Progress(1, 6)).losses
+    losses = method(segmenter, batch, method.draws(IMAGES, GRID, 1, dim=12), Progress(1, 6)).losses
     assert losses["hp_loss"] == 0
     sum(losses.values()).backward()
     assert all(parameter.grad.isfinite().all() for parameter in segmenter.head.parameters())
@@ -161,7 +161,7 @@ def test_hp__without_positives_the_contrastive_loss_is_0(segmenter, hp_options, 
 
 @pytest.mark.parametrize("published", [False, True])
 def test_hp__view_changes_colours_before_or_after_normalisation(
-    segmenter, hp_options, batch_of, monkeypatch, published
+    segmenter, options_of, batch_of, monkeypatch, published
 ):
     """`published_colour` jitters normalised images, which torchvision clamps to [0, 1]."""
     seen, encode = [], segmenter.encode
@@ -171,8 +171,8 @@ def test_hp__view_changes_colours_before_or_after_normalisation(
         return encode(image)
 
     monkeypatch.setattr(segmenter, "encode", noted)
-    method, batch = HP(hp_options(published_colour=published), segmenter), batch_of(1)
-    drawn = method.draws(IMAGES, GRID, 1)
+    method, batch = HP(options_of(published_colour=published), segmenter), batch_of(1)
+    drawn = method.draws(IMAGES, GRID, 1, dim=12)
     method(segmenter, batch, drawn, Progress(1, 6))
     given = normalise(batch.inputs) if published else batch.inputs / 255
     expected = torch.stack([view(image) for view, image in zip(drawn["views"], given, strict=True)])
@@ -180,25 +180,25 @@ def test_hp__view_changes_colours_before_or_after_normalisation(
     assert (seen[-1].min() < 0) != published
 
 
-def test_hp__two_groups_and_the_projection_without_decay(segmenter, hp_options):
-    method = HP(hp_options(), segmenter)
+def test_hp__two_groups_and_the_projection_without_decay(segmenter, options_of):
+    method = HP(options_of(), segmenter)
     (head, net), (projection, without_decay) = method.groups(segmenter)
     assert [id(each) for each in head] == [id(each) for each in segmenter.head.parameters()]
     assert [id(each) for each in projection] == [id(each) for each in method.projection.parameters()]
     assert (net.weight_decay, without_decay.weight_decay, without_decay.lr) == (0.1, 0.0, net.lr)
 
 
-def test_hp__pools_are_due_at_the_start_and_within_epochs(segmenter, hp_options):
-    method = HP(hp_options(renew_interval=3), segmenter)
+def test_hp__pools_are_due_at_the_start_and_within_epochs(segmenter, options_of):
+    method = HP(options_of(renew_interval=3), segmenter)
     steps = [(step, (step - 1) % 5) for step in range(1, 11)]  # epochs of five steps
     assert [step for step, batch_idx in steps if method.pools_due(step, batch_idx)] == [1, 4, 9]
 
 
-def test_hp__denominator_is_a_function_of_seed_and_step(segmenter, hp_options):
+def test_hp__denominator_is_a_function_of_seed_and_step(segmenter, options_of):
     """rho of the patches, in mean; 1 keeps all."""
-    method = HP(hp_options(rho=0.3), segmenter)
+    method = HP(options_of(rho=0.3), segmenter)
     first, again, other = (method._kept(4000, 16, step) for step in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.float().mean() == pytest.approx(0.3, abs=0.01)
-    assert HP(hp_options(rho=1.0), segmenter)._kept(64, 16, 1).all()
+    assert HP(options_of(rho=1.0), segmenter)._kept(64, 16, 1).all()

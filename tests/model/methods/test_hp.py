@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loss.hidden_positive import hidden_positive_loss
 from model.methods.base import Progress
 from model.methods.hp import HP, mix_local, specific_weight
 from tests.model.methods.conftest import GRID, IMAGES
@@ -202,3 +203,46 @@ def test_hp__denominator_is_a_function_of_seed_and_step(segmenter, options_of):
     assert not torch.equal(first, other)
     assert first.float().mean() == pytest.approx(0.3, abs=0.01)
     assert HP(options_of(rho=1.0), segmenter)._kept(64, 16, 1).all()
+
+
+def test_hp__losses_from_their_definitions(segmenter, options_of, batch_of):
+    """A step without dropout and with lambda 0.6, composed of the parts that have their own tests."""
+    method, batch = HP(options_of(dropout=0.0, rho=1.0), segmenter), batch_of(1)
+    method.prepare(segmenter, [batch_of(2), batch_of(3)], 1)
+    torch.manual_seed(1)
+    for parameter in method.average.parameters():  # unlike the head
+        parameter.add_(torch.randn(parameter.shape))
+    draws = method.draws(IMAGES, GRID, 5, dim=12)
+
+    def rows(values):
+        return F.normalize(values.permute(0, 2, 3, 1).flatten(0, 2), dim=1)
+
+    def projected(code):
+        return F.normalize(method.projection(code.permute(0, 2, 3, 1).flatten(0, 2)), dim=1)
+
+    tokens = segmenter.tokens(batch.inputs)
+    features = segmenter.features(tokens, GRID)
+    code = segmenter.head(features)
+    mixed = mix_local(code, segmenter.backbone.attention_logits(tokens)[:, None])
+    scaled = torch.stack(
+        [view(image) for view, image in zip(draws["views"], batch.inputs / 255, strict=True)]
+    )
+    view_code = segmenter.head(segmenter.features(segmenter.encode(normalise(255 * scaled)), GRID))
+    expected = hidden_positive_loss(
+        projected(code),
+        projected(mixed),
+        f=rows(features),
+        e=rows(method.average(features)),
+        pool_ag=method.pools.agnostic,
+        pool_sp=method.pools.specific,
+        keep=torch.ones(16, IMAGES * 16, dtype=torch.bool),
+        spatial_size=4,
+        lmbd=0.6,
+        tau=method.options.training_coeff.tau,
+    )
+    distance = (projected(code) - projected(view_code) + 1e-6).norm(dim=1).mean()
+    output = method(segmenter, batch, draws, Progress(5, 6))
+    torch.testing.assert_close(output.losses["hp_loss"], expected)
+    torch.testing.assert_close(output.losses["consistency_loss"], 0.05 * distance)
+    torch.testing.assert_close(output.code, code)
+    assert output.statistics["lambda"] == pytest.approx(0.6)

@@ -63,5 +63,5 @@ class Method(nn.Module):
         """Whether `prepare` is due before a step, from 1, that is `batch_idx` in its epoch."""
         return False
 
-    def prepare(self, segmenter: Segmenter, batches: Iterable[Batch], step: int) -> None:
+    def prepare(self, segmenter: Segmenter, batches: Iterable[Any], step: int) -> None:
         """Renews state that random train images determine, see HP; the batches are on the device."""

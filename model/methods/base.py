@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from dataset.base import Batch
 from model.segmenter import Segmenter
 from utils.config.options import Options
 
@@ -50,9 +49,9 @@ class Method(nn.Module):
         return {}
 
     def forward(
-        self, segmenter: Segmenter, batch: Batch, draws: dict[str, Any], progress: Progress
+        self, segmenter: Segmenter, batch: Any, draws: dict[str, Any], progress: Progress
     ) -> MethodOutput:
-        """Code and losses of one batch."""
+        """Code and losses of a `Batch` of images or cached tokens."""
         raise NotImplementedError
 
     def groups(self, segmenter: Segmenter) -> list[tuple[list[nn.Parameter], Any]]:

@@ -46,8 +46,12 @@ class Segmenter(nn.Module):
 
     def trainable(self) -> list[nn.Parameter]:
         """The net's optimizer group, whose gradient is clipped."""
-        return [parameter for name, part in self.named_children() if name != "backbone"
-                for parameter in part.parameters()]
+        return [
+            parameter
+            for name, part in self.named_children()
+            if name != "backbone"
+            for parameter in part.parameters()
+        ]
 
     def _code(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         raise NotImplementedError

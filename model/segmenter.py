@@ -36,8 +36,12 @@ class Segmenter(nn.Module):
 
     def tokens(self, inputs: Tensor) -> Tensor:
         """Tokens of the second-last block, (B, T, D), of uint8 images (B, 3, H, W) or cached tokens."""
+        return self.encode(normalise(inputs)) if inputs.dtype == torch.uint8 else inputs.float()
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Tokens (B, T, D) of normalised images (B, 3, H, W)."""
         encode, _ = self._frozen_parts()
-        return encode(normalise(inputs)) if inputs.dtype == torch.uint8 else inputs.float()
+        return encode(image)
 
     def features(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Criterion features (B, D, h, w) of the frozen last block, from (B, T, D) tokens."""

@@ -18,6 +18,8 @@ from dataset.token_cache import Encoder, TokenDataset, TokenLoader, cache_tokens
 from dataset.verify import sound_items
 from utils.config.options import DatasetOptions, Options
 from utils.errors import UserError
+from utils.training.distributed import own_slice
+from utils.training.randomness import generator
 from utils.training.stopping import follow_main_process
 from utils.vision.transforms import Geometry
 
@@ -105,6 +107,16 @@ class SegmentationDataModule(LightningDataModule):
         """The batches of an epoch; a resumed run starts with the step that follows the last trained one."""
         trained = self.trainer.global_step if self.trainer else 0
         return self._loader(self.train_set, self._train_batches(trained))
+
+    def random_batches(self, images: int, step: int) -> DataLoader:
+        """This rank's slices of batches of `images` random train images, which seed and step determine."""
+        if images > (items := len(self.train_set)):
+            raise UserError(
+                f"hp.pool_size is {images}, but there are only {items} train items; set it to {items} or less"
+            )
+        order = torch.randperm(items, generator=generator(self.options.train.seed, "pool images", step))
+        batches = order[:images].split(self.options.dataloader.batch_size)
+        return self._loader(self.train_set, [own_slice(batch.tolist()) for batch in batches])
 
     def val_dataloader(self) -> DataLoader:
         """All validation images, in order, for the validations of training."""

@@ -8,9 +8,9 @@ import torch
 from model.backbone import BackboneSpec, FrozenViT
 from model.checkpoint import Checkpoint, open_checkpoint, stored_options
 from model.criterion import register_loss
+from model.methods.build import build_segmenter
 from model.module import PPAPModule
 from model.predictor import Predictor
-from model.segmenter import Segmenter
 from model.weights import build_backbone, load_backbone, load_strictly, register_backbone
 from utils.config.loading import build_options, find_option_file, load_options
 from utils.config.options import ARCHS, Options
@@ -56,7 +56,7 @@ def build_module(
     weights = options.model.pretrained.pretrained_weights
     source = load_backbone(backbone, weights) if checkpoint is None else checkpoint.path
     with seeded(options.train.seed, "projection"):
-        segmenter = Segmenter(backbone, compile=options.train.compile)
+        segmenter = build_segmenter(options, backbone)
     evaluation |= {"train_labelled": train_labelled, "weights": f"from {source}"}
     module = PPAPModule(options, labels, segmenter, **evaluation)
     if checkpoint is not None:

@@ -81,6 +81,17 @@ class FrozenViT(nn.Module):
         """Patch features of the frozen last block after the final LayerNorm, (B, D, h, w)."""
         return self.to_map(self.blocks[-1](tokens), grid)
 
+    @torch.no_grad()
+    def attention_logits(self, tokens: Tensor) -> Tensor:
+        """The last block's attention before softmax, mean over its heads, (B, T, T) float32.
+
+        The mean of the heads' products of queries and keys is one product of all channels.
+        """
+        block = self.blocks[-1]
+        with torch.autocast(tokens.device.type, enabled=False):
+            queries, keys, _ = block.attn.qkv(block.norm1(tokens.float())).chunk(3, dim=-1)  # (B, T, D) each
+            return queries @ keys.transpose(1, 2) * (block.attn.scale / self.spec.heads)
+
     def to_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Final LayerNorm of the patch tokens, (B, 1 + R + h*w, D) -> (B, D, h, w)."""
         patches = self.norm(tokens[:, -grid[0] * grid[1] :])  # (B, h*w, D)

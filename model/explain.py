@@ -66,7 +66,7 @@ def explain_images(
 
     The features are frozen and without dropout; `trainer` defines device and precision.
     """
-    options, criterion = module.options, module.criterion
+    options, criterion = module.options, module.method.criterion
     height, width = grid = module.segmenter.grid(images)
     row, column = patch or (height // 2, width // 2)
     if row >= height or column >= width:

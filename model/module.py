@@ -1,4 +1,4 @@
-"""PPAP as a LightningModule: training step, validation step, optimizer and checkpoint entry."""
+"""A method as a LightningModule: training step, validation step, optimizer and checkpoint entry."""
 
 import math
 from pathlib import Path
@@ -8,25 +8,27 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
-from loss import PPAPLoss, ieee_float32
+from loss import ieee_float32
 from model.checkpoint import CHECKPOINT_ENTRY, parse_checkpoint
-from model.criterion import build_criterion
 from model.evaluator import Evaluation, Evaluator, Prediction
+from model.methods.base import Progress
+from model.methods.build import build_method
+from model.methods.ppap import Frozen
 from model.monitoring import NonFiniteGuard, SetWatch, Throughput
 from model.probes import ClusterProbe, LinearProbe
-from model.segmenter import Segmenter, dropout_mask
+from model.segmenter import Segmenter
 from utils.config.loading import as_tree
 from utils.config.options import Options
 from utils.config.plugins import plugin_digests
 from utils.training.device import upload
 from utils.training.distributed import world_size
-from utils.training.randomness import generator, seed_globally, seeded
+from utils.training.randomness import seed_globally, seeded
 from utils.training.run_dir import provenance
 from utils.vision.labels import LabelSpace
 
 
 class PPAPModule(LightningModule):
-    """Segmenter, probes, loss and evaluator under Lightning's automatic optimization.
+    """Segmenter, probes, method and evaluator under Lightning's automatic optimization.
 
     The initial state depends on `train.seed` alone, so that a run and its frozen baseline start identically.
 
@@ -49,15 +51,15 @@ class PPAPModule(LightningModule):
         super().__init__()
         self.options, self.labels, self.train_labelled = options, labels, train_labelled
         self.weights = weights
-        self.segmenter, self.frozen = segmenter, options.train.frozen
+        self.segmenter, self.method = segmenter, build_method(options)
+        self.frozen = isinstance(self.method, Frozen)
         if self.frozen:
             self.segmenter.requires_grad_(False)
-        dim, n_clusters = segmenter.backbone.spec.dim, labels.n_classes + options.model.extra_clusters
+        dim, n_clusters = segmenter.code_dim, labels.n_classes + options.model.extra_clusters
         with seeded(options.train.seed, "linear probe"):
             self.linear_probe = LinearProbe(dim, labels.n_classes).requires_grad_(train_labelled)
         with seeded(options.train.seed, "cluster probe"):
             self.cluster_probe = ClusterProbe(dim, n_clusters)
-        self.criterion = build_criterion(options)
         heads = {"is_direct": options.eval.is_direct, "with_linear": train_labelled}
         self.evaluator = Evaluator(labels.n_classes, n_clusters, **heads, **evaluation)
         self.last_evaluation: Evaluation | None = None
@@ -79,11 +81,12 @@ class PPAPModule(LightningModule):
         step = self.global_step + 1
         seed_globally(self.options.train.seed, "step", step)
         with ieee_float32():
-            losses, statistics = self.losses(batch, step=step)
+            total_steps = self.trainer.estimated_stepping_batches
+            losses, statistics = self.losses(batch, step=step, total_steps=total_steps)
         total = sum(losses.values())
         detached = {name: loss.detach() for name, loss in losses.items()}
-        probes = sum(loss for name, loss in detached.items() if name != "supcon_loss")
-        # the published train_loss omits PPAP
+        # the published train_loss is that of the probes alone
+        probes = sum(detached[name] for name in ("linear_loss", "cluster_loss") if name in detached)
         self.scalars = {"total_loss": total.detach(), "train_loss": probes, **detached, **statistics}
         self.throughput.add(world_size() * len(batch.label))
         self.guard.observe(detached, step=step)
@@ -91,38 +94,48 @@ class PPAPModule(LightningModule):
             self.guard.raise_if_found(self.trainer.datamodule)
         return world_size() * total
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Renews the state that a method computes from random train images."""
+        step, trainer = self.global_step + 1, self.trainer
+        if self.method.pools_due(step, batch_idx):
+            loader = trainer.datamodule.random_batches(self.options.hp.pool_size, step)
+            batches = map(trainer.strategy.batch_to_device, loader)
+            with trainer.precision_plugin.forward_context(), ieee_float32():
+                self.method.prepare(self.segmenter, batches, step)
+
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Without TF32, as the forward pass."""
         with ieee_float32():
             super().backward(loss, *args, **kwargs)
 
-    def losses(self, batch: Any, *, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The losses by name, () each, whose sum is minimised; and statistics of PPAP's sets."""
-        grid, losses, statistics = self.segmenter.grid(batch.label), {}, {}
-        if self.frozen:
-            code = self.segmenter.code(self.segmenter.tokens(batch.inputs), grid)  # (B, D, h, w)
-        else:
-            mask, drawn = _draws(self, len(batch.label), grid, step)  # before the GPU has anything to do
-            code, crit, z = self.segmenter(self.segmenter.tokens(batch.inputs), grid)
-            ppap = self.criterion(z, crit * mask, **drawn)
-            losses["supcon_loss"], statistics = ppap.loss, ppap.statistics()
+    def losses(
+        self, batch: Any, *, step: int, total_steps: int = 1
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The losses by name, () each, whose sum is minimised; and statistics of the method."""
+        grid, dim = self.segmenter.grid(batch.label), self.segmenter.backbone.spec.dim
+        images = len(batch.label) // (2 if self.method.pairs else 1)
+        draws = self.method.draws(images, grid, step, dim=dim)  # before the GPU has anything to do
+        tensors = {name: value for name, value in draws.items() if isinstance(value, Tensor)}
+        draws |= {name: upload(value, self.device) for name, value in tensors.items()}
+        code, losses, statistics = self.method(self.segmenter, batch, draws, Progress(step, total_steps))
         if self.train_labelled:
-            losses["linear_loss"] = self.linear_probe.loss(code.detach(), batch.label)
+            losses["linear_loss"] = self.linear_probe.loss(code.detach(), batch.label[:images])
         losses["cluster_loss"] = self.cluster_probe.loss(code.detach())
         return losses, statistics
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One AdamW with three parameter groups; Adam is AdamW without decay."""
-        chosen, probes = self.options.optimizer, (self.linear_probe, self.cluster_probe)
-        parts = [self.segmenter.trainable(), *(list(probe.parameters()) for probe in probes)]
+        """One AdamW with the method's parameter groups and the probes'; Adam is AdamW without decay."""
+        chosen, parts = self.options.optimizer, self.method.groups(self.segmenter)
+        parts.append((list(self.linear_probe.parameters()), chosen.linear))
+        parts.append((list(self.cluster_probe.parameters()), chosen.cluster))
         groups = [
             {"params": part, "lr": each.lr, "weight_decay": each.weight_decay * (each.name == "adamw")}
-            for part, each in zip(parts, (chosen.net, chosen.linear, chosen.cluster), strict=True)
+            for part, each in parts
         ]
         return torch.optim.AdamW([group for group in groups if group["params"][0].requires_grad])
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **_kwargs: Any) -> None:
-        """Clips only head and projection; Lightning calls this after unscaling."""
+        """Clips only the segmenter's gradient; Lightning calls this after unscaling."""
         if self.guard.skips_step():
             optimizer.zero_grad(set_to_none=True)  # the optimizer then changes nothing
         if not self.frozen:
@@ -221,17 +234,3 @@ class PPAPModule(LightningModule):
         scalars["iters"] = self.global_step
         for logger in self.loggers:
             logger.log_metrics(scalars, step=self.global_step)
-
-
-def _draws(
-    module: PPAPModule, images: int, grid: tuple[int, int], step: int
-) -> tuple[Tensor, dict[str, Any]]:
-    """The dropout mask of a step, and PPAP's anchors, on the device; other losses get a generator."""
-    seed, share = module.options.train.seed, module.options.model.criterion_dropout
-    dropout, anchors = (generator(seed, name, step) for name in ("criterion dropout", "anchors"))
-    shape = images, module.segmenter.backbone.spec.dim
-    mask = upload(dropout_mask(shape, probability=share, generator=dropout), module.device)
-    if not isinstance(module.criterion, PPAPLoss):
-        return mask, {"generator": anchors}
-    patches = world_size() * images * math.prod(grid)
-    return mask, {"anchors": upload(module.criterion.sample_anchors(patches, anchors), module.device)}

@@ -1,4 +1,4 @@
-"""The network of PPAP: frozen features that define the sets, and a trainable head; see README.md."""
+"""The networks: frozen features that define the loss, and a trainable head; see README.md."""
 
 import copy
 from collections.abc import Callable
@@ -9,31 +9,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.backbone import FrozenViT
+from model.methods.heads import TwoBranchHead
 from utils.training.distributed import own_slice, world_size
 from utils.vision.transforms import normalise
 
 
-class SegmenterOutput(NamedTuple):
-    """Output for a batch of images."""
-
-    code: Tensor  # head output after the final LayerNorm, (B, D, h, w)
-    crit: Tensor  # criterion features without dropout, (B, D, h, w), no gradient
-    z: Tensor  # normalised projections, (B*h*w, D), rows in (image, row, column) order
-
-
 class Segmenter(nn.Module):
-    """Frozen backbone, trainable head (a copy of its last block, weights included) and projection.
+    """A frozen backbone and a trainable part that makes the code of its tokens.
 
-    `compile` applies torch.compile to backbone and head.
+    Args:
+        backbone: gives tokens and criterion features.
+        code_dim: channels of the code.
+        compile: whether to apply torch.compile to backbone and head.
     """
 
-    def __init__(self, backbone: FrozenViT, *, compile: bool = False) -> None:
+    def __init__(self, backbone: FrozenViT, *, code_dim: int, compile: bool) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.head = copy.deepcopy(backbone.blocks[-1]).requires_grad_(True)
-        self.projection = nn.Linear(backbone.spec.dim, backbone.spec.dim)
+        self.backbone, self.code_dim = backbone, code_dim
         self._wrap = _compiled if compile else lambda function: function
-        self.code = self._wrap(self._head_features)  # (B, D, h, w)
+        self.code = self._wrap(self._code)  # tokens (B, T, D) and grid -> (B, code_dim, h, w)
         self._frozen: dict[Any, tuple[Callable, Callable]] = {}
 
     def grid(self, image: Tensor) -> tuple[int, int]:
@@ -42,27 +36,34 @@ class Segmenter(nn.Module):
 
     def tokens(self, inputs: Tensor) -> Tensor:
         """Tokens of the second-last block, (B, T, D), of uint8 images (B, 3, H, W) or cached tokens."""
+        return self.encode(normalise(inputs)) if inputs.dtype == torch.uint8 else inputs.float()
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Tokens (B, T, D) of normalised images (B, 3, H, W)."""
         encode, _ = self._frozen_parts()
-        return encode(normalise(inputs)) if inputs.dtype == torch.uint8 else inputs.float()
+        return encode(image)
 
     def features(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Criterion features (B, D, h, w) of the frozen last block, from (B, T, D) tokens."""
         _, last = self._frozen_parts()
         return last(tokens, grid)
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> SegmenterOutput:
-        """All that training needs, from (B, T, D) tokens of the second-last block."""
-        code = self.code(tokens, grid)  # (B, D, h, w)
-        rows = code.permute(0, 2, 3, 1).flatten(0, 2)  # (B*h*w, D)
-        return SegmenterOutput(code, self.features(tokens, grid), F.normalize(self.projection(rows), dim=1))
-
     def trainable(self) -> list[nn.Parameter]:
-        """Parameters of head and projection: the net's optimizer group, whose gradient is clipped."""
-        return [*self.head.parameters(), *self.projection.parameters()]
+        """The net's optimizer group, whose gradient is clipped."""
+        return [
+            parameter
+            for name, part in self.named_children()
+            if name != "backbone"
+            for parameter in part.parameters()
+        ]
+
+    def _code(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        raise NotImplementedError
 
     def _frozen_parts(self) -> tuple[Callable, Callable]:
         """`tokens` and `last_features` of the backbone, or of its copy in the dtype of autocast."""
-        chosen, device, key = self.backbone, self.projection.weight.device, None
+        chosen, key = self.backbone, None
+        device = next(chosen.parameters()).device
         if torch.is_autocast_enabled(device.type) and isinstance(chosen, FrozenViT):
             dtype = torch.get_autocast_dtype(device.type)
             key = device, dtype, chosen.pos_embed._version  # of the loaded weights
@@ -71,8 +72,42 @@ class Segmenter(nn.Module):
             self._frozen = {key: (self._wrap(chosen.tokens), self._wrap(chosen.last_features))}
         return self._frozen[key]
 
-    def _head_features(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+
+class BlockOutput(NamedTuple):
+    """Output of a `BlockSegmenter` for a batch of images."""
+
+    code: Tensor  # head output after the final LayerNorm, (B, D, h, w)
+    crit: Tensor  # criterion features without dropout, (B, D, h, w), no gradient
+    z: Tensor  # normalised projections, (B*h*w, D), rows in (image, row, column) order
+
+
+class BlockSegmenter(Segmenter):
+    """PPAP's: the head is a copy of the backbone's last block, weights included; and a projection."""
+
+    def __init__(self, backbone: FrozenViT, *, compile: bool = False) -> None:
+        super().__init__(backbone, code_dim=backbone.spec.dim, compile=compile)
+        self.head = copy.deepcopy(backbone.blocks[-1]).requires_grad_(True)
+        self.projection = nn.Linear(backbone.spec.dim, backbone.spec.dim)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> BlockOutput:
+        """All that training needs, from (B, T, D) tokens of the second-last block."""
+        code = self.code(tokens, grid)  # (B, D, h, w)
+        rows = code.permute(0, 2, 3, 1).flatten(0, 2)  # (B*h*w, D)
+        return BlockOutput(code, self.features(tokens, grid), F.normalize(self.projection(rows), dim=1))
+
+    def _code(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.backbone.to_map(self.head(tokens), grid)
+
+
+class BranchSegmenter(Segmenter):
+    """STEGO's and HP's: a head of two branches reads the criterion features; the code has K channels."""
+
+    def __init__(self, backbone: FrozenViT, channels: int, *, compile: bool = False) -> None:
+        super().__init__(backbone, code_dim=channels, compile=compile)
+        self.head = TwoBranchHead(backbone.spec.dim, channels)
+
+    def _code(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.head(self.features(tokens, grid))
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -31,7 +31,7 @@ def measure_sets(module: PPAPModule, data: Any, *, folder: Path) -> list[dict[st
         For t = 0..T means over anchors in percent: precision and recall of positives, purity of negatives,
         shares of positives, negatives and ambiguous patches, and `chance`, the precision of all patches.
     """
-    options, criterion, n_classes = module.options, module.criterion, data.labels.n_classes
+    options, criterion, n_classes = module.options, module.method.criterion, data.labels.n_classes
     if not data.validation_labelled:
         path = options.dataset.data_path
         raise UserError(f"dataset.data_path is {path}: --measure-sets needs labels of the validation split")

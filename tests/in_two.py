@@ -11,10 +11,16 @@ from unittest import mock
 import torch
 
 import run
+from dataset.base import Batch
 from loss import PPAPLoss
+from model.methods.base import Progress
+from model.methods.hp import HP
 from model.probes import ClusterProbe, LinearProbe
 from model.segmenter import dropout_mask
+from tests.conftest import TINY
+from tests.model.methods.conftest import TinySegmenter, hp_options
 from utils.config.cli import guarded
+from utils.config.loading import build_options
 from utils.training.distributed import own_slice, rank, world_size
 
 IMAGES, DIM, GRID, CLASSES = 6, 12, (5, 4), 4
@@ -77,12 +83,31 @@ def dropout():
     return {"sliced": dropout_mask(shape, probability=0.4, generator=torch.Generator().manual_seed(5))}
 
 
+def hidden_positives():
+    """HP's pools and, from a step, its losses and the gradients of its head and projection, which add up."""
+    segmenter, drawn = TinySegmenter(), torch.Generator().manual_seed(6)
+    images = torch.randint(256, (IMAGES, 3, 16, 16), generator=drawn, dtype=torch.uint8)
+    batch = Batch(own_slice(images), torch.zeros(IMAGES // world_size(), 16, 16), torch.arange(IMAGES))
+    method = HP(hp_options(build_options(TINY, source="a test"), pool_size=IMAGES), segmenter)
+    method.prepare(segmenter, [batch], 1)
+    draws = method.draws(len(batch.label), (4, 4), 1, dim=segmenter.backbone.spec.dim)
+    losses = method(segmenter, batch, draws, Progress(1, 2)).losses
+    sum(losses.values()).backward()
+    parameters = [*segmenter.trainable(), *method.projection.parameters()]
+    return {
+        "value": torch.stack(list(losses.values())).detach(),
+        "pools": torch.cat([method.pools.agnostic, method.pools.specific], dim=1),
+        "added": torch.cat([parameter.grad.flatten() for parameter in parameters]),
+    }
+
+
 def everything():
     """What is to be the same for any number of processes."""
     return {
         **{f"loss, {case}": losses(case) for case in LOSSES},
         **{f"probes, {case}": probes(case) for case in IGNORED},
         "dropout": dropout(),
+        "hidden positives": hidden_positives(),
     }
 
 

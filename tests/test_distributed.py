@@ -88,7 +88,7 @@ def found(finished):
     return in_two.everything(), [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("case", [*CASES, "dropout"])
+@pytest.mark.parametrize("case", [*CASES, "dropout", "hidden positives"])
 def test_losses__of_the_global_batch(found, case):
     """Values are those of the whole batch on both, gradients its slices or parts of its sum."""
     whole, parts = found

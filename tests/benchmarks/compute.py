@@ -128,7 +128,7 @@ def step_form(module: PPAPModule, optimizer: torch.optim.Optimizer, losses: Call
 def literal_losses(module: PPAPModule, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """The total loss of a step with the literal form of PPAP; (B, 3, H, W) normalised, (B, H, W)."""
     output = module.segmenter(module.segmenter.backbone.tokens(image), module.segmenter.grid(image))
-    probability, criterion = module.options.model.criterion_dropout, module.criterion
+    probability, criterion = module.options.model.criterion_dropout, module.method.criterion
     drawn = generator(0, "criterion dropout", 1)
     mask = dropout_mask(output.crit.shape[:2], probability=probability, generator=drawn)
     crit = (output.crit * mask.to(image.device)).float()

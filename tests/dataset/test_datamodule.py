@@ -1,5 +1,7 @@
 import pytest
+import torch
 
+from dataset import build_data
 from dataset.samplers import TrainBatchSampler
 from utils.errors import UserError
 
@@ -29,3 +31,17 @@ def test_batches__begin_at_any_step(first_step):
     expected = [[(epoch, i) for i in batch] for epoch in range(3) for batch in sampler.batches(epoch)]
     assert found == expected[first_step:]
     assert len({pair for batch in expected[:3] for pair in batch}) == 9
+
+
+def test_random_batches__are_a_function_of_seed_and_step(tiny_options):
+    data = build_data(tiny_options())  # 16 images in batches of 4
+    first, again, other = ([batch.index for batch in data.random_batches(8, step)] for step in (1, 1, 2))
+    assert [len(index) for index in first] == [4, 4]
+    assert len(set(torch.cat(first).tolist())) == 8
+    assert torch.equal(torch.cat(first), torch.cat(again))
+    assert not torch.equal(torch.cat(first), torch.cat(other))
+
+
+def test_random_batches__more_than_there_are(tiny_options):
+    with pytest.raises(UserError, match=r"hp\.pool_size is 17.*16"):
+        build_data(tiny_options()).random_batches(17, 1)

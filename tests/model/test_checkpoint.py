@@ -10,7 +10,7 @@ from dataset import DATA_SETS
 from model import PPAPModule, build_module
 from model.backbone import FrozenViT
 from model.checkpoint import CHECKPOINT_ENTRY, Checkpoint, export, read_checkpoint
-from model.segmenter import Segmenter
+from model.segmenter import BlockSegmenter
 from model.weights import backbone_spec
 from utils.config.loading import as_tree, load_options
 from utils.errors import UserError
@@ -53,7 +53,7 @@ def test_export__entries_keys_and_shapes_of_the_released_files(shared, name, tmp
     options = load_options(Path("json/server") / EXPERIMENTS[name])
     labels = DATA_SETS[options.dataset.data_type].labels(options.dataset)
     with torch.device("meta"):
-        module = PPAPModule(options, labels, Segmenter(FrozenViT(backbone_spec(options))))
+        module = PPAPModule(options, labels, BlockSegmenter(FrozenViT(backbone_spec(options))))
     content = {}
     monkeypatch.setattr("model.checkpoint.write_torch_file", lambda written, path: content.update(written))
     exported(

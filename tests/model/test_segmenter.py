@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model.backbone import BackboneSpec, FrozenViT
-from model.segmenter import Segmenter, dropout_mask
+from model.segmenter import BlockSegmenter, dropout_mask
 from utils.vision.transforms import normalise
 
 TINY8 = BackboneSpec(dim=48, depth=4, heads=3, patch=8, native_res=224)
@@ -26,7 +26,7 @@ def segmenter(stored):
         if key.startswith("sd/"):
             part, name = key.removeprefix("sd/").split(".", 1)
             state[f"{PUBLISHED[part]}.{name}"] = value
-    network = Segmenter(FrozenViT(TINY8))
+    network = BlockSegmenter(FrozenViT(TINY8))
     network.load_state_dict(state)
     return network
 
@@ -47,7 +47,7 @@ def test_segmenter__batched_equals_single(segmenter, stored):
 
 
 def test_segmenter__starts_as_the_frozen_features():
-    network = Segmenter(FrozenViT(TINY8))
+    network = BlockSegmenter(FrozenViT(TINY8))
     output = run(network, torch.randn(1, 3, 32, 24, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(output.code, output.crit)
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from dataset.base import Batch
 from model.backbone import BackboneSpec, FrozenViT
 from model.module import PPAPModule
-from model.segmenter import Segmenter
+from model.segmenter import BlockSegmenter
 from utils.config.loading import build_options
 from utils.vision.labels import LabelSpace
 
@@ -60,11 +60,11 @@ def published_module():
     )
     backbone.load_state_dict(tensors("backbone/"))
     labels = LabelSpace.with_spread_colours(tuple("abcdef"))
-    module = PPAPModule(options, labels, Segmenter(backbone))
+    module = PPAPModule(options, labels, BlockSegmenter(backbone))
     start = {ours(name): value for name, value in tensors("start/").items()}
     assert not module.load_state_dict(start, strict=False).unexpected_keys
     anchors = iter(torch.from_numpy(STORED["anchors"]).long())
-    module.criterion.sample_anchors = lambda patches, generator: next(anchors)
+    module.method.criterion.sample_anchors = lambda patches, generator: next(anchors)
     return module
 
 

@@ -1,0 +1,67 @@
+"""What a training method is: its draws, its losses and its own state."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from model.segmenter import Segmenter
+from utils.config.options import Options
+
+
+class MethodOutput(NamedTuple):
+    """Output of a training step."""
+
+    code: Tensor  # (B, K, h, w) of the batch's own images, for the probes
+    losses: dict[str, Tensor]  # () each; their sum is minimised
+    statistics: dict[str, Tensor]  # () each, logged
+
+
+class Progress(NamedTuple):
+    """Position in a run."""
+
+    step: int  # from 1
+    total: int  # steps of the whole run
+
+
+class Method(nn.Module):
+    """Trains a segmenter without labels.
+
+    Its parameters and buffers are part of a checkpoint. It gets the segmenter with each call: as a submodule,
+    the segmenter's parameters would be stored twice.
+    """
+
+    pairs = False  # whether a batch holds 2B items: the images, then a neighbour of each
+    needs_images = False  # whether cached tokens do not suffice
+
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        self.options = options
+
+    def draws(self, images: int, grid: tuple[int, int], step: int, *, dim: int) -> dict[str, Any]:
+        """The random draws of a step, on the CPU; the module moves the tensors to the device.
+
+        Args:
+            images: B, this rank's images.
+            grid: (h, w).
+            step: from 1.
+            dim: D, channels of the frozen features.
+        """
+        return {}
+
+    def forward(
+        self, segmenter: Segmenter, batch: Any, draws: dict[str, Any], progress: Progress
+    ) -> MethodOutput:
+        """Code and losses of a `Batch` of images or cached tokens."""
+        raise NotImplementedError
+
+    def groups(self, segmenter: Segmenter) -> list[tuple[list[nn.Parameter], Any]]:
+        """Parameter groups of the optimizer, each with its section of `optimizer.*`; the probes' follow."""
+        return [(segmenter.trainable(), self.options.optimizer.net)]
+
+    def pools_due(self, step: int, batch_idx: int) -> bool:
+        """Whether `prepare` is due before a step, from 1, that is `batch_idx` in its epoch."""
+        return False
+
+    def prepare(self, segmenter: Segmenter, batches: Iterable[Any], step: int) -> None:
+        """Renews state that random train images determine, see HP; the batches are on the device."""

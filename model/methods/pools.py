@@ -1,0 +1,77 @@
+"""HP's reference pools: features and codes of random patches, whose similarities set the thresholds."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.segmenter import Segmenter, dropout_mask
+from utils.training.distributed import all_gather, own_slice, world_size
+
+
+class ReferencePools(nn.Module):
+    """Unit-length rows, float16: `agnostic` (M, D) of the frozen features, `specific` (M, K) of the code.
+
+    Buffers, so that a resumed run compares with the same rows.
+    """
+
+    def __init__(self, size: int, dim: int, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("agnostic", torch.zeros(size, dim, dtype=torch.float16))
+        self.register_buffer("specific", torch.zeros(size, channels, dtype=torch.float16))
+
+    @torch.no_grad()
+    def renew(
+        self,
+        segmenter: Segmenter,
+        average: nn.Module,
+        batches: Iterable[Any],
+        generator: torch.Generator,
+        *,
+        dropout: float,
+        both: bool,
+    ) -> None:
+        """Fills the specific pool, or both, with one random patch of each image.
+
+        The two pools take different patches of an image. Every rank passes its slice of the same batches and
+        ends with the same pools.
+
+        Args:
+            segmenter: computes the frozen features.
+            average: the averaged head, which computes the code.
+            batches: on the device, M images over all ranks.
+            generator: on the CPU, in the same state on all ranks.
+            dropout: probability of channel dropout of features and code.
+            both: whether to renew the agnostic pool, too.
+        """
+        agnostic, specific = [], []
+        for batch in batches:
+            grid = segmenter.grid(batch.label)
+            features = segmenter.features(segmenter.tokens(batch.inputs), grid)  # (B, D, h, w)
+            masks = [_mask(features, generator, dropout) for _ in range(3)]
+            patch = _random_patch(features, generator)  # (B, D, 1, 1)
+            agnostic.append(_unit_rows(patch * masks[0]))
+            code = average(_random_patch(features, generator), masks[1:])  # (B, K, 1, 1)
+            specific.append(_unit_rows(code * _mask(code, generator, dropout)))
+        self.specific.copy_(torch.cat(specific))
+        if both:
+            self.agnostic.copy_(torch.cat(agnostic))
+
+
+def _mask(values: Tensor, generator: torch.Generator, dropout: float) -> Tensor:
+    return dropout_mask(values.shape[:2], probability=dropout, generator=generator).to(values.device)
+
+
+def _random_patch(values: Tensor, generator: torch.Generator) -> Tensor:
+    """One patch of each image, (B, D, h, w) -> (B, D, 1, 1)."""
+    images, _, height, width = values.shape
+    drawn = own_slice(torch.randint(height * width, (world_size() * images,), generator=generator))
+    flat = values.flatten(2)  # (B, D, h*w)
+    return flat[torch.arange(images), :, drawn][:, :, None, None]
+
+
+def _unit_rows(values: Tensor) -> Tensor:
+    """Unit-length rows of all ranks, (B, K, 1, 1) -> (world_size * B, K) float32."""
+    return F.normalize(all_gather(values.flatten(1).float()), dim=1)

@@ -1,0 +1,140 @@
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from loss import correspondence_loss, draw_pairs
+
+IMAGES, GRID, SAMPLES, NEGATIVES = 3, (3, 4), 2, 2
+WEIGHTS = {"self": 0.7, "knn": 0.2, "rand": 0.5}
+SHIFTS = {"self": 0.1, "knn": -0.2, "rand": 0.3}
+
+
+def drawn_batch(seed=0, images=IMAGES):
+    """Features and codes of images and neighbours, and what the loss compares."""
+    drawn = torch.Generator().manual_seed(seed)
+    feat, feat_pos = torch.randn(2, images, 6, *GRID, generator=drawn)
+    code, code_pos = torch.randn(2, images, 3, *GRID, generator=drawn)
+    coords1, coords2, perms = draw_pairs(images, samples=SAMPLES, negatives=NEGATIVES, generator=drawn)
+    maps = (feat, feat_pos, code.requires_grad_(), code_pos.requires_grad_())
+    return maps, {"coords1": coords1, "coords2": coords2, "perms": perms}
+
+
+@pytest.mark.parametrize("name", ["stego_a", "stego_b"])
+def test_loss__golden(golden, name):
+    stored = golden(name)
+    settings = json.loads(stored.config)
+    chosen = {key: settings[key] for key in ("weights", "shifts", "pointwise", "zero_clamp", "stabilize")}
+    code, code_pos = stored.code.requires_grad_(), stored.code_pos.requires_grad_()
+    pairs = {"coords1": stored.coords1, "coords2": stored.coords2, "perms": stored.perms}
+    found = correspondence_loss(stored.feat, stored.feat_pos, code, code_pos, **pairs, **chosen)
+    found.total.backward()
+    for part in ("self_loss", "knn_loss", "rand_loss", "total"):
+        assert getattr(found, part).item() == pytest.approx(getattr(stored, part).item(), rel=1e-5)
+    for map_, expected in ((code, stored.grad_code), (code_pos, stored.grad_code_pos)):
+        assert (map_.grad - expected).norm() <= 1e-5 * expected.norm()
+
+
+def sampled(values, x, y):
+    """Bilinear value (C,) of a map (C, h, w) at a point, of unit length."""
+    height, width = values.shape[1:]
+    column, row = (x + 1) / 2 * (width - 1), (y + 1) / 2 * (height - 1)
+    left, top = min(int(column), width - 2), min(int(row), height - 2)
+    across, down = column - left, row - top
+    corners = values[:, top : top + 2, left : left + 2]  # (C, 2, 2)
+    upper, lower = (corners[:, i, 0] * (1 - across) + corners[:, i, 1] * across for i in range(2))
+    vector = upper * (1 - down) + lower * down
+    return vector / vector.norm()
+
+
+def literal_loss(maps, *, coords1, coords2, perms, weights, shifts, pointwise, zero_clamp, stabilize):
+    """The definition, pair by pair and point by point, in float64."""
+    feat, feat_pos, code, code_pos = maps
+    points = [[each.view(-1, 2).tolist() for each in coords.double()] for coords in (coords1, coords2)]
+
+    def pair(a, c, where_a, b, d, where_b, shift):
+        anchors, partners = [], []
+        for n in range(IMAGES):
+            anchors.append([(sampled(a[n], *p), sampled(c[n], *p)) for p in where_a[n]])
+            partners.append([(sampled(b[n], *p), sampled(d[n], *p)) for p in where_b[n]])
+        target = [[[float(f @ g) for g, _ in partners[n]] for f, _ in anchors[n]] for n in range(IMAGES)]
+        everything = list(itertools.chain.from_iterable(itertools.chain.from_iterable(target)))
+        mean = sum(everything) / len(everything)
+        total = 0
+        for n, p, q in itertools.product(range(IMAGES), *[range(SAMPLES**2)] * 2):
+            wanted = target[n][p][q]
+            if pointwise:
+                wanted += mean - sum(target[n][p]) / SAMPLES**2
+            found = anchors[n][p][1] @ partners[n][q][1]
+            if zero_clamp and found < 0:
+                found = 0.0
+            if stabilize and found > 0.8:
+                found = 0.8
+            total = total - found * (wanted - shift)
+        return total / len(everything)
+
+    losses = {
+        "self": pair(feat, code, points[0], feat, code, points[0], shifts["self"]),
+        "knn": pair(feat, code, points[0], feat_pos, code_pos, points[1], shifts["knn"]),
+        "rand": sum(
+            pair(feat, code, points[0], feat[perm], code[perm], points[1], shifts["rand"]) for perm in perms
+        )
+        / len(perms),
+    }
+    return sum(weights[kind] * loss for kind, loss in losses.items())
+
+
+@pytest.mark.parametrize("pointwise", [True, False])
+@pytest.mark.parametrize(("zero_clamp", "stabilize"), [(True, False), (False, True), (False, False)])
+def test_loss__literal(pointwise, zero_clamp, stabilize):
+    maps, pairs = drawn_batch()
+    chosen = {"pointwise": pointwise, "zero_clamp": zero_clamp, "stabilize": stabilize}
+    found = correspondence_loss(*maps, **pairs, weights=WEIGHTS, shifts=SHIFTS, **chosen).total
+    exact = [each.detach().double().requires_grad_(each.requires_grad) for each in maps]
+    expected = literal_loss(exact, **pairs, weights=WEIGHTS, shifts=SHIFTS, **chosen)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    for grad, right in zip(
+        torch.autograd.grad(found, maps[2:]), torch.autograd.grad(expected, exact[2:]), strict=True
+    ):
+        torch.testing.assert_close(grad.double(), right, rtol=1e-4, atol=1e-6)
+
+
+def test_loss__lengths_do_not_matter():
+    """Where every patch of a map is scaled alike, as vectors are normalised."""
+    maps, pairs = drawn_batch()
+    chosen = pairs | {"weights": WEIGHTS, "shifts": SHIFTS}
+    expected = correspondence_loss(*maps, **chosen)
+    scaled = correspondence_loss(*(3 * each for each in maps), **chosen)
+    torch.testing.assert_close(torch.stack(scaled), torch.stack(expected))
+
+
+def test_loss__of_one_image_takes_it_as_its_negative():
+    (feat, _, code, _), pairs = drawn_batch(images=1)
+    same = dict.fromkeys(SHIFTS, 0.1)
+    found = correspondence_loss(feat, feat, code, code, **pairs, weights=WEIGHTS, shifts=same)
+    torch.testing.assert_close(found.rand_loss, found.knn_loss)
+
+
+def test_loss__autocast_around_it_changes_nothing():
+    maps, pairs = drawn_batch()
+    chosen = pairs | {"weights": WEIGHTS, "shifts": SHIFTS}
+    expected = correspondence_loss(*maps, **chosen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert correspondence_loss(*maps, **chosen) == expected
+
+
+@pytest.mark.parametrize("images", [2, 3, 16])
+def test_pairs__no_image_is_its_own_negative(images):
+    for seed in range(20):
+        drawn = torch.Generator().manual_seed(seed)
+        first, second, perms = draw_pairs(images, samples=5, negatives=3, generator=drawn)
+        assert perms.shape == (3, images)
+        assert not (perms == torch.arange(images)).any()
+        assert set(perms.flatten().tolist()) <= set(range(images))
+        assert first.shape == second.shape == (images, 5, 5, 2)
+        assert -1 <= min(first.min(), second.min()) <= max(first.max(), second.max()) <= 1
+    assert math.isclose(first.mean().item(), 0, abs_tol=0.3)
+    again = draw_pairs(images, samples=5, negatives=3, generator=torch.Generator().manual_seed(19))
+    assert all(map(torch.equal, again, (first, second, perms)))

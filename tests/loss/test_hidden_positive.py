@@ -1,0 +1,157 @@
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loss import hidden_positive_loss
+
+SIDE, IMAGES = 4, 3
+PATCHES = IMAGES * SIDE**2
+SETTINGS = {"spatial_size": SIDE, "lmbd": 0.4, "tau": 0.6, "reweighting": True}
+
+
+def drawn_batch(seed=0):
+    """z and z_mix with gradients, and arguments that leave each set non-trivial."""
+    drawn = torch.Generator().manual_seed(seed)
+
+    def rows(count, dim, centres=0):
+        vectors = torch.randn(count, dim, generator=drawn)
+        if centres:
+            which = torch.randint(centres, (count,), generator=drawn)
+            vectors = torch.randn(centres, dim, generator=drawn)[which] + 0.6 * vectors
+        return F.normalize(vectors, dim=1)
+
+    codes = [rows(PATCHES, 5).requires_grad_() for _ in range(2)]
+    given = {"f": rows(PATCHES, 6, centres=4), "e": rows(PATCHES, 5, centres=4)}
+    given |= {"pool_ag": rows(7, 6), "pool_sp": rows(7, 5)}
+    given["keep"] = torch.rand(SIDE**2, PATCHES, generator=drawn) < 0.2
+    return codes, given
+
+
+def without_positives(given, patches):
+    """The arguments with features that leave some patches without a task-agnostic positive."""
+    directions = torch.eye(len(patches), len(patches) + given["f"].shape[1])  # orthogonal to all others
+    f, pool = (F.pad(given[name], (len(patches), 0)) for name in ("f", "pool_ag"))
+    f[patches] = directions
+    return given | {"f": f, "pool_ag": torch.cat([pool, directions])}
+
+
+def gradients(codes, **arguments):
+    loss = hidden_positive_loss(*codes, **SETTINGS | arguments)
+    return loss.item(), torch.autograd.grad(loss, codes)
+
+
+@pytest.mark.parametrize("name", ["hp_loss_a", "hp_loss_b"])
+def test_loss__golden(golden, name):
+    stored, names = golden(name), ("f", "e", "pool_ag", "pool_sp", "keep")
+    settings = json.loads(stored.config) | {key: getattr(stored, key) for key in names}
+    del settings["rho"]  # of the Bernoulli draw of keep
+    codes = stored.z.requires_grad_(), stored.z_mix.requires_grad_()
+    found, grads = gradients(codes, **settings, weight_dtype=torch.float16)
+    assert found == pytest.approx(stored.loss.item(), rel=1e-5)
+    for grad, expected in zip(grads, (stored.grad_z, stored.grad_z_mix), strict=True):
+        assert (grad - expected).norm() <= 1e-5 * expected.norm()
+
+
+def literal_loss(codes, *, f, e, pool_ag, pool_sp, keep, spatial_size, lmbd, tau, reweighting):
+    """The definition, anchor by anchor, in float64; also the blocks that have anchors."""
+    f, e, pool_ag, pool_sp = (rows.double() for rows in (f, e, pool_ag, pool_sp))
+    size, losses = spatial_size**2, []
+    for start in range(0, PATCHES, size):
+        anchors = []
+        for i in range(start, start + size):
+            agnostic, weight = [], {}
+            for j in set(range(PATCHES)) - {i}:
+                if f[i] @ f[j] > min((f[i] @ pool_ag.T).max(), (f[j] @ pool_ag.T).max()):
+                    agnostic.append(j)
+                specific = e[i] @ e[j] > min((e[i] @ pool_sp.T).max(), (e[j] @ pool_sp.T).max())
+                weight[j] = (j in agnostic) + lmbd * bool(specific)
+            if agnostic:
+                kept = [j for j in weight if j in agnostic or keep[i - start, j]]
+                anchors.append((i, weight, kept))
+        if not anchors:
+            continue
+        mean = sum(sum(weight.values()) for _, weight, _ in anchors) / len(anchors)
+        for z in codes:
+            block = 0
+            for i, weight, kept in anchors:
+                total = torch.logsumexp(torch.stack([z[i] @ z[k] / tau for k in kept]), dim=0)
+                term = sum(w * (z[i] @ z[j] / tau - total) for j, w in weight.items() if w)
+                block = block + term / (mean if reweighting else sum(weight.values()))
+            losses.append(-tau / 0.07 * block / len(anchors))
+    return sum(losses) / len(losses), len(losses) / 2
+
+
+@pytest.mark.parametrize("reweighting", [True, False])
+@pytest.mark.parametrize("lmbd", [0.0, 0.7])
+def test_loss__literal(reweighting, lmbd):
+    codes, given = drawn_batch()
+    given = without_positives(given, [2, 3, 20])  # no anchors, but with task-specific positives
+    arguments = SETTINGS | given | {"reweighting": reweighting, "lmbd": lmbd}
+    exact = [code.detach().double().requires_grad_() for code in codes]
+    expected, blocks = literal_loss(exact, **arguments)
+    assert blocks == IMAGES
+    found, grads = gradients(codes, **arguments)
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+    for grad, right in zip(grads, torch.autograd.grad(expected, exact), strict=True):
+        torch.testing.assert_close(grad.double(), right, rtol=1e-4, atol=1e-5)
+
+
+def test_loss__block_without_anchors_is_skipped():
+    codes, given = drawn_batch()
+    arguments = without_positives(given, list(range(SIDE**2)))
+    found, grads = gradients(codes, **arguments)
+    expected, blocks = literal_loss([code.double() for code in codes], **SETTINGS | arguments)
+    assert blocks == IMAGES - 1
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+    assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_loss__without_any_anchor_is_zero_with_a_graph():
+    codes, given = drawn_batch()
+    given |= {"pool_ag": given["f"], "keep": torch.zeros_like(given["keep"])}  # each is most like itself
+    found, grads = gradients(codes, **given)
+    assert found == 0
+    assert not any(grad.any() for grad in grads)
+
+
+def test_loss__keep_by_a_function_of_the_rows():
+    codes, given = drawn_batch()
+    expected = gradients(codes, **given)
+    keep = given.pop("keep")
+    found = gradients(codes, **given, keep=lambda rows: keep[rows % SIDE**2])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_loss__autocast_around_it_changes_nothing():
+    codes, given = drawn_batch()
+    expected = gradients(codes, **given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(codes, **given)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_loss__no_tensor_is_larger_than_a_block_and_the_batch():
+    class Watch(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            if isinstance(result, torch.Tensor):
+                self.largest = max(self.largest, result.numel())
+            return result
+
+    codes, given = drawn_batch()
+    with Watch() as watch:
+        hidden_positive_loss(*codes, **SETTINGS, **given).backward()
+    assert watch.largest == SIDE**2 * PATCHES
+
+
+def test_shapes__mismatch():
+    (z, z_mix), given = drawn_batch()
+    with pytest.raises(ValueError, match="rows"):
+        hidden_positive_loss(z[:-1], z_mix, **SETTINGS, **given)
+    with pytest.raises(ValueError, match="a multiple of 25"):
+        hidden_positive_loss(z, z_mix, **SETTINGS | {"spatial_size": 5}, **given)

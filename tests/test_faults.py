@@ -31,8 +31,8 @@ def fault_at(monkeypatch):
         """Passes the losses of a step through `fault`, which may change them or raise; returns an undo."""
         plain, target = PPAPModule.losses, step
 
-        def faulty(module, batch, *, step):
-            losses = plain(module, batch, step=step)
+        def faulty(module, batch, *, step, **position):
+            losses = plain(module, batch, step=step, **position)
             return fault(losses) if step == target else losses
 
         monkeypatch.setattr(PPAPModule, "losses", faulty)

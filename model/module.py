@@ -94,15 +94,6 @@ class PPAPModule(LightningModule):
             self.guard.raise_if_found(self.trainer.datamodule)
         return world_size() * total
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Renews the state that a method computes from random train images."""
-        step, trainer = self.global_step + 1, self.trainer
-        if self.method.pools_due(step, batch_idx):
-            loader = trainer.datamodule.random_batches(self.options.hp.pool_size, step)
-            batches = map(trainer.strategy.batch_to_device, loader)
-            with trainer.precision_plugin.forward_context(), ieee_float32():
-                self.method.prepare(self.segmenter, batches, step)
-
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Without TF32, as the forward pass."""
         with ieee_float32():

@@ -97,8 +97,9 @@ def study_sets(options: Options, arguments: Namespace) -> Any:
     from utils.plots.tables import explanation_table, sets_table
 
     flag = "--measure-sets" if arguments.measure_sets else "--explain"
-    if (loss := options.training_coeff.loss) != "ppap":
-        raise UserError(f"training_coeff.loss is {loss}, must be ppap with {flag}")
+    for key, name in (("method", options.trained_by), ("training_coeff.loss", options.training_coeff.loss)):
+        if name != "ppap":
+            raise UserError(f"{key} is {name}, must be ppap with {flag}")
     data, folder = build_data(options, train=False), results_folder(options)
     module = build_module(options, data.labels)
     if arguments.measure_sets:

@@ -34,7 +34,7 @@ from utils.training.run_dir import BEST, LAST, RunDir
 from utils.training.stopping import Stopped, StopSignal, follow_main_process
 from utils.vision.crf import CrfPool
 
-TIMES = {"images_per_s", "train_hours", "peak_memory_gib", "checkpoint"}
+TIMES = {"images_per_s", "train_hours", "step_seconds", "peak_memory_gib", "checkpoint"}
 LONG = {"train__epoch": 3, "train__valid_freq": 3, "train__print_freq": 1, "eval__is_crf": False}  # 12 steps
 SEVEN = LONG | {"train__epoch": 2, "dataset__train_images": 30}  # 14 steps, 7 per epoch
 

@@ -88,6 +88,13 @@ def results_folder(options: Options) -> Path:
     return folder / "evaluation" if (folder / "options.json").exists() else folder
 
 
+def require_ppap(options: Options, *, flag: str) -> None:
+    """Raises a UserError if `flag`, which studies propagation, is used with another method or loss."""
+    for key, name in (("method", options.trained_by), ("training_coeff.loss", options.training_coeff.loss)):
+        if name != "ppap":
+            raise UserError(f"{key} is {name}, must be ppap with {flag}")
+
+
 def study_sets(options: Options, arguments: Namespace) -> Any:
     """--measure-sets compares the propagated sets with the labels; --explain plots those of one anchor."""
     from dataset import build_data
@@ -97,9 +104,7 @@ def study_sets(options: Options, arguments: Namespace) -> Any:
     from utils.plots.tables import explanation_table, sets_table
 
     flag = "--measure-sets" if arguments.measure_sets else "--explain"
-    for key, name in (("method", options.trained_by), ("training_coeff.loss", options.training_coeff.loss)):
-        if name != "ppap":
-            raise UserError(f"{key} is {name}, must be ppap with {flag}")
+    require_ppap(options, flag=flag)
     data, folder = build_data(options, train=False), results_folder(options)
     module = build_module(options, data.labels)
     if arguments.measure_sets:

@@ -17,7 +17,7 @@ from utils.errors import exit_on_signals
 if __name__ == "__main__":  # before the imports that take time
     exit_on_signals()
 
-from eval import evaluate, results_folder
+from eval import evaluate, require_ppap, results_folder
 from utils.config.cli import Job, guarded, parse_arguments, plan_jobs, print_options
 from utils.config.loading import with_changes
 from utils.config.options import FROZEN, Options
@@ -118,6 +118,22 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
     return result
 
 
+def suggest_boundaries(options: Options) -> dict[str, Any]:
+    """--suggest: estimates the boundaries of propagation, without labels; returns suggest.json's content."""
+    from dataset import build_data, known_labels
+    from model import build_module
+    from model.suggest import suggest
+    from utils.plots.tables import suggestion_table
+
+    require_ppap(options, flag="--suggest")
+    if known_labels(options.dataset) is None:  # features do not depend on the number of classes
+        options = with_changes(options, {"dataset.n_classes": 2})
+    data, folder = build_data(options), Path(options.output_dir) / options.wandb.name / "suggest"
+    result = suggest(build_module(options, data.labels), data, folder=folder)
+    print(f"\n{suggestion_table(result)}\n\nresults: {folder}")
+    return result
+
+
 def as_baseline(options: Options) -> Options:
     """The frozen baseline of a run, under its own name."""
     names = {"wandb.name": options.wandb.name + FROZEN}
@@ -157,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     jobs = plan_jobs(arguments)
     if arguments.print_options:
         return print_options(jobs)
+    if arguments.suggest:
+        return [suggest_boundaries(job.options) for job in jobs]
     from utils.files import move_aside
     from utils.plots.sweep import write_sweep
     from utils.plots.tables import sweep_table

@@ -47,6 +47,10 @@ class Source(ABC):
     def read(self, index: int) -> RawItem:
         """Reads an item."""
 
+    def read_image(self, index: int) -> Image.Image:
+        """Reads the image alone."""
+        return self.read(index).image
+
     @abstractmethod
     def name(self, index: int) -> str:
         """The image file of an item, or a name for error messages."""
@@ -87,8 +91,12 @@ class FileSource(Source):
 
     def read(self, index: int) -> RawItem:
         """Reads an image and its label."""
-        image, target = open_image(self.images[index]), self.targets[index]
+        image, target = self.read_image(index), self.targets[index]
         return RawItem(image, None if target is None else open_label(target, image.size))
+
+    def read_image(self, index: int) -> Image.Image:
+        """Reads the image alone."""
+        return open_image(self.images[index])
 
     def name(self, index: int) -> str:
         """The image file; bytes that are not UTF-8 are escaped."""
@@ -195,7 +203,10 @@ class SegmentationDataset(Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         position = self._position(index)
         try:
-            image, label = self.source.read(position)
+            if self.hides_labels:  # and does not read them
+                image, label = self.source.read_image(position), None
+            else:
+                image, label = self.source.read(position)
         except UserError as error:
             raise UserError(f"{error}; dataset.skip_damaged=true skips all damaged files") from None
         if self.crops:
@@ -204,7 +215,7 @@ class SegmentationDataset(Dataset):
         drawn = generator(self.seed, "crop", epoch, index) if self.geometry.crop == "random" else None
         image, label = self.geometry(image, label, drawn)
         pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # (3, H, W)
-        if label is None or self.hides_labels:
+        if label is None:
             return Batch(pixels, torch.full(pixels.shape[1:], IGNORE, dtype=torch.uint8), torch.tensor(index))
         classes = classes_of(label, self.source, position)
         return Batch(pixels, torch.from_numpy(classes), torch.tensor(index))

@@ -44,11 +44,19 @@ class Potsdam(FileSource):
 
     def read(self, index: int) -> RawItem:
         """Reads a patch and its six-class label."""
-        try:
-            image, target = loadmat(self.images[index])["img"], loadmat(self.targets[index])["gt"]
-        except Exception as error:  # scipy documents no exception types
-            message = f"this or its label is not a readable .mat file ({first_line(error)})"
-            raise UserError(f"{self.images[index]}: {message}; download both again") from None
-        image = np.ascontiguousarray(image[:, :, :3], dtype=np.uint8)  # (H, W, 3)
+        target = _load(self.targets[index], "gt")
         target = np.where(target < 0, 255, target).astype(np.uint8)  # (H, W)
-        return RawItem(Image.fromarray(image), Image.fromarray(target))
+        return RawItem(self.read_image(index), Image.fromarray(target))
+
+    def read_image(self, index: int) -> Image.Image:
+        """Reads a patch alone."""
+        image = _load(self.images[index], "img")[:, :, :3]  # (H, W, 3)
+        return Image.fromarray(np.ascontiguousarray(image, dtype=np.uint8))
+
+
+def _load(path: Path, key: str) -> np.ndarray:
+    try:
+        return loadmat(path)[key]
+    except Exception as error:  # scipy documents no exception types
+        message = f"not a readable .mat file ({first_line(error)}); download it again"
+        raise UserError(f"{path}: {message}") from None

@@ -63,6 +63,8 @@ def parse_arguments(
     if training:
         flag("--resume", action="store_const", const="auto", help="continue from the last checkpoint")
         flag("--frozen", dest="train.frozen", **on, help="baseline: never update the head")
+        suggests = "suggest boundaries from frozen features of the train images and exit; reads no labels"
+        flag("--suggest", action="store_true", help=suggests)
         flag("--variants", **path, help="JSON file of named overrides, one run each: ablation.json")
     else:
         _add_evaluation_flags(parser)

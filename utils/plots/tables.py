@@ -141,3 +141,22 @@ def explanation_table(result: dict[str, Any]) -> str:
     rows = [[format(step[key], style) for key, style in formats.items()] for step in result["steps"]]
     row, column = result["patch"]
     return f"{result['image']}, patch {row},{column}\n" + text_table(list(formats), rows)
+
+
+def suggestion_table(result: dict[str, Any]) -> str:
+    """The result of `suggest`: sizes of the sets, the boundaries, warnings and words for the command line."""
+    keys = ("positives", "ambiguous", "negatives")
+    rows = [[str(t), *(percent(row[key]) for key in keys)] for t, row in enumerate(result["shares"])]
+    phi, psi, clusters = result["initialcrit_pos"], result["initialcrit_amb"], result["clusters"]
+    number = (
+        "no number of clusters is clearly stable" if clusters is None else f"{clusters} are clearly stable"
+    )
+    lines = [
+        f"Phi_0 = {phi}: {percent(result['precision'])}% of the positives have their anchor's class (estimate)",
+        f"Psi_0 = {psi}: {percent(result['recall'])}% of the pairs of one class are above it (estimate)",
+        f"clusters, from 2 to 64: {number}",
+        *(f"warning: {warning}" for warning in result["warnings"]),
+        f"add to the command line:\n  {result['words']}",
+    ]
+    about = f"percent of the bank; {result['images']} images, {result['patches']:,} patches, no labels"
+    return "\n".join([about, text_table(["t", *keys], rows), "", *lines])

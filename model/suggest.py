@@ -1,0 +1,209 @@
+"""Suggests Phi_0, Psi_0 and a number of clusters from frozen features, without labels (run.py --suggest).
+
+Partitions of the patches by k-means say which pairs may be of one class. *Precision* at Phi_0 is the share of
+an anchor's positives that lie in its cluster, averaged over anchors, divided by the same share of adjacent
+patches that are as similar. These are of one class nine times out of ten (CamVid 91%, synthetic scenes 88%),
+so the division corrects for classes that consist of several clusters. Fine partitions understate precision,
+coarse ones overstate it; the mean over 16 to 32 clusters is within 10 points of the labels' on both data
+sets. *Recall* at Psi_0 is the share of the pairs that coarse partitions put together which are above Psi_0.
+
+The targets, a precision of 85% and a recall of 80%, reproduce the boundaries that were chosen with labels on
+both data sets, 0.8 and 0.3. They were chosen once, on the train images.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
+
+from loss import PPAPLoss, ieee_float32
+from loss.propagation import Boundaries
+from model.criterion import build_criterion
+from model.kmeans import assign, clear_size, kmeans, stability
+from model.module import PPAPModule
+from model.set_quality import CHUNK, means, set_quality
+from utils.files import make_folder, write_json
+from utils.plots.suggest_figure import draw_suggestion
+from utils.progress import Bar
+from utils.training.device import hardware_settings
+from utils.training.randomness import generator
+from utils.training.trainer import build_trainer
+
+PRECISION, RECALL = 0.85, 0.8  # targets
+FINE, COARSE = (16, 20, 24, 28, 32), (3, 4, 5, 6)  # clusters of the partitions for precision and for recall
+SEPARATED = 0.85  # least `Estimate.separation`: CamVid has 0.97, the demo's ViT on CamVid 0.73
+SIZES = (*range(2, 11), 12, 14, 16, 20, 24, 32, 48, 64)  # clusters whose stability is measured
+RESAMPLES = 5
+IMAGES, PATCHES, ANCHORS, BINS = 64, 8192, 1024, 400  # the sample, patches for k-means, anchors, thresholds
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Same-class precision and recall at G thresholds of the similarity, all (G,) float32."""
+
+    threshold: Tensor  # ascending, equally spaced
+    precision: Tensor  # of the patches above it, mean over anchors that have any
+    recall: Tensor  # share of the pairs of one class above it
+    anchors: Tensor  # share of the anchors with a patch above it
+    adjacent: Tensor  # density of the similarities of adjacent patches
+    random: Tensor  # density of the similarities of anchors and their bank
+
+    @property
+    def separation(self) -> float:
+        """Probability that adjacent patches are more similar than an anchor and a patch of its bank."""
+        adjacent, random = self.adjacent / self.adjacent.sum(), self.random / self.random.sum()
+        return float((adjacent * (random.cumsum(0) - random / 2)).sum())
+
+    def boundaries(self) -> tuple[float, float]:
+        """Phi_0 and Psi_0 at the targets; if precision does not reach its target, Phi_0 at the best."""
+        precision = torch.where(self.anchors >= 0.5, self.precision, 0)  # (G,)
+        phi = self.threshold[(precision >= min(PRECISION, precision.max())).int().argmax()]
+        psi = self.threshold[(self.recall >= RECALL).sum() - 1].clamp_max(phi)
+        digits = math.ceil(-math.log10(self.threshold[1] - self.threshold[0]))
+        return round(float(phi), digits), round(float(psi), digits)
+
+    def at(self, curve: Tensor, similarity: float) -> float:
+        """The value of a curve (G,) at the nearest threshold."""
+        return float(curve[(self.threshold - similarity).abs().argmin()])
+
+
+def suggest(module: PPAPModule, data: Any, *, folder: Path) -> dict[str, Any]:
+    """Writes suggest.json, whose content it returns, and suggest.png, from train images without labels."""
+    options, criterion = module.options, build_criterion(module.options)
+    features = sample_features(module, data)  # (P, D, h, w)
+    batch, seed = min(options.dataloader.batch_size, len(features)), options.train.seed
+    found = estimate(features, batch=batch, drawn=generator(seed, "suggest"))
+    phi, psi = found.boundaries()
+    boundaries = replace(criterion.boundaries, phi=phi, psi=psi)
+    shares = set_shares(features, criterion, boundaries, batch=batch, drawn=generator(seed, "anchors"))
+    images = F.normalize(features.flatten(2).transpose(1, 2), dim=2)  # (P, h*w, D)
+    images = images[:, :: max(1, 2 * images[..., 0].numel() // PATCHES)]  # every k-th patch
+    draws = [generator(seed, "halves", number) for number in range(RESAMPLES)]
+    curves = [stability(images, SIZES, drawn) for drawn in Bar(draws, desc="clusters")]
+    agreement = torch.tensor(curves)  # (RESAMPLES, sizes)
+    precision, recall = found.at(found.precision, phi), found.at(found.recall, psi)
+    result = {
+        "images": len(features),
+        "patches": features[:, 0].numel(),
+        "initialcrit_pos": phi,
+        "initialcrit_amb": psi,
+        "precision": 100 * precision,
+        "recall": 100 * recall,
+        "separation": 100 * found.separation,
+        "warnings": _warnings(found, precision),
+        "shares": shares,
+        "clusters": clear_size(SIZES, agreement.mean(dim=0).tolist()),
+        "sizes": list(SIZES),
+        "agreement": agreement.mean(dim=0).tolist(),
+        "agreement_deviation": agreement.std(dim=0).tolist(),
+        "words": f"training_coeff.initialcrit_pos={phi} training_coeff.initialcrit_amb={psi}",
+    }
+    write_json(make_folder(folder) / "suggest.json", result)
+    curves = {name: getattr(found, name).numpy() for name in ("threshold", "precision", "recall")}
+    curves |= {"adjacent": found.adjacent.numpy(), "random": found.random.numpy()}
+    draw_suggestion(folder / "suggest.png", result, curves)
+    return result
+
+
+def _warnings(found: Estimate, precision: float) -> list[str]:
+    warnings = []
+    if found.separation < SEPARATED:
+        warnings.append(
+            f"adjacent patches are more similar than random ones in only {found.separation:.0%} of the cases "
+            f"(below {SEPARATED:.0%}): these features hardly separate classes, and the estimates are not "
+            "reliable; try other weights or a larger dataset.res"
+        )
+    if precision < PRECISION - 0.005:
+        warnings.append(
+            f"no boundary reaches a precision of {PRECISION:.0%}; the best, {precision:.0%}, was taken"
+        )
+    return warnings
+
+
+def sample_features(module: PPAPModule, data: Any) -> Tensor:
+    """Criterion features of up to `IMAGES` random train images, (P, D, h, w) float32 on the CPU."""
+    options, unlabelled = module.options, replace(data.train_set, hides_labels=True)
+    order = torch.randperm(len(unlabelled), generator=generator(options.train.seed, "suggested images"))
+    trainer = build_trainer(options, hardware_settings(options))
+    batches = DataLoader(Subset(unlabelled, order[:IMAGES].tolist()), options.eval.batch_size)
+    bar = Bar(batches, desc="features", unit="batch")
+    return torch.cat([module.frozen_features(batch.image, trainer).float().cpu() for batch in bar])
+
+
+def estimate(features: Tensor, *, batch: int, drawn: torch.Generator) -> Estimate:
+    """Precision and recall in banks of `batch` images, from features (P, D, h, w) float32, P >= batch."""
+    images = F.normalize(features.permute(0, 2, 3, 1), dim=3)  # (P, h, w, D)
+    rows = images.flatten(0, 2)  # (P*h*w, D)
+    parts = _partitions(rows, drawn).view(-1, *images.shape[:3])  # (K, P, h, w)
+    pairs = rows[torch.randint(len(rows), (2, 100_000), generator=drawn)]  # (2, pairs, D)
+    low = min(float(pairs.prod(dim=0).sum(dim=1).quantile(0.001)), 0.999)
+
+    def above(similarity: Tensor, weight: Tensor) -> Tensor:
+        """Sums of the weights (A, N) of the similarities (A, N) above each threshold, (A, G)."""
+        index = ((similarity - low) / (1 - low) * BINS).long().clamp_(0, BINS - 1)
+        index += BINS * torch.arange(len(index))[:, None]
+        sums = torch.bincount(index.flatten(), weight.flatten().float(), minlength=BINS * len(index))
+        return sums.view(len(index), BINS).flip(1).cumsum(1).flip(1)
+
+    near, together = _adjacent(images, parts)  # (M,), (K, M)
+    adjacent = above(near[None], torch.ones_like(near[None]))[0]  # (G,)
+    expected = torch.cat([above(near[None], each[None]) for each in together])  # (K, G)
+    expected = torch.where(adjacent > 0, expected / adjacent.clamp_min(1), 1)
+    shares, hits, total, counts = 0, 0, 0, 0
+    banks = len(images) // batch
+    for number in range(banks):
+        own = slice(number * batch, (number + 1) * batch)
+        bank, clusters = images[own].flatten(0, 2), parts[:, own].flatten(1)  # (N, D), (K, N)
+        for anchors in torch.randperm(len(bank), generator=drawn)[: ANCHORS // banks].split(CHUNK):
+            similarity = bank[anchors] @ bank.T  # (A, N)
+            other = torch.ones_like(similarity).scatter_(1, anchors[:, None], 0)  # without the anchor
+            found = above(similarity, other)  # (A, G)
+            same = [above(similarity, other * (each[anchors][:, None] == each)) for each in clusters]
+            same = torch.stack(same)  # (K, A, G)
+            shares = shares + (same / found.clamp_min(1)).sum(dim=1)  # (K, G)
+            hits, total = hits + (found > 0).sum(dim=0), total + found.sum(dim=0)  # (G,) each
+            counts = counts + same.sum(dim=1)  # (K, G)
+    fine = len(FINE)
+    precision = (shares / hits.clamp_min(1) / expected.clamp_min(1e-3))[:fine].mean(dim=0).clamp_max(1)
+    recall = (counts / counts[:, :1].clamp_min(1))[fine:].mean(dim=0)
+    threshold = torch.linspace(low, 1, BINS + 1)[:-1]
+    densities = (-above.diff(append=torch.zeros(1)) for above in (adjacent, total))
+    return Estimate(threshold, precision, recall, hits / hits.max(), *densities)
+
+
+def _partitions(rows: Tensor, drawn: torch.Generator) -> Tensor:
+    """The cluster of each row (N, D) in partitions of `FINE` and `COARSE` sizes, (K, N) int64."""
+    sample = rows[torch.randperm(len(rows), generator=drawn)[:PATCHES]]
+    sizes = Bar((*FINE, *COARSE), desc="partitions")
+    return torch.stack([assign(rows, kmeans(sample, size, drawn)) for size in sizes])
+
+
+def _adjacent(images: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+    """Similarity of all adjacent patches, (M,), and whether each partition puts them together, (K, M)."""
+    right = (images[:, :, 1:] * images[:, :, :-1]).sum(dim=3), parts[..., 1:] == parts[..., :-1]
+    below = (images[:, 1:] * images[:, :-1]).sum(dim=3), parts[:, :, 1:] == parts[:, :, :-1]
+    near, together = zip(right, below, strict=True)
+    return torch.cat([each.flatten() for each in near]), torch.cat([each.flatten(1) for each in together], 1)
+
+
+def set_shares(
+    features: Tensor, criterion: PPAPLoss, boundaries: Boundaries, *, batch: int, drawn: torch.Generator
+) -> list[dict[str, float]]:
+    """Percent of the bank in each set after t = 0..T relocations, mean over sampled anchors."""
+    totals: Tensor | float = 0.0
+    banks = len(features) // batch
+    for number in range(banks):
+        bank = criterion.bank(features[number * batch : (number + 1) * batch])  # (N, D)
+        anchors = criterion.sample_anchors(len(bank), drawn)
+        anchors = anchors[anchors >= 0]
+        anchors = anchors[torch.randperm(len(anchors), generator=drawn)[: ANCHORS // banks]]
+        classes = torch.zeros(len(bank), dtype=torch.int64)  # unknown
+        how = {"boundaries": boundaries, "operand": criterion.similarity_dtype}
+        for part in anchors.split(CHUNK):
+            totals = totals + set_quality(bank, classes, anchors=part, **how)
+    return [{name: row[name] for name in ("positives", "ambiguous", "negatives")} for row in means(totals)]

@@ -1,0 +1,87 @@
+"""Figure of suggested boundaries: similarities, estimates, sizes of the sets and stability of clusters."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from utils.plots.explain_figure import COLOURS, SETS
+from utils.plots.figures import save_figure
+
+ADJACENT, RANDOM = "#009e73", "#cc79a7"  # colour-blind safe (Okabe and Ito)
+
+
+def draw_suggestion(path: Path, result: dict[str, Any], curves: dict[str, np.ndarray]) -> None:
+    """Draws the content of suggest.json.
+
+    `curves` are the fields of `Estimate` by name, (G,) each: `threshold`, `precision`, `recall` and the
+    densities `adjacent` and `random`.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.6), layout="constrained")
+    phi, psi = result["initialcrit_pos"], result["initialcrit_amb"]
+    about = f"{result['images']} images, {result['patches']:,} patches, no labels"
+    figure.suptitle(rf"Suggested boundaries: $\Phi_0$ = {phi}, $\Psi_0$ = {psi}" + f"\n{about}", fontsize=13)
+    _draw_similarities(axes[0, 0], result, curves)
+    _draw_estimates(axes[0, 1], result, curves)
+    _draw_shares(axes[1, 0], result["shares"])
+    _draw_stability(axes[1, 1], result)
+    for axis in axes[0]:
+        axis.axvline(phi, color="black", label=r"$\Phi_0$")
+        axis.axvline(psi, color="black", linestyle="dashed", label=r"$\Psi_0$")
+        axis.set(xlabel="similarity", xlim=(curves["threshold"][0], 1))
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=9, frameon=False)
+    save_figure(figure, path, dpi=105, bbox_inches=None)
+
+
+def _draw_similarities(axis: Axes, result: dict[str, Any], curves: dict[str, np.ndarray]) -> None:
+    edges = np.append(curves["threshold"], 1)  # (G + 1,)
+    centres, bins = (edges[1:] + edges[:-1]) / 2, edges[:: max(1, len(edges) // 80)]
+    for name, colour, label in (
+        ("adjacent", ADJACENT, "adjacent patches"),
+        ("random", RANDOM, "random patches"),
+    ):
+        how = {"bins": bins, "weights": curves[name], "density": True, "color": colour}
+        axis.hist(centres, **how, alpha=0.45, label=label)
+        axis.hist(centres, **how, histtype="step")
+    axis.set(
+        ylabel="density",
+        title=f"Adjacent patches are more similar in {result['separation']:.0f}% of the cases",
+    )
+
+
+def _draw_estimates(axis: Axes, result: dict[str, Any], curves: dict[str, np.ndarray]) -> None:
+    for name, colour, at in (("precision", COLOURS[0], "pos"), ("recall", COLOURS[2], "amb")):
+        axis.plot(curves["threshold"], 100 * curves[name], color=colour, label=f"{name} above it")
+        axis.plot(result[f"initialcrit_{at}"], result[name], "o", color=colour)
+    axis.set(ylabel="estimated %", ylim=(0, 101), title="Pairs of one class")
+
+
+def _draw_shares(axis: Axes, rows: list[dict[str, float]]) -> None:
+    steps = [str(t) for t in range(len(rows))]
+    left = np.zeros(len(rows))
+    for name, colour in zip(SETS, COLOURS, strict=True):
+        share = np.array([row[name] for row in rows])
+        bars = axis.barh(steps, share, left=left, color=colour, alpha=0.8, label=name)
+        axis.bar_label(bars, [f"{value:.1f}" if value >= 4 else "" for value in share], label_type="center")
+        left += share
+    axis.invert_yaxis()
+    axis.set(xlabel="% of the patches", ylabel="relocations t", xlim=(0, 100), title="Sets of propagation")
+
+
+def _draw_stability(axis: Axes, result: dict[str, Any]) -> None:
+    sizes, mean, deviation = (np.array(result[key]) for key in ("sizes", "agreement", "agreement_deviation"))
+    axis.fill_between(sizes, mean - deviation, mean + deviation, color="0.85")
+    axis.plot(sizes, mean, "o-", color="0.25", markersize=4)
+    clusters, title = result["clusters"], "no clear number"
+    if clusters is not None:
+        axis.axvline(clusters, color="black", linestyle="dotted")
+        title = f"{clusters} are clearly stable"
+    axis.set(xscale="log", xlabel="number of clusters", ylabel="agreement of resamples", ylim=(0, 1.02))
+    axis.set_xticks([2, 4, 8, 16, 32, 64], labels=["2", "4", "8", "16", "32", "64"])
+    axis.minorticks_off()
+    axis.set_title(f"Stability of k-means: {title}")

@@ -84,7 +84,8 @@ class SetWatch:
             print(
                 f"\nwarning: training hardly learns: {', '.join(problems)} (means over {self._count} logged "
                 "steps). Adapt training_coeff.initialcrit_pos and training_coeff.initialcrit_amb to the "
-                "backbone's similarities; eval.py --explain and, with labels, --measure-sets show the sets",
+                "backbone's similarities: run.py --suggest estimates them without labels; eval.py --explain "
+                "and, with labels, --measure-sets show the sets",
                 flush=True,
             )
 

@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
-from loss import PPAPLoss, ieee_float32
+from loss import PPAPLoss
 from loss.propagation import Boundaries
 from model.criterion import build_criterion
 from model.kmeans import assign, clear_size, kmeans, stability
 from model.module import PPAPModule
 from model.set_quality import CHUNK, means, set_quality
+from utils.errors import UserError
 from utils.files import make_folder, write_json
 from utils.plots.suggest_figure import draw_suggestion
 from utils.progress import Bar
@@ -81,12 +82,9 @@ def suggest(module: PPAPModule, data: Any, *, folder: Path) -> dict[str, Any]:
     phi, psi = found.boundaries()
     boundaries = replace(criterion.boundaries, phi=phi, psi=psi)
     shares = set_shares(features, criterion, boundaries, batch=batch, drawn=generator(seed, "anchors"))
-    images = F.normalize(features.flatten(2).transpose(1, 2), dim=2)  # (P, h*w, D)
-    images = images[:, :: max(1, 2 * images[..., 0].numel() // PATCHES)]  # every k-th patch
-    draws = [generator(seed, "halves", number) for number in range(RESAMPLES)]
-    curves = [stability(images, SIZES, drawn) for drawn in Bar(draws, desc="clusters")]
-    agreement = torch.tensor(curves)  # (RESAMPLES, sizes)
+    agreement = cluster_agreement(features, seed)  # (resamples, sizes)
     precision, recall = found.at(found.precision, phi), found.at(found.recall, psi)
+    mean = agreement.mean(dim=0).tolist()
     result = {
         "images": len(features),
         "patches": features[:, 0].numel(),
@@ -97,16 +95,14 @@ def suggest(module: PPAPModule, data: Any, *, folder: Path) -> dict[str, Any]:
         "separation": 100 * found.separation,
         "warnings": _warnings(found, precision),
         "shares": shares,
-        "clusters": clear_size(SIZES, agreement.mean(dim=0).tolist()),
+        "clusters": clear_size(SIZES, mean),
         "sizes": list(SIZES),
-        "agreement": agreement.mean(dim=0).tolist(),
+        "agreement": mean,
         "agreement_deviation": agreement.std(dim=0).tolist(),
         "words": f"training_coeff.initialcrit_pos={phi} training_coeff.initialcrit_amb={psi}",
     }
     write_json(make_folder(folder) / "suggest.json", result)
-    curves = {name: getattr(found, name).numpy() for name in ("threshold", "precision", "recall")}
-    curves |= {"adjacent": found.adjacent.numpy(), "random": found.random.numpy()}
-    draw_suggestion(folder / "suggest.png", result, curves)
+    draw_suggestion(folder / "suggest.png", result, {k: v.numpy() for k, v in vars(found).items()})
     return result
 
 
@@ -128,6 +124,8 @@ def _warnings(found: Estimate, precision: float) -> list[str]:
 def sample_features(module: PPAPModule, data: Any) -> Tensor:
     """Criterion features of up to `IMAGES` random train images, (P, D, h, w) float32 on the CPU."""
     options, unlabelled = module.options, replace(data.train_set, hides_labels=True)
+    if len(unlabelled) < 2:
+        raise UserError(f"dataset.data_path is {options.dataset.data_path}: --suggest needs two train images")
     order = torch.randperm(len(unlabelled), generator=generator(options.train.seed, "suggested images"))
     trainer = build_trainer(options, hardware_settings(options))
     batches = DataLoader(Subset(unlabelled, order[:IMAGES].tolist()), options.eval.batch_size)
@@ -189,6 +187,14 @@ def _adjacent(images: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
     below = (images[:, 1:] * images[:, :-1]).sum(dim=3), parts[:, :, 1:] == parts[:, :, :-1]
     near, together = zip(right, below, strict=True)
     return torch.cat([each.flatten() for each in near]), torch.cat([each.flatten(1) for each in together], 1)
+
+
+def cluster_agreement(features: Tensor, seed: int) -> Tensor:
+    """Stability of k-means with `SIZES` clusters, (RESAMPLES, sizes); every k-th patch of (P, D, h, w)."""
+    images = F.normalize(features.flatten(2).transpose(1, 2), dim=2)  # (P, h*w, D)
+    images = images[:, :: max(1, 2 * images[..., 0].numel() // PATCHES)]
+    draws = [generator(seed, "halves", number) for number in range(RESAMPLES)]
+    return torch.tensor([stability(images, SIZES, drawn) for drawn in Bar(draws, desc="clusters")])
 
 
 def set_shares(

@@ -31,10 +31,9 @@ def draw_suggestion(path: Path, result: dict[str, Any], curves: dict[str, np.nda
         axis.axvline(phi, color="black", label=r"$\Phi_0$")
         axis.axvline(psi, color="black", linestyle="dashed", label=r"$\Psi_0$")
         axis.set(xlabel="similarity", xlim=(curves["threshold"][0], 1))
+        axis.legend(fontsize=9, frameon=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=9, frameon=False)
     save_figure(figure, path, dpi=105, bbox_inches=None)
 
 
@@ -70,7 +69,9 @@ def _draw_shares(axis: Axes, rows: list[dict[str, float]]) -> None:
         axis.bar_label(bars, [f"{value:.1f}" if value >= 4 else "" for value in share], label_type="center")
         left += share
     axis.invert_yaxis()
-    axis.set(xlabel="% of the patches", ylabel="relocations t", xlim=(0, 100), title="Sets of propagation")
+    axis.legend(fontsize=9, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    axis.set(xlabel="% of the patches of a batch", ylabel="relocations t", xlim=(0, 100))
+    axis.set_title("Sets of propagation with these boundaries")
 
 
 def _draw_stability(axis: Axes, result: dict[str, Any]) -> None:

@@ -145,18 +145,17 @@ def explanation_table(result: dict[str, Any]) -> str:
 
 def suggestion_table(result: dict[str, Any]) -> str:
     """The result of `suggest`: sizes of the sets, the boundaries, warnings and words for the command line."""
-    keys = ("positives", "ambiguous", "negatives")
+    keys, clusters = ("positives", "ambiguous", "negatives"), result["clusters"]
     rows = [[str(t), *(percent(row[key]) for key in keys)] for t, row in enumerate(result["shares"])]
-    phi, psi, clusters = result["initialcrit_pos"], result["initialcrit_amb"], result["clusters"]
-    number = (
-        "no number of clusters is clearly stable" if clusters is None else f"{clusters} are clearly stable"
-    )
+    precision, recall = percent(result["precision"]), percent(result["recall"])
     lines = [
-        f"Phi_0 = {phi}: {percent(result['precision'])}% of the positives have their anchor's class (estimate)",
-        f"Psi_0 = {psi}: {percent(result['recall'])}% of the pairs of one class are above it (estimate)",
-        f"clusters, from 2 to 64: {number}",
+        f"percent of a batch's patches; {result['images']} images, no labels",
+        text_table(["t", *keys], rows),
+        "",
+        f"Phi_0 = {result['initialcrit_pos']}: about {precision}% of the positives have the anchor's class",
+        f"Psi_0 = {result['initialcrit_amb']}: about {recall}% of the pairs of one class are more similar",
+        f"clusters: {clusters or 'no number'} of 2 to 64 {'are' if clusters else 'is'} clearly stable",
         *(f"warning: {warning}" for warning in result["warnings"]),
         f"add to the command line:\n  {result['words']}",
     ]
-    about = f"percent of the bank; {result['images']} images, {result['patches']:,} patches, no labels"
-    return "\n".join([about, text_table(["t", *keys], rows), "", *lines])
+    return "\n".join(lines)

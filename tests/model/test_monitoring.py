@@ -24,7 +24,7 @@ def test_degenerate_sets__are_reported_once_after_a_quarter(found, words, capsys
         watch.add(found, patches=1000, logged_steps=8)
         printed.append(capsys.readouterr().out)
     assert [words in text for text in printed] == [not words or k == 1 for k in range(8)]
-    assert all("training_coeff.initialcrit_amb" in text for text in printed if text)
+    assert all("training_coeff.initialcrit_amb" in text and "--suggest" in text for text in printed if text)
 
 
 def test_degenerate_sets__all_positive_is_reported_by_a_run(tiny_file, capsys):

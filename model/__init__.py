@@ -37,7 +37,8 @@ __all__ = [
     "register_method",
 ]
 KEPT_OPTIONS = (
-    "method", "model.", "hp.", "eval.", "dataset.res", "dataset.val_res", "dataset.interpolation", "train.pre"
+    "method", "model.", "hp.", "eval.", "dataset.res", "dataset.val_res", "dataset.interpolation",
+    "dataloader.batch_size", "train.precision",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from dataset.base import Batch
 from loss import PPAPLoss
 from model.criterion import build_criterion
 from model.module import PPAPModule
@@ -152,9 +153,7 @@ def bench_step(bench: Bench, shape: str) -> list[Row]:
         for name, chosen in with_products(options).items():
             module = random_module(chosen, bench.device)
             optimizer, costs[name] = module.configure_optimizers(), step_costs(chosen, device)
-            forms[name] = step_form(
-                module, optimizer, lambda m=module, b=batch: sum(m.losses(b, step=1)[0].values())
-            )
+            forms[name] = step_form(module, optimizer, partial(_total, module, batch))
         if size <= LITERAL_BATCH[device]:
             image = normalise(batch.image)
             step = step_form(
@@ -174,11 +173,12 @@ def bench_methods(bench: Bench, shape: str) -> list[Row]:
         options = shape_options(shape, changed)
         module = random_module(options, bench.device)
         read = with_changes(options, {"dataloader.batch_size": 2 * size}) if method == "stego" else options
-        batch, optimizer = (
-            random_batch(read, bench.device, n_classes_of(options)),
-            module.configure_optimizers(),
-        )
-        forms[method] = step_form(
-            module, optimizer, lambda m=module, b=batch: sum(m.losses(b, step=1)[0].values())
-        )
+        batch = random_batch(read, bench.device, n_classes_of(options))
+        step = partial(_total, module, batch)
+        forms[method] = step_form(module, module.configure_optimizers(), step)
     return bench.compare(f"methods, batch {size}", forms, items=size)
+
+
+def _total(module: PPAPModule, batch: Batch) -> torch.Tensor:
+    losses, _ = module.losses(batch, step=1)
+    return sum(losses.values())

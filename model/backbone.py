@@ -134,7 +134,7 @@ class FrozenViT(Backbone):
 
     @torch.no_grad()
     def attention_logits(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """See `Backbone`; the mean of the heads' products of queries and keys is one product of all channels."""
+        """See `Backbone`; the mean of the heads' products is one product of all channels."""
         block = self.blocks[-1]
         with torch.autocast(tokens.device.type, enabled=False):
             queries, keys, _ = block.attn.qkv(block.norm1(tokens.float())).chunk(3, dim=-1)  # (B, T, D) each

@@ -82,7 +82,7 @@ class HP(Method):
         code = segmenter.head(features, (draws["linear"], draws["nonlinear"]))  # (B, K, h, w)
         averaged = self.average(features, (draws["average linear"], draws["average nonlinear"]))
         update_average(self.average, segmenter.head, momentum=self.chosen.ema_m)
-        mixed = mix_local(code, segmenter.backbone.attention_logits(tokens)[:, None])  # (B, K, h, w)
+        mixed = mix_local(code, segmenter.backbone.attention_logits(tokens, grid)[:, None])  # (B, K, h, w)
         z, lmbd = self._project(code), specific_weight(progress.step, progress.total, self.chosen.warmup)
         loss = hidden_positive_loss(
             z,

@@ -32,7 +32,7 @@ README, *OTHERS = (
 TEXTS = {path: path.read_text(encoding="utf-8") for path in (README, *OTHERS)}
 JOINED = re.sub(r"\\\n\s*", "", "\n".join(TEXTS.values()))  # continuation lines joined
 OPTIONS = REPOSITORY / "json/README.md"
-VARIANTS = {"ablation.json"}
+VARIANTS = {"ablation.json", "methods.json"}
 WRITTEN = {  # JSON files that the program writes or reads beside option files
     "metrics.json", "options.json", "provenance.json", "data.json", "classes.json", "other.json",
     "left_out.json", "explain.json", "legend.json", *VARIANTS,
@@ -183,6 +183,22 @@ def test_own_parts__train_as_the_readme_says(own_parts, tmp_path):
     assert all(0 < loss < 20 for loss in losses)
     stored = read_checkpoint(tmp_path / "output/mine/best.ckpt").about["plugins"]
     assert stored == {str(tmp_path / "mine.py"): sha256_of(tmp_path / "mine.py")}
+
+
+def test_own_method__trains_as_the_readme_says(tmp_path, monkeypatch):
+    text = section(REPOSITORY / "model/README.md", "Your own method")
+    (example,) = python_blocks(text)
+    (tmp_path / "relations.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plugins, "_loaded", {})
+    (command,) = re.findall(r"python run\.py (.+)", re.sub(r"\\\n\s*", "", text))
+    try:
+        run.main([*shlex.split(command), *QUICK[1:], "dataset.train_images=32", "dataset.val_images=4"])
+    finally:
+        options.METHODS.remove("relations")
+    with (tmp_path / "output/relations/metrics.csv").open() as file:
+        losses = [float(row["relation_loss"]) for row in csv.DictReader(file) if row["relation_loss"]]
+    assert losses[-1] < losses[0]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from loss import PPAPLossOutput
 from model import criterion, register_loss
 from model.callbacks import HtmlReport
 from model.module import PPAPModule
-from tests.conftest import without_figures, write_tiny
+from tests.conftest import METHODS, without_figures, write_tiny
 from tests.dataset.files import picture, save
 from utils.config.cli import guarded
 from utils.config.options import LOSSES
@@ -172,6 +172,17 @@ def test_resume__a_loss_that_draws_from_global_generators(tiny_file, tmp_path, s
     finally:
         LOSSES.remove("drawing")
         del criterion._registered["drawing"]
+    assert_same_run(tmp_path / "output/tiny", tmp_path / "output/whole")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume__of_other_methods(tiny_file, tmp_path, stop_in, method):
+    """Before and after HP renews its pools, which it does before the fourth step of an epoch."""
+    words = ["--opt", tiny_file(**LONG | METHODS[method])]
+    for step in (2, 7):
+        stop_in(step, [*words, "--resume"])
+    run.main([*words, "--resume"])
+    run.main([*words, "wandb.name=whole"])
     assert_same_run(tmp_path / "output/tiny", tmp_path / "output/whole")
 
 

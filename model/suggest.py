@@ -2,9 +2,9 @@
 
 *Precision* above a similarity, the share of an anchor's positives that have its class, is judged by k-means:
 the share that lies in its cluster, mean over anchors, divided by that of adjacent patches as similar. These
-have one class nine times out of ten (CamVid 91%, synthetic scenes 88%), so the quotient corrects for classes
+have one class nine times out of ten (CamVid 90%, synthetic scenes 88%), so the quotient corrects for classes
 that consist of several clusters. Fine partitions understate precision, coarse ones overstate it; the mean
-over 24 to 40 clusters was within 8 points of the labels' on both data sets. If the similarities of random
+over 24 to 40 clusters was within 10 points of the labels' on both data sets. If the similarities of random
 patches have two modes, precision is at least that beyond the valley between them.
 
 *Recall*, the share of the pairs of one class above a similarity, is that of the pairs that partitions into 3

@@ -35,7 +35,7 @@ OPTIONS = REPOSITORY / "json/README.md"
 VARIANTS = {"ablation.json", "methods.json"}
 WRITTEN = {  # JSON files that the program writes or reads beside option files
     "metrics.json", "options.json", "provenance.json", "data.json", "classes.json", "other.json",
-    "left_out.json", "explain.json", "legend.json", *VARIANTS,
+    "left_out.json", "explain.json", "suggest.json", "legend.json", *VARIANTS,
 }  # fmt: skip
 
 

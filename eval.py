@@ -123,11 +123,11 @@ def write_explorer(options: Options, arguments: Namespace) -> Path:
     """--explore: writes a page on which any patch can be the anchor."""
     from dataset import build_data, known_labels
     from model import build_module, load_segmenter
-    from model.explore import explore, page_path
+    from model.explore import explore
     from utils.training.device import device_name
 
     _require_ppap(options, "--explore")
-    page, predictor = page_path(arguments.out), None
+    page, predictor = Path(arguments.out), None
     data = build_data(options, train=False) if arguments.explore.isdecimal() else None
     labels = data.labels if data else known_labels(options.dataset)
     if arguments.checkpoint:

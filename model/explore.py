@@ -5,11 +5,11 @@ import io
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import Tensor
 
 from model.criterion import build_criterion
@@ -18,9 +18,10 @@ from model.module import PPAPModule
 from model.predictor import Predictor
 from model.set_quality import patch_classes
 from utils.config.loading import as_tree
+from utils.config.options import Options
 from utils.errors import UserError
 from utils.files import make_folder, write_text
-from utils.plots.explain_figure import COLOURS, SETS
+from utils.plots.explain_figure import COLOURS
 from utils.plots.report import render
 from utils.vision.images import find_images, open_image
 from utils.vision.transforms import Geometry
@@ -29,112 +30,102 @@ MAX_IMAGES, MAX_BYTES = 16, 8_000_000
 MAX_SIDE = 320  # pixels of a picture on the page
 MAX_NOISE = 5e-4  # standard deviation of a similarity's rounding error
 CODE_BITS = 24
+SCALE_BYTES = 20  # at most, of an axis
 COEFFICIENTS = ("initialcrit_pos", "initialcrit_amb", "prop_iter", "sigma_pos", "sigma_amb")
-
-
-class Classes(NamedTuple):
-    """A class map of each image, to be shown beside the sets."""
-
-    names: Sequence[str]
-    palette: Sequence[tuple[int, int, int]]
-    maps: Tensor  # (B, H, W) integer; other values than those of a name are ignored
-
-
-def page_path(out: str) -> Path:
-    """The file that --out names; its folder is created."""
-    path = Path(out)
-    if path.is_dir():
-        raise UserError(f"--out is {path}: a folder, must be a file, such as {path / 'explore.html'}")
-    make_folder(path.parent, named_by="--out")
-    return path
-
-
-def open_photographs(path: Path, geometry: Geometry, *, size: int) -> tuple[Tensor, list[str]]:
-    """A photograph, or up to `size` spread over those in a folder, (B, 3, H, W) uint8, and their names."""
-    if not path.exists():
-        raise UserError(
-            f"--explore is {path}, must be an image, a folder, or the index of a validation image"
-        )
-    found, others = ([path], "") if path.is_file() else find_images(path)
-    if not found:
-        raise UserError(f"--explore is {path}: it contains no image; {others}")
-    count = min(size, len(found))
-    if count < len(found):
-        print(f"{path}: showing {count} of {len(found)} images")
-    chosen = [found[number * len(found) // count] for number in range(count)]
-    pixels = [np.asarray(geometry(open_image(file), None)[0]) for file in chosen]  # (H, W, 3) each
-    names = [file.name if path.is_file() else str(file.relative_to(path)) for file in chosen]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), names
 
 
 def explore(
     module: PPAPModule, data: Any, source: str, *, page: Path, predictor: Predictor | None = None
 ) -> None:
-    """Writes the page for photographs, or without further images for those of `build_bank`, with labels.
+    """Writes the page: all frozen features, and as further layers the labels and clusters that are known.
 
     Args:
         data: the data of an evaluation; None if `source` is a photograph or a folder.
-        source: a photograph, a folder, or the index of a validation image.
+        source: a photograph, a folder, or the index of a validation image, see `build_bank`.
+        page: the file to write.
         predictor: source of the clusters, or None.
     """
-    options, layers = module.options, {}
+    if page.is_dir():
+        raise UserError(f"--out is {page}: a folder, must be a file, such as {page / 'explore.html'}")
+    make_folder(page.parent, named_by="--out")
+    options, patch = module.options, module.segmenter.backbone.spec.patch
+    layers = {"sets": {"colours": [ImageColor.getrgb(colour) for colour in COLOURS]}}
     size = min(MAX_IMAGES, options.dataloader.batch_size)
     if data is None:
-        geometry = Geometry(options.dataset.val_res, "center", options.dataset.interpolation)
-        images, names = open_photographs(Path(source), geometry, size=size)
+        images, names = open_photographs(Path(source), options, size=size)
     else:
         images, names = build_bank(data, source, size=size, flag="--explore")
-        split = data.example_split()
-        positions = {split.name(index): index for index in range(len(split))}
-        maps = torch.stack([split[positions[name]].label for name in names])  # (B, H, W)
+        maps = _labels(data.example_split(), names)
         if (maps < data.labels.n_classes).any():
-            layers["labels"] = Classes(data.labels.names, data.labels.palette, maps)
-        names = [Path(name).name for name in names]
+            layers["labels"] = _layer(maps, data.labels.names, data.labels.palette, patch=patch)
     if predictor is not None:
         maps = [torch.from_numpy(predictor(image.permute(1, 2, 0).numpy())) for image in images]
-        layers["clusters"] = Classes(predictor.names, predictor.palette, torch.stack(maps))
-    write_page(page, module, images, names, layers)
+        layers["clusters"] = _layer(torch.stack(maps), predictor.names, predictor.palette, patch=patch)
+    bank = frozen_bank(module, images, build_criterion(options)).cpu()  # (N, D)
+    write_page(page, bank, images, names, layers=layers, grid=module.segmenter.grid(images), options=options)
+
+
+def open_photographs(path: Path, options: Options, *, size: int) -> tuple[Tensor, list[str]]:
+    """A photograph, or up to `size` spread over those in a folder, (B, 3, H, W) uint8, and their names."""
+    if not path.exists():
+        raise UserError(
+            f"--explore is {path}, must be an image, a folder, or the index of a validation image"
+        )
+    found, others = find_images(path) if path.is_dir() else ([path], "")
+    if not found:
+        raise UserError(f"--explore is {path}: it contains no image; {others}")
+    count = min(size, len(found))
+    if count < len(found):
+        print(f"{path}: showing {count} of {len(found)} images, see dataloader.batch_size")
+    chosen = [found[number * len(found) // count] for number in range(count)]
+    geometry = Geometry(options.dataset.val_res, "center", options.dataset.interpolation)
+    pixels = [np.asarray(geometry(open_image(file), None)[0]) for file in chosen]  # (H, W, 3) each
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), [str(file) for file in chosen]
+
+
+def _labels(split: Any, names: Sequence[str]) -> Tensor:
+    """Labels (B, H, W) of images of a split."""
+    positions = {split.name(index): index for index in range(len(split))}
+    return torch.stack([split[positions[name]].label for name in names])
+
+
+def _layer(maps: Tensor, names: Sequence[str], palette: Sequence[Any], *, patch: int) -> dict[str, Any]:
+    """The most frequent class of each patch of class maps (B, H, W), and the classes."""
+    ids = patch_classes(maps, patch, n_classes=len(names))  # (N,)
+    return {"names": names, "colours": palette, "ids": _base64(ids.to(torch.uint8).numpy().tobytes())}
 
 
 def write_page(
-    path: Path, module: PPAPModule, images: Tensor, names: Sequence[str], layers: dict[str, Classes]
+    page: Path,
+    bank: Tensor,
+    images: Tensor,
+    names: Sequence[str],
+    *,
+    layers: dict[str, Any],
+    grid: tuple[int, int],
+    options: Options,
 ) -> None:
-    """Writes the page for images (B, 3, H, W) uint8.
-
-    The bank are the frozen features of all images. Of `layers`, "labels" also gives precision, recall and
-    purity.
-    """
-    options, (height, width) = module.options, module.segmenter.grid(images)
-    bank = frozen_bank(module, images, criterion=build_criterion(options))  # (N, D)
-    shown = {
-        "sets": {"names": SETS, "colours": [[int(c[k : k + 2], 16) for k in (1, 3, 5)] for c in COLOURS]}
-    }
-    for title, (classes, palette, maps) in layers.items():
-        ids = patch_classes(maps, images.shape[-1] // width, n_classes=len(classes))  # (N,)
-        encoded = _base64(ids.to(torch.uint8).numpy().tobytes())
-        shown[title] = {"names": classes, "colours": palette, "ids": encoded}
+    """Writes a page of at most `MAX_BYTES` for the bank (N, D) of images (B, 3, H, W) uint8."""
+    (height, width), (count, dim) = grid, bank.shape
     content = {
-        "grid": (height, width),
-        "anchor": (height // 2) * width + width // 2,
-        "pictures": [(name, _jpeg(image)) for name, image in zip(names, images, strict=True)],
+        "grid": grid,
+        "anchor": height // 2 * width + width // 2,
+        "pictures": [(Path(name).name, _jpeg(image)) for name, image in zip(names, images, strict=True)],
         "coefficients": {key: as_tree(options)["training_coeff"][key] for key in COEFFICIENTS},
-        "layers": shown,
+        "layers": layers,
     }
-    empty = render(
-        "explore.html", features={"codes": "", "scales": [0.0] * bank.shape[1], "count": 0}, **content
-    )
-    features = pack_features(bank.cpu(), (MAX_BYTES - len(empty.encode()) - 20 * bank.shape[1]) * 3 // 4)
+    without = render("explore.html", features={"count": count}, **content)
+    features = pack_features(bank, limit=(MAX_BYTES - len(without.encode()) - SCALE_BYTES * dim) * 3 // 4)
     if features is None:
-        shape = f"{len(images)} images of {height} x {width} patches with {bank.shape[1]} channels"
         raise UserError(
-            f"--explore: {shape} do not fit into {MAX_BYTES // 10**6} MB; lower dataloader.batch_size "
-            "(the number of images) or dataset.val_res"
+            f"--explore: the features of {len(images)} images of {height} x {width} patches do not fit into "
+            f"{MAX_BYTES // 10**6} MB; lower dataloader.batch_size, the number of images, or dataset.val_res"
         )
-    write_text(path, render("explore.html", features=features, **content))
-    print(f"\nresults: {path}, {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    write_text(page, render("explore.html", features=features, **content))
+    print(f"\nresults: {page}; {page.stat().st_size / 1e6:.1f} MB, opens in any browser")
 
 
-def pack_features(bank: Tensor, limit: int) -> dict[str, Any] | None:
+def pack_features(bank: Tensor, *, limit: int) -> dict[str, Any] | None:
     """f_j of N patches, (N, D) float32, in at most `limit` bytes; None if the error were too large.
 
     Principal axes are rounded to steps that are inversely proportional to their standard deviation, as the

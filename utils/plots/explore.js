@@ -2,6 +2,7 @@
 const SETS = ["positives", "ambiguous", "negatives"];
 const [POSITIVE, AMBIGUOUS, NEGATIVE, ANCHOR] = [0, 1, 2, 3];  // the anchor is in no set
 const IGNORE = 255;  // no class
+const LOWEST = -0.5, BINS = 75;  // of the histogram, which ends at 1
 const COEFFICIENTS = ["initialcrit_pos", "initialcrit_amb", "prop_iter", "sigma_pos", "sigma_amb"];
 
 function bytes(base64) {
@@ -78,7 +79,9 @@ function propagate(bank, dim, anchor, coefficients) {
 
 // the set of each patch, (N,); a patch of both sets is positive
 function zonesOf(similarity, phi, psi, anchor) {
-  const zones = Uint8Array.from(similarity, (s) => s > phi ? POSITIVE : s < psi ? NEGATIVE : AMBIGUOUS);
+  const zones = new Uint8Array(similarity.length);
+  for (let j = 0; j < zones.length; j++)
+    zones[j] = similarity[j] > phi ? POSITIVE : similarity[j] < psi ? NEGATIVE : AMBIGUOUS;
   zones[anchor] = ANCHOR;
   return zones;
 }
@@ -89,11 +92,11 @@ function countsOf(ids) {
   return counts;
 }
 
-// precision and recall of positives and purity of negatives; NaN without a labelled anchor or a patch to count
+// precision and recall of positives and purity of negatives; NaN if the anchor or all such patches have no label
 function quality(zones, classes, anchor) {
-  const own = classes[anchor], same = [0, 0, 0], all = [0, 0, 0];
+  const own = classes[anchor], same = [0, 0, 0, 0], all = [0, 0, 0, 0];
   for (let j = 0; j < zones.length; j++) {
-    if (j === anchor || own === IGNORE || classes[j] === IGNORE) continue;
+    if (own === IGNORE || classes[j] === IGNORE) continue;
     all[zones[j]]++;
     if (classes[j] === own) same[zones[j]]++;
   }
@@ -101,193 +104,151 @@ function quality(zones, classes, anchor) {
   return [right / all[POSITIVE], right / (right + same[AMBIGUOUS] + wrong), 1 - wrong / all[NEGATIVE]];
 }
 
-const percent = (share) => Number.isFinite(share) ? `${(100 * share).toFixed(1)}%` : "–";
 const find = (id) => document.getElementById(id);
+const percent = (share) => Number.isFinite(share) ? `${(100 * share).toFixed(1)}%` : "–";
+const clamp = (value, count) => Math.min(Math.max(value, 0), count - 1);
 
-function svgElement(tag, attributes, text = "") {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.textContent = text;
-  return element;
+// similarities of the bank; a gradient with hard stops at the boundaries colours the bars
+function drawHistogram({ similarity, phi, psi }, colours) {
+  const counts = new Uint32Array(BINS), across = (value) => (value - LOWEST) / (1 - LOWEST);
+  for (const value of similarity) counts[clamp(Math.floor(BINS * across(value)), BINS)]++;
+  const highest = Math.log1p(Math.max(...counts));
+  const corner = (bin, count) => `${100 * bin / BINS}% ${100 - 100 * Math.log1p(count) / highest}%`;
+  const corners = Array.from(counts, (count, bin) => `${corner(bin, count)}, ${corner(bin + 1, count)}`);
+  find("bars").style.clipPath = `polygon(0 100%, ${corners}, 100% 100%)`;
+  const [low, high] = [Math.min(psi, phi), phi].map((value) => `${100 * across(value)}%`);
+  const [positive, ambiguous, negative] = colours.map((colour) => `rgb(${colour})`);
+  find("bars").style.background =
+    `linear-gradient(to right, ${negative} ${low}, ${ambiguous} ${low} ${high}, ${positive} ${high})`;
+  for (const [id, value] of Object.entries({ phi, psi })) {
+    find(id).hidden = !(value >= LOWEST && value <= 1);
+    find(id).style.left = `${100 * across(value)}%`;
+  }
 }
 
-// similarities of the bank by set, stacked, counted on a logarithmic axis; and the boundaries
-function drawHistogram({ similarity, zones, phi, psi }, lowest) {
-  const [left, right, top, bottom, bins] = [6, 414, 18, 140, 68];
-  const across = (value) => left + (value - lowest) / (1 - lowest) * (right - left);
-  const counts = new Float64Array(bins * SETS.length);
-  similarity.forEach((value, j) => {
-    const bin = Math.min(bins - 1, Math.max(0, Math.floor((value - lowest) / (1 - lowest) * bins)));
-    if (zones[j] !== ANCHOR) counts[bin * SETS.length + zones[j]]++;
-  });
-  const below = (bin, zone) => counts.subarray(bin * SETS.length, bin * SETS.length + zone).reduce((a, b) => a + b, 0);
-  const highest = Math.log(1 + Math.max(...Array.from({ length: bins }, (_, bin) => below(bin, SETS.length))));
-  const up = (count) => bottom - Math.log(1 + count) / highest * (bottom - top);
-  const width = (right - left) / bins, parts = [];
-  SETS.forEach((name, zone) => {
-    let outline = "";
-    for (let bin = 0; bin < bins; bin++) {
-      const [low, high] = [up(below(bin, zone)), up(below(bin, zone + 1))];
-      if (low > high) outline += `M${left + bin * width} ${low}V${high}h${width}V${low}z`;
-    }
-    parts.push(svgElement("path", { class: name, d: outline }));
-  });
-  parts.push(svgElement("line", { class: "rule", x1: left, x2: right, y1: bottom, y2: bottom }));
-  for (let tick = Math.ceil(4 * lowest) / 4; tick <= 1; tick += 0.25)
-    parts.push(svgElement("text", { x: Math.min(across(tick), right - 4), y: bottom + 16, "text-anchor": "middle" }, tick));
-  for (const [name, value] of [["Φ", phi], ["Ψ", psi]]) {
-    if (!(value >= lowest && value <= 1)) continue;
-    const [x, dashes] = [across(value), name === "Φ" ? "none" : "5 3"];
-    parts.push(svgElement("line", { class: "edge", x1: x, x2: x, y1: top - 4, y2: bottom, "stroke-dasharray": dashes }));
-    parts.push(svgElement("text", { x, y: top - 7, "text-anchor": "middle" }, name));
-  }
-  find("histogram").replaceChildren(...parts);
+function fillLegend(list, { names, colours }, counts, total) {
+  list.replaceChildren(...names.map((name, id) => {
+    const item = document.createElement("li"), value = document.createElement("b");
+    item.style.setProperty("--c", `rgb(${colours[id]})`);
+    item.hidden = !counts[id] && names !== SETS;
+    value.textContent = ` ${counts[id].toLocaleString("en")} (${percent(counts[id] / total)})`;
+    item.append(name, value);
+    return item;
+  }));
 }
 
 async function start() {
-  const content = JSON.parse(find("content").textContent), [rows, columns] = content.grid, patches = rows * columns;
-  const bank = await unpackFeatures(content.features), dim = bank.length / content.features.count;
-  const layers = content.layers;  // of ids, except the sets
+  const { grid: [rows, columns], features, coefficients, layers, anchor } = JSON.parse(find("content").textContent);
+  const bank = await unpackFeatures(features), dim = bank.length / features.count, patches = rows * columns;
+  layers.sets.names = SETS;
   for (const layer of Object.values(layers)) {
-    if (layer.ids) layer.ids = bytes(layer.ids);
-    layer.paint = new Uint8ClampedArray(4 * 256);  // transparent unless an id has a name
-    layer.colours.forEach((colour, id) => layer.paint.set([...colour, 150], 4 * id));
+    const paint = new Uint8Array(4 * 256);  // red, green, blue and opacity; ids without a name are transparent
+    layer.colours.forEach((colour, id) => paint.set([...colour, 150], 4 * id));
+    layer.paint = new Uint32Array(paint.buffer);
+    if (layer.ids) layer.ids = bytes(layer.ids);  // all but the sets
   }
-  const state = { layer: "sets", t: 0, anchor: content.anchor };
-  for (const key of COEFFICIENTS) state[key] = Number(content.coefficients[key]);
-  const images = [...document.querySelectorAll(".patches")], inputs = COEFFICIENTS.map((key) => find(key));
+  const state = { layer: "sets", t: Infinity, anchor };
+  for (const key of COEFFICIENTS) state[key] = Number(coefficients[key]);
+  const images = [...document.querySelectorAll(".patches")], sliders = COEFFICIENTS.map(find);
+  const position = () => [Math.floor(state.anchor % patches / columns), state.anchor % columns];
   let steps = [], timer = 0;
 
-  function fill(list, layer, ids) {
-    const counts = countsOf(ids), total = ids.length - (layer === layers.sets);  // without the anchor
-    list.replaceChildren(...layer.names.flatMap((name, id) => {
-      if (!counts[id] && layer !== layers.sets) return [];
-      const item = document.createElement("li"), value = document.createElement("b");
-      item.style.setProperty("--c", `rgb(${layer.colours[id].join()})`);
-      value.textContent = ` ${counts[id].toLocaleString("en")} (${percent(counts[id] / total)})`;
-      item.append(name, value);
-      return item;
-    }));
-  }
-
+  // another t or layer
   function show() {
-    const step = steps[state.t], layer = layers[state.layer], ids = layer ? layer.ids ?? step.zones : null;
+    const step = steps[state.t], layer = layers[state.layer], ids = layer?.ids ?? step.zones;
     images.forEach((image, number) => {
       const context = image.querySelector("canvas").getContext("2d"), pixels = context.createImageData(columns, rows);
-      image.classList.toggle("plain", !ids);
-      for (let j = 0, k = number * patches; ids && j < patches; j++, k++)
-        pixels.data.set(layer.paint.subarray(4 * ids[k], 4 * ids[k] + 4), 4 * j);
+      const painted = new Uint32Array(pixels.data.buffer), first = number * patches;
+      for (let j = 0; layer && j < patches; j++) painted[j] = layer.paint[ids[first + j]];
       context.putImageData(pixels, 0, 0);
+      image.classList.toggle("plain", !layer);
     });
-    fill(find("counts"), layers.sets, step.zones);
-    find("names").hidden = !layer?.ids;
-    if (layer?.ids) fill(find("names"), layer, ids);
-    drawHistogram(step, Math.floor(10 * Math.min(...steps.map((each) => each.similarity.reduce((a, b) => Math.min(a, b))))) / 10);
-    find("time").textContent = find("t").value = state.t;
+    fillLegend(find("counts"), layers.sets, countsOf(step.zones), features.count - 1);
+    fillLegend(find("names"), layer?.ids ? layer : { names: [] }, countsOf(ids), features.count);
+    drawHistogram(step, layers.sets.colours);
+    find("t").value = find("time").textContent = state.t;
     [...find("steps").rows].forEach((row, t) => row.classList.toggle("current", t === state.t));
   }
 
   function tabulate() {
-    const cell = (text) => `<td class="number">${text}</td>`;
-    find("steps").innerHTML = steps.map(({ t, phi, psi, moved, zones }) => {
-      const counts = countsOf(zones), numbers = [t, phi.toFixed(4), psi.toFixed(4), moved.toFixed(4)];
-      numbers.push(...SETS.map((_, zone) => counts[zone].toLocaleString("en")));
-      if (layers.labels) numbers.push(...quality(zones, layers.labels.ids, state.anchor).map(percent));
-      return `<tr>${numbers.map(cell).join("")}</tr>`;
+    find("steps").innerHTML = steps.map(({ phi, psi, moved, zones }, t) => {
+      const cells = [t, ...[phi, psi, moved].map((value) => value.toFixed(4)), ...countsOf(zones).subarray(0, 3)];
+      if (layers.labels) cells.push(...quality(zones, layers.labels.ids, state.anchor).map(percent));
+      return `<tr>${cells.map((cell) => `<td class="number">${cell}</td>`).join("")}</tr>`;
     }).join("");
   }
 
   function placeAnchor() {
-    const number = Math.floor(state.anchor / patches), [row, column] = positionOf(state.anchor);
-    const marker = find("anchor"), own = layers.labels?.ids[state.anchor];
-    images[number].append(marker);
+    const image = images[Math.floor(state.anchor / patches)], [row, column] = position();
     const box = { left: column / columns, top: row / rows, width: 1 / columns, height: 1 / rows };
-    for (const [side, share] of Object.entries(box)) marker.style[side] = `${100 * share}%`;
-    const words = layers.labels ? `, ${layers.labels.names[own] ?? "not labelled"}` : "";
-    find("where").textContent = `row ${row}, column ${column} of ${images[number].dataset.name}${words}`;
+    for (const [side, share] of Object.entries(box)) find("anchor").style[side] = `${100 * share}%`;
+    image.append(find("anchor"));
+    const label = layers.labels ? `, ${layers.labels.names[layers.labels.ids[state.anchor]] ?? "no label"}` : "";
+    find("where").textContent = `row ${row}, column ${column} of ${image.dataset.name}${label}`;
   }
 
-  const positionOf = (patch) => [Math.floor(patch % patches / columns), patch % columns];
-  const clamp = (value, count) => Math.min(Math.max(value, 0), count - 1);
-
+  // another anchor or coefficient
   function update() {
-    const atEnd = state.t === steps.length - 1 || !steps.length, started = performance.now();
+    const last = state.t >= steps.length - 1;
     steps = propagate(bank, dim, state.anchor, state);
-    state.t = atEnd ? state.prop_iter : Math.min(state.t, state.prop_iter);
+    state.t = last ? state.prop_iter : Math.min(state.t, state.prop_iter);
     find("t").max = state.prop_iter;
-    inputs.forEach((input) => {
-      const value = state[input.id], text = value === Infinity ? "∞" : String(value);
-      input.previousElementSibling.querySelector("output").textContent = text;
-      input.setAttribute("aria-valuetext", text);
+    const shown = sliders.map(({ id }) => state[id] === Infinity ? "inf" : String(state[id]));
+    sliders.forEach((slider, k) => {
+      slider.parentElement.querySelector("output").textContent = shown[k];
+      slider.setAttribute("aria-valuetext", shown[k]);
     });
-    const word = (key) => `training_coeff.${key}=${state[key] === Infinity ? "inf" : state[key]}`;
-    find("words").textContent = COEFFICIENTS.map(word).join(" ");
+    find("words").textContent = COEFFICIENTS.map((key, k) => `training_coeff.${key}=${shown[k]}`).join(" ");
     tabulate();
     placeAnchor();
     show();
-    document.body.dataset.milliseconds = (performance.now() - started).toFixed(1);
   }
 
   function play(playing) {
     clearInterval(timer);
     find("play").textContent = playing ? "Stop" : "Play";
-    timer = playing && setInterval(() => {
-      if (state.t < state.prop_iter) state.t++;
-      else play(false);
-      show();
-    }, 700);
+    timer = playing && setInterval(() => state.t < state.prop_iter ? go(state.t + 1) : play(false), 700);
   }
 
-  for (const input of inputs) {
-    const logarithmic = input.id.startsWith("sigma");  // the last position is infinity
-    input.value = logarithmic ? Math.log10(Math.min(state[input.id], 1000)) : state[input.id];
-    input.addEventListener("input", () => {
-      const power = Number((10 ** input.value).toPrecision(2));
-      state[input.id] = !logarithmic ? Number(input.value) : input.value === input.max ? Infinity : power;
+  function go(t) {
+    state.t = t;
+    show();
+  }
+
+  function moveTo(number, row, column) {
+    state.anchor = number * patches + clamp(row, rows) * columns + clamp(column, columns);
+    update();
+  }
+
+  for (const slider of sliders) {
+    const logarithmic = slider.id.startsWith("sigma");  // the last position is infinity
+    slider.value = logarithmic ? Math.log10(Math.min(state[slider.id], 1e9)) : state[slider.id];
+    slider.addEventListener("input", () => {
+      const value = logarithmic ? Number((10 ** slider.value).toPrecision(2)) : Number(slider.value);
+      state[slider.id] = logarithmic && slider.value === slider.max ? Infinity : value;
       update();
     });
   }
-  find("t").addEventListener("input", (event) => {
-    play(false);
-    state.t = Number(event.target.value);
-    show();
-  });
-  find("play").addEventListener("click", () => {
-    const playing = find("play").textContent === "Play";
-    if (playing) state.t = 0;
-    show();
-    play(playing);
-  });
-  find("layers").addEventListener("change", (event) => {
-    state.layer = event.target.value;
-    show();
-  });
+  find("t").addEventListener("input", () => { play(false); go(Number(find("t").value)); });
+  find("play").addEventListener("click", () => { go(timer ? state.t : 0); play(!timer); });
+  find("layers").addEventListener("change", ({ target }) => { state.layer = target.value; show(); });
   find("copy").addEventListener("click", async () => {
-    getSelection().selectAllChildren(find("words"));
+    getSelection().selectAllChildren(find("words"));  // to be copied by hand if the clipboard is unavailable
     await navigator.clipboard?.writeText(find("words").textContent);
     find("copy").textContent = "Copied";
-    setTimeout(() => { find("copy").textContent = "Copy options"; }, 1500);
   });
   images.forEach((image, number) => {
-    const moveTo = (row, column) => {
-      const patch = number * patches + clamp(row, rows) * columns + clamp(column, columns);
-      if (patch === state.anchor) return;
-      state.anchor = patch;
-      update();
-    };
-    const follow = (event) => {
-      const area = image.getBoundingClientRect();
-      const [x, y] = [(event.clientX - area.left) / area.width, (event.clientY - area.top) / area.height];
-      moveTo(Math.floor(y * rows), Math.floor(x * columns));
+    const follow = ({ clientX, clientY }) => {
+      const { left, top, width, height } = image.getBoundingClientRect();
+      moveTo(number, Math.floor((clientY - top) / height * rows), Math.floor((clientX - left) / width * columns));
     };
     image.addEventListener("click", follow);
-    image.addEventListener("pointermove", (event) => { if (event.buttons === 1 && event.pointerType === "mouse") follow(event); });
     image.addEventListener("keydown", (event) => {
-      const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Enter: [0, 0], " ": [0, 0] };
-      const [row, column] = positionOf(state.anchor), move = moves[event.key];
+      const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Enter: [0, 0] };
+      const [row, column] = position(), move = moves[event.key];
       if (!move || event.ctrlKey || event.altKey || event.metaKey) return;
       event.preventDefault();
-      moveTo(row + move[0], column + move[1]);
+      moveTo(number, row + move[0], column + move[1]);
     });
   });
   find("loading").hidden = true;

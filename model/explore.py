@@ -122,7 +122,7 @@ def write_page(
             f"{MAX_BYTES // 10**6} MB; lower dataloader.batch_size, the number of images, or dataset.val_res"
         )
     write_text(page, render("explore.html", features=features, **content))
-    print(f"\nresults: {page}; {page.stat().st_size / 1e6:.1f} MB, opens in any browser")
+    print(f"\nresults: {page}; {page.stat().st_size / 1e6:.2f} MB, opens in any browser")
 
 
 def pack_features(bank: Tensor, *, limit: int) -> dict[str, Any] | None:

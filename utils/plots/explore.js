@@ -18,12 +18,13 @@ function normalise(row) {
   return row;
 }
 
-// f_j of N patches, N x D float32, from `pack_features` in model/explore.py
+// f_j of N patches, N x D float32 with D a multiple of 4, from `pack_features` in model/explore.py
 async function unpackFeatures({ codes, scales, count }) {
   const stream = new Blob([bytes(codes)]).stream().pipeThrough(new DecompressionStream("deflate"));
   const planes = new Uint8Array(await new Response(stream).arrayBuffer());
-  const dim = scales.length, size = count * dim, bank = new Float32Array(size);
-  for (let i = 0, k = 0; i < dim; i++)
+  const dim = 4 * Math.ceil(scales.length / 4), size = count * scales.length;  // zeros fill a row
+  const bank = new Float32Array(count * dim);
+  for (let i = 0, k = 0; i < scales.length; i++)
     for (let j = 0; j < count; j++, k++) {
       const code = planes[k] | planes[size + k] << 8 | planes[2 * size + k] << 16;
       bank[j * dim + i] = scales[i] * (code >>> 1 ^ -(code & 1));  // even: not negative, odd: negative
@@ -32,7 +33,7 @@ async function unpackFeatures({ codes, scales, count }) {
   return bank;
 }
 
-// v . f_j of all patches, (N,); D is a multiple of 4
+// v . f_j of all patches, (N,)
 function compare(proxy, bank) {
   const dim = proxy.length, similarity = new Float32Array(bank.length / dim);
   for (let j = 0, k = 0; j < similarity.length; j++) {

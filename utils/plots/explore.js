@@ -9,69 +9,68 @@ function bytes(base64) {
   return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
 }
 
-// scales a row of D values to unit length
-function normalise(row) {
-  let squares = 0;
-  for (const value of row) squares += value * value;
-  const length = Math.max(Math.sqrt(squares), 1e-12);
-  for (let i = 0; i < row.length; i++) row[i] /= length;
-  return row;
-}
-
-// f_j of N patches, N x D float32 with D a multiple of 4, from `pack_features` in model/explore.py
+// f_j of N patches by axis, D x N float32 with D a multiple of 4, from `pack_features` in model/explore.py
 async function unpackFeatures({ codes, scales, count }) {
   const stream = new Blob([bytes(codes)]).stream().pipeThrough(new DecompressionStream("deflate"));
   const planes = new Uint8Array(await new Response(stream).arrayBuffer());
-  const dim = 4 * Math.ceil(scales.length / 4), size = count * scales.length;  // zeros fill a row
-  const bank = new Float32Array(count * dim);
-  for (let i = 0, k = 0; i < scales.length; i++)
-    for (let j = 0; j < count; j++, k++) {
-      const code = planes[k] | planes[size + k] << 8 | planes[2 * size + k] << 16;
-      bank[j * dim + i] = scales[i] * (code >>> 1 ^ -(code & 1));  // even: not negative, odd: negative
-    }
-  for (let j = 0; j < count; j++) normalise(bank.subarray(j * dim, (j + 1) * dim));
+  const size = scales.length * count, bank = new Float32Array(4 * Math.ceil(scales.length / 4) * count);
+  const squares = new Float64Array(count);
+  for (let k = 0; k < size; k++) {
+    const code = planes[k] | planes[size + k] << 8 | planes[2 * size + k] << 16;
+    bank[k] = scales[Math.floor(k / count)] * (code >>> 1 ^ -(code & 1));  // odd codes are negative
+    squares[k % count] += bank[k] ** 2;
+  }
+  for (let k = 0; k < size; k++) bank[k] /= Math.sqrt(squares[k % count]);  // unit length, as before rounding
   return bank;
 }
 
 // v . f_j of all patches, (N,)
 function compare(proxy, bank) {
-  const dim = proxy.length, similarity = new Float32Array(bank.length / dim);
-  for (let j = 0, k = 0; j < similarity.length; j++) {
-    let a = 0, b = 0, c = 0, d = 0;  // independent sums are faster
-    for (let i = 0; i < dim; i += 4, k += 4) {
-      a += proxy[i] * bank[k];
-      b += proxy[i + 1] * bank[k + 1];
-      c += proxy[i + 2] * bank[k + 2];
-      d += proxy[i + 3] * bank[k + 3];
-    }
-    similarity[j] = a + b + c + d;
+  const count = bank.length / proxy.length, similarity = new Float64Array(count);
+  for (let i = 0; i < proxy.length; i += 4) {  // four axes at once are faster
+    const [a, b, c, d] = proxy.subarray(i, i + 4);
+    for (let j = 0, k = i * count; j < count; j++, k++)
+      similarity[j] += a * bank[k] + b * bank[k + count] + c * bank[k + 2 * count] + d * bank[k + 3 * count];
   }
-  return similarity;
+  return new Float32Array(similarity);
 }
 
 // the normalised mean of the positives, the anchor included; the proxy itself if there is none
 function relocate(proxy, bank, similarity, phi) {
-  const dim = proxy.length, sum = new Float64Array(dim);
+  const count = similarity.length, positives = new Uint32Array(count), sums = new Float64Array(proxy.length);
   let size = 0;
-  for (let j = 0; j < similarity.length; j++) {
-    if (!(similarity[j] > phi)) continue;
-    size++;
-    for (let i = 0, k = j * dim; i < dim; i++, k++) sum[i] += bank[k];
+  for (let j = 0; j < count; j++) if (similarity[j] > phi) positives[size++] = j;
+  if (!size) return proxy;
+  for (let i = 0; i < sums.length; i += 4) {
+    let a = 0, b = 0, c = 0, d = 0;
+    for (let n = 0; n < size; n++) {
+      const k = i * count + positives[n];
+      a += bank[k];
+      b += bank[k + count];
+      c += bank[k + 2 * count];
+      d += bank[k + 3 * count];
+    }
+    sums.set([a, b, c, d], i);
   }
-  return size ? Float32Array.from(normalise(sum)) : proxy;
+  const length = Math.hypot(...sums);
+  return Float32Array.from(sums, (sum) => sum / length);
 }
 
-// similarity, boundaries and m_t of the patch `anchor` for t = 0..T
-function propagate(bank, dim, anchor, coefficients) {
+// similarity, boundaries and m_t of the patch `anchor` among `count` for t = 0..T
+function propagate(bank, count, anchor, coefficients) {
   const steps = [];
   let { initialcrit_pos: phi, initialcrit_amb: psi } = coefficients, moved = 0;
-  let proxy = bank.slice(anchor * dim, (anchor + 1) * dim);
+  let proxy = Float32Array.from({ length: bank.length / count }, (_, i) => bank[i * count + anchor]);
+  let similarity = compare(proxy, bank);
   for (let t = 0; ; t++) {
-    const similarity = compare(proxy, bank);
-    steps.push({ t, phi, psi, moved, similarity, zones: zonesOf(similarity, phi, psi, anchor) });
+    steps.push({ phi, psi, moved, similarity, zones: zonesOf(similarity, phi, psi, anchor) });
     if (t >= coefficients.prop_iter) return steps;
     const relocated = relocate(proxy, bank, similarity, phi);
-    moved = relocated === proxy ? 0 : 1 - relocated.reduce((sum, value, i) => sum + value * proxy[i], 0);
+    if (relocated.every((value, i) => value === proxy[i])) moved = 0;
+    else {
+      moved = 1 - relocated.reduce((sum, value, i) => sum + value * proxy[i], 0);
+      similarity = compare(relocated, bank);
+    }
     phi -= moved / coefficients.sigma_pos;
     psi += moved / coefficients.sigma_amb;
     proxy = relocated;
@@ -140,7 +139,7 @@ function fillLegend(list, { names, colours }, counts, total) {
 
 async function start() {
   const { grid: [rows, columns], features, coefficients, layers, anchor } = JSON.parse(find("content").textContent);
-  const bank = await unpackFeatures(features), dim = bank.length / features.count, patches = rows * columns;
+  const bank = await unpackFeatures(features), patches = rows * columns;
   layers.sets.names = SETS;
   for (const layer of Object.values(layers)) {
     const paint = new Uint8Array(4 * 256);  // red, green, blue and opacity; ids without a name are transparent
@@ -191,7 +190,7 @@ async function start() {
   // another anchor or coefficient
   function update() {
     const last = state.t >= steps.length - 1;
-    steps = propagate(bank, dim, state.anchor, state);
+    steps = propagate(bank, features.count, state.anchor, state);
     state.t = last ? state.prop_iter : Math.min(state.t, state.prop_iter);
     find("t").max = state.prop_iter;
     const shown = sliders.map(({ id }) => state[id] === Infinity ? "inf" : String(state[id]));

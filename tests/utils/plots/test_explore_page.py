@@ -101,7 +101,7 @@ def test_node__numbers_of_explain(page, bank, classes):
         const content = {content}, bank = await unpackFeatures(content.features);
         const classes = bytes(content.layers.labels.ids);
         console.log(JSON.stringify({given}.map(([anchor, coefficients]) => {{
-          const steps = propagate(bank, bank.length / 90, anchor, coefficients);
+          const steps = propagate(bank, content.features.count, anchor, coefficients);
           const {{ phi, psi, moved, zones }} = steps.at(-1);
           const counts = countsOf(zones).subarray(0, 3), shares = quality(zones, classes, anchor);
           return [steps.length - 1, phi, psi, moved, ...counts, ...shares];

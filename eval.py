@@ -100,7 +100,9 @@ def study_sets(options: Options, arguments: Namespace) -> Any:
     from utils.plots.tables import explanation_table, sets_table
 
     flag = "--measure-sets" if arguments.measure_sets else "--explain"
-    _require_ppap(options, flag)
+    for key, name in (("method", options.trained_by), ("training_coeff.loss", options.training_coeff.loss)):
+        if name != "ppap":
+            raise UserError(f"{key} is {name}, must be ppap with {flag}")
     data, folder = build_data(options, train=False), results_folder(options)
     module = build_module(options, data.labels)
     if arguments.measure_sets:
@@ -114,11 +116,6 @@ def study_sets(options: Options, arguments: Namespace) -> Any:
     return result
 
 
-def _require_ppap(options: Options, flag: str) -> None:
-    if (loss := options.training_coeff.loss) != "ppap":
-        raise UserError(f"training_coeff.loss is {loss}, must be ppap with {flag}")
-
-
 def write_explorer(options: Options, arguments: Namespace) -> Path:
     """--explore: writes a page on which any patch can be the anchor."""
     from dataset import build_data, known_labels
@@ -126,7 +123,8 @@ def write_explorer(options: Options, arguments: Namespace) -> Path:
     from model.explore import explore
     from utils.training.device import device_name
 
-    _require_ppap(options, "--explore")
+    if (loss := options.training_coeff.loss) != "ppap":
+        raise UserError(f"training_coeff.loss is {loss}, must be ppap with --explore")
     page, predictor = Path(arguments.out), None
     data = build_data(options, train=False) if arguments.explore.isdecimal() else None
     labels = data.labels if data else known_labels(options.dataset)

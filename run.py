@@ -1,4 +1,4 @@
-"""Trains PPAP and evaluates it: python run.py --opt cocostuff.json
+"""Trains PPAP, STEGO or HP and evaluates it: python run.py --opt cocostuff.json
 
 options -> data -> network -> loss and probes -> best checkpoint -> metrics before and after CRF
 """
@@ -36,13 +36,13 @@ EXAMPLES = """\
 # Commands import torch lazily, so that a mistyped option is reported at once.
 
 
-def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbImages]:
-    """Trains or resumes one run; returns its training seconds and the callbacks that report results."""
+def train(options: Options, run_dir: RunDir) -> tuple[dict[str, float], HtmlReport, WandbImages]:
+    """Trains or resumes one run; returns its cost and the callbacks that report results."""
     from dataset import build_data, spread_indices
     from model import build_module
-    from model.callbacks import HtmlReport, WandbImages
+    from model.callbacks import HtmlReport, ReferenceImages, WandbImages
     from model.checkpoint import open_checkpoint
-    from model.results import run_summary
+    from model.results import run_summary, training_cost
     from utils.training.checkpointing import CheckpointManager
     from utils.training.device import explained_errors, hardware_settings
     from utils.training.loggers import build_loggers, wandb_runs
@@ -71,15 +71,19 @@ def train(options: Options, run_dir: RunDir) -> tuple[float, HtmlReport, WandbIm
             stop=stop,
             progress=progress,
         )
-        trainer = build_trainer(options, hardware, loggers=loggers, callbacks=[images, report, checkpoints])
+        callbacks = [ReferenceImages(), images, report, checkpoints]
+        trainer = build_trainer(options, hardware, loggers=loggers, callbacks=callbacks)
         print(run_summary(module, data, trainer, folder=run_dir.path))
+        backbone = module.segmenter.backbone
+        weights = f"{backbone.digest()} {trainer.precision_plugin.precision}"
         if options.dataset.cache_features:
-            backbone, precision = module.segmenter.backbone, trainer.precision_plugin.precision
             encode = partial(module.frozen_tokens, trainer=trainer)
-            where = {"precision": precision, "device": trainer.strategy.root_device}
-            data = data.with_tokens(encode, backbone=backbone, **where)
+            where = {"backbone": backbone, "model": weights, "device": trainer.strategy.root_device}
+            data = data.with_tokens(encode, **where)
+        if module.method.neighbours:
+            data = data.with_neighbours(partial(module.frozen_features, trainer=trainer), model=weights)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    return checkpoints.spent, report, images
+    return training_cost(module, run_dir.path, seconds=checkpoints.spent), report, images
 
 
 def train_and_evaluate(options: Options) -> dict[str, Any]:
@@ -98,9 +102,9 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
                 return finished
         reset_peak_memory()
         try:
-            seconds, report, images = train(options, run_dir)
+            cost, report, images = train(options, run_dir)
             result = evaluate(options, checkpoint=run_dir.path, folder=run_dir.path)  # best.ckpt
-            result |= {"train_hours": seconds / 3600, "peak_memory_gib": peak_memory_gib()}
+            result |= cost | {"peak_memory_gib": peak_memory_gib()}
             if options.eval.last_step:
                 last = run_dir.path / "last"
                 result["last_step"] = evaluate(options, checkpoint=run_dir.last, folder=last)
@@ -124,9 +128,16 @@ def as_baseline(options: Options) -> Options:
 
 def planned_runs(job: Job) -> list[Options]:
     """The runs of a job; with `train.compare_frozen`, its frozen baseline first."""
-    options = as_baseline(job.options) if job.options.train.frozen else job.options
-    compares = options.train.compare_frozen and not options.train.frozen and not job.evaluate_only
+    frozen = job.options.trained_by == "frozen"
+    options = as_baseline(job.options) if frozen else job.options
+    compares = options.train.compare_frozen and not frozen and not job.evaluate_only
     return [as_baseline(options), options] if compares else [options]
+
+
+def trained_with(options: Options) -> str:
+    """The method of a run, or its own loss in PPAP's place."""
+    method = options.trained_by
+    return options.training_coeff.loss if method == "ppap" else method
 
 
 def run_one(options: Options, *, evaluate_only: bool) -> dict[str, Any]:
@@ -155,10 +166,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     for job, runs in zip(jobs, planned, strict=True):
         results = {}
         for options in runs:
-            kind = "frozen baseline" if options.train.frozen else options.training_coeff.loss
             left, began = spent / max(1, done) * (total - done), time.monotonic()
             place = f", run {done + 1} of {total}" + (f", about {duration(left)} left" if done else "")
-            print(f"\n{options.wandb.name}: {kind}{place if total > 1 else ''}")
+            print(f"\n{options.wandb.name}: {trained_with(options)}{place if total > 1 else ''}")
             results[options.wandb.name] = result = run_one(options, evaluate_only=job.evaluate_only)
             done += 1
             # of a run that was finished before, the time it took then
@@ -196,7 +206,7 @@ def sweep_results(job: Job, results: dict[str, dict[str, Any]]) -> list[tuple[st
     """(setting, result) of each run of a job, and of its last step if that was evaluated."""
     rows = []
     for name, result in results.items():
-        kind = "frozen" if name.endswith(FROZEN) else job.options.training_coeff.loss
+        kind = "frozen" if name.endswith(FROZEN) else trained_with(job.options)
         setting = " ".join(filter(None, (job.setting, kind if len(results) > 1 else "")))
         rows.append((setting, result | {"name": name}))
         if "last_step" in result:

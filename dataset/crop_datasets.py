@@ -68,7 +68,7 @@ class CropWriter(Dataset):
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; further words are in `overrides`."""
     parser = argparse.ArgumentParser(description="Write the five crops of each train image to files.")
-    parser.add_argument("--opt", required=True, help="option file: a path, or a name in json/, json/server/")
+    parser.add_argument("--opt", required=True, help="option file: a path, or a name in json/ or below")
     parser.add_argument("--data_path", dest="dataset.data_path", metavar="DIR", help="folder of the data set")
     parser.add_argument("--workers", type=int, default=cores(), help="processes; default: one per core")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")

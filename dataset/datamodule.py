@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from dataset.base import DataSetKind, FileSource, SegmentationDataset, Source, class_rule, spread_indices
 from dataset.crops import CROPS, prepared_folder
+from dataset.neighbours import FeatureEncoder, nearest_neighbours
 from dataset.samplers import EvaluationBatchSampler, TrainBatchSampler, loader_workers, validation_batch_size
 from dataset.token_cache import Encoder, TokenDataset, TokenLoader, cache_tokens
 from dataset.verify import sound_items
@@ -51,6 +52,7 @@ class SegmentationDataModule(LightningDataModule):
             examples = [sound[index] for index in spread_indices(options.eval.pictures, len(sound))]
             self.validation_set = SegmentationDataset(source, geometry, kept=examples, hides_labels=True)
         self.train_set, self.train_labelled = None, train and source.labelled
+        self.neighbours: torch.Tensor | None = None
         if train:
             if workers < (wanted := options.dataloader.num_workers):
                 print(f"dataloader.num_workers is {wanted}; using {workers}, the number of cores")
@@ -64,10 +66,9 @@ class SegmentationDataModule(LightningDataModule):
                 )
 
     def with_tokens(
-        self, encode: Encoder, *, backbone: Any, precision: str, device: torch.device
+        self, encode: Encoder, *, backbone: Any, model: str, device: torch.device
     ) -> SegmentationDataModule:
         """The same data with cached tokens in place of images, as `dataset.cache_features` asks."""
-        model = f"{backbone.digest()} {precision}"
 
         def cached(items: SegmentationDataset, split: str) -> TokenDataset:
             shape = backbone.token_shape(items.geometry.res)
@@ -78,6 +79,14 @@ class SegmentationDataModule(LightningDataModule):
         found.train_set = cached(self.train_set, "train")
         if len(self.validation_set):
             found.validation_set = cached(self.validation_set, "val")
+        return found
+
+    def with_neighbours(self, encode: FeatureEncoder, *, model: str) -> SegmentationDataModule:
+        """The same data with batches that hold a neighbour of each image, see `nearest_neighbours`."""
+        found, items = copy.copy(self), self.train_set
+        in_order = torch.arange(len(items)).split(validation_batch_size(self.options))
+        loader = self._loader(items, [batch.tolist() for batch in in_order])
+        found.neighbours = nearest_neighbours(items, loader, encode, self.options, model=model)
         return found
 
     def inventory(self) -> dict[str, dict[str, int]]:
@@ -93,8 +102,8 @@ class SegmentationDataModule(LightningDataModule):
         return [self.train_set.name(index) for index in batches.batches(epoch)[batch_idx]]
 
     def _train_batches(self, first_step: int) -> TrainBatchSampler:
-        batch_size, seed = self.options.dataloader.batch_size, self.options.train.seed
-        return TrainBatchSampler(len(self.train_set), batch_size, seed=seed, first_step=first_step)
+        how = {"seed": self.options.train.seed, "first_step": first_step, "neighbours": self.neighbours}
+        return TrainBatchSampler(len(self.train_set), self.options.dataloader.batch_size, **how)
 
     def example_split(self) -> SegmentationDataset:
         """The validation split; without one, the train split at its geometry."""
@@ -109,7 +118,7 @@ class SegmentationDataModule(LightningDataModule):
         return self._loader(self.train_set, self._train_batches(trained))
 
     def random_batches(self, images: int, step: int) -> DataLoader:
-        """This rank's slices of batches of `images` random train images, which seed and step determine."""
+        """This rank's slices of batches of `images` random train images, a function of seed and step."""
         if images > (items := len(self.train_set)):
             raise UserError(
                 f"hp.pool_size is {images}, but there are only {items} train items; set it to {items} or less"

@@ -28,11 +28,21 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
     """This rank's slices of shuffled batches of (epoch, index) pairs; the last partial batch is dropped.
 
     The order of an epoch depends on seed and epoch alone. `first_step` is the number of steps already
-    trained, which the first iteration skips.
+    trained, which the first iteration skips. With `neighbours`, indices (size, k) of similar items, a slice
+    is followed by a random neighbour of each of its items.
     """
 
-    def __init__(self, size: int, batch_size: int, *, seed: int, first_step: int = 0) -> None:
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        seed: int,
+        first_step: int = 0,
+        neighbours: torch.Tensor | None = None,
+    ) -> None:
         self.size, self.batch_size, self.seed, self.first_step = size, batch_size, seed, first_step
+        self.neighbours = neighbours
         self.epoch = first_step // len(self)
         self.sampler = self  # Lightning calls `batch_sampler.sampler.set_epoch` before each epoch
 
@@ -48,8 +58,17 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
         trained = max(0, self.first_step - epoch * len(self))  # steps of this epoch
-        for batch in self.batches(epoch)[trained:]:
-            yield [(epoch, index) for index in own_slice(batch)]
+        for number, batch in enumerate(self.batches(epoch)[trained:], start=trained):
+            indices = [*own_slice(batch), *own_slice(self._neighbours_of(batch, epoch, number))]
+            yield [(epoch, index) for index in indices]
+
+    def _neighbours_of(self, batch: list[int], epoch: int, number: int) -> list[int]:
+        """A random neighbour of each item of a global batch, if there are any."""
+        if self.neighbours is None:
+            return []
+        drawn = generator(self.seed, "neighbour", epoch, number)
+        chosen = torch.randint(self.neighbours.shape[1], (len(batch), 1), generator=drawn)
+        return self.neighbours[batch].gather(1, chosen)[:, 0].tolist()
 
     def __len__(self) -> int:
         """Steps of a whole epoch."""

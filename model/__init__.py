@@ -8,12 +8,14 @@ import torch
 from model.backbone import BackboneSpec, FrozenViT
 from model.checkpoint import Checkpoint, open_checkpoint, stored_options
 from model.criterion import register_loss
-from model.methods.build import build_segmenter
+from model.methods.base import Method, MethodOutput
+from model.methods.build import build_segmenter, register_method
 from model.module import PPAPModule
 from model.predictor import Predictor
+from model.segmenter import BlockSegmenter, BranchSegmenter
 from model.weights import build_backbone, load_backbone, load_strictly, register_backbone
 from utils.config.loading import build_options, find_option_file, load_options
-from utils.config.options import ARCHS, Options
+from utils.config.options import ARCHS, METHODS, Options
 from utils.config.plugins import load_plugins, report_changes
 from utils.errors import UserError
 from utils.training.randomness import seeded
@@ -21,15 +23,23 @@ from utils.vision.labels import LabelSpace
 
 __all__ = [
     "BackboneSpec",
+    "BlockSegmenter",
+    "BranchSegmenter",
     "FrozenViT",
+    "Method",
+    "MethodOutput",
     "PPAPModule",
     "Predictor",
     "build_module",
     "load_segmenter",
     "register_backbone",
     "register_loss",
+    "register_method",
 ]
-KEPT_OPTIONS = ("model.", "eval.", "dataset.res", "dataset.val_res", "dataset.interpolation", "train.pre")
+KEPT_OPTIONS = (
+    "method", "model.", "hp.", "eval.", "dataset.res", "dataset.val_res", "dataset.interpolation",
+    "dataloader.batch_size", "train.precision",
+)  # fmt: skip
 
 
 def build_module(
@@ -50,13 +60,14 @@ def build_module(
     """
     with seeded(options.train.seed, "backbone"):
         backbone = build_backbone(options)
-    _check_channels(options, n_classes=labels.n_classes, dim=backbone.spec.dim)
+    code_dim = options.model.dim if options.model.continuous else labels.n_classes
     if train_labelled is None:
         train_labelled = checkpoint is None or checkpoint.about.get("train_labelled", True)
     weights = options.model.pretrained.pretrained_weights
     source = load_backbone(backbone, weights) if checkpoint is None else checkpoint.path
     with seeded(options.train.seed, "projection"):
-        segmenter = build_segmenter(options, backbone)
+        segmenter = build_segmenter(options, backbone, code_dim)
+    _check_channels(options, n_classes=labels.n_classes, asked=code_dim, found=segmenter.code_dim)
     evaluation |= {"train_labelled": train_labelled, "weights": f"from {source}"}
     module = PPAPModule(options, labels, segmenter, **evaluation)
     if checkpoint is not None:
@@ -77,17 +88,15 @@ def _restore(module: PPAPModule, checkpoint: Checkpoint) -> None:
     load_strictly(module, checkpoint.state, str(checkpoint.path))
 
 
-def _check_channels(options: Options, *, n_classes: int, dim: int) -> None:
-    wanted, key = options.model.dim, "model.dim"
-    if not options.model.continuous:
-        wanted, key = n_classes, "model.continuous is false: D = n_classes"
-    if wanted != dim:
-        raise UserError(f"{key} is {wanted}, must be {dim}, the backbone's width")
+def _check_channels(options: Options, *, n_classes: int, asked: int, found: int) -> None:
+    key = "model.dim" if options.model.continuous else "model.continuous is false: D = n_classes"
+    if asked != found:
+        raise UserError(f"{key} is {asked}, must be {found}, the backbone's width")
     n_clusters = n_classes + options.model.extra_clusters
-    if options.eval.is_direct and dim != n_clusters:
+    if options.eval.is_direct and found != n_clusters:
         raise UserError(
-            f"eval.is_direct takes the {dim} channels of the code as cluster logits, so there must be {dim} "
-            f"clusters, not {n_clusters}; set eval.is_direct false"
+            f"eval.is_direct takes the {found} channels of the code as cluster logits, so there must be "
+            f"{found} clusters, not {n_clusters}; set eval.is_direct false"
         )
 
 
@@ -114,7 +123,8 @@ def load_segmenter(
     about = loaded.about
     if opt is None:
         flat = stored_options(loaded)
-        if trust_plugins or flat.get("model.arch", "dino") not in ARCHS:
+        known = flat.get("model.arch", "dino") in ARCHS and flat.get("method", "ppap") in METHODS
+        if trust_plugins or not known:
             load_plugins(flat, trusted=trust_plugins)
         kept = {key: value for key, value in flat.items() if key.startswith(KEPT_OPTIONS)}
         opt = build_options(kept, source=f"the options in {loaded.path}")

@@ -1,4 +1,4 @@
-"""Callbacks that report on a run: tables and images in wandb, and report.html in the run's folder."""
+"""Callbacks: tables and images in wandb, report.html in the run's folder, and images for HP's pools."""
 
 import re
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ import wandb
 from pytorch_lightning import Callback, Trainer
 from torch import Tensor
 
+from loss import ieee_float32
 from model.explain import explain_images
 from model.module import PPAPModule
 from model.results import class_iou, class_maps, errors_as_warnings
@@ -78,6 +79,20 @@ class WandbImages(Callback):
         return tables
 
 
+class ReferenceImages(Callback):
+    """Hands random train images to the method before the steps for which it wants some."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: PPAPModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Calls `Method.prepare` if it is due."""
+        method, step = pl_module.method, trainer.global_step + 1
+        if images := method.reference_images(step, batch_idx):
+            loader, move = trainer.datamodule.random_batches(images, step), trainer.strategy.batch_to_device
+            with trainer.precision_plugin.forward_context(), ieee_float32():
+                method.prepare(pl_module.segmenter, (move(each) for each in loader), step)
+
+
 class HtmlReport(Callback):
     """Keeps report.html up to date: metrics and curves after each validation, pictures at the end.
 
@@ -96,7 +111,7 @@ class HtmlReport(Callback):
         if self.shown:
             self._explain(trainer, pl_module)
             self._add_strip(pl_module)
-        step, total = pl_module.global_step, trainer.max_epochs * trainer.num_training_batches
+        step, total = pl_module.global_step, trainer.estimated_stepping_batches
         iou = {"before_crf": class_iou(pl_module.last_evaluation, self.labels.names)}
         result = {"step": step, "before_crf": pl_module.metrics, "class_iou": iou}
         state = f"Training: step {step:,} of {total:,}. Pictures and CRF follow at the end."
@@ -123,8 +138,9 @@ class HtmlReport(Callback):
             write_strip(folder / "photographs.png", photographs)
 
     def _explain(self, trainer: Trainer, module: PPAPModule) -> None:
-        path, propagates = self.folder / "explanation.png", module.options.training_coeff.loss == "ppap"
-        if not propagates or module.frozen or path.exists():
+        path, options = self.folder / "explanation.png", module.options
+        propagates = options.trained_by == options.training_coeff.loss == "ppap"
+        if not propagates or path.exists():
             return
         with errors_as_warnings(path):
             names, images = zip(*self.shown, strict=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.weights import checked_state
 from utils.config.loading import flatten
-from utils.config.options import REMOVED_KEYS
+from utils.config.options import OF_BLOCK, REMOVED_KEYS
 from utils.errors import UserError
 from utils.files import find_checkpoints
 from utils.training.torch_files import read_torch_file, write_torch_file
@@ -133,6 +133,8 @@ def export(checkpoint: Checkpoint, path: Path) -> None:
     if path.exists() and not path.is_file():
         raise UserError(f"--export is {path}: a folder or a device, must be a regular file or a new name")
     about, content = checkpoint.about, {}
+    if (method := flatten(about.get("options", {})).get("method", "ppap")) not in OF_BLOCK:
+        raise UserError(f"{checkpoint.path}: trained by method {method}; the published format is PPAP's")
     for part, prefixes in PUBLISHED.items():
         content[part] = {
             theirs + name.removeprefix(ours): value

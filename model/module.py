@@ -51,7 +51,7 @@ class PPAPModule(LightningModule):
         super().__init__()
         self.options, self.labels, self.train_labelled = options, labels, train_labelled
         self.weights = weights
-        self.segmenter, self.method = segmenter, build_method(options)
+        self.segmenter, self.method = segmenter, build_method(options, segmenter)
         self.frozen = isinstance(self.method, Frozen)
         if self.frozen:
             self.segmenter.requires_grad_(False)
@@ -88,7 +88,7 @@ class PPAPModule(LightningModule):
         # the published train_loss is that of the probes alone
         probes = sum(detached[name] for name in ("linear_loss", "cluster_loss") if name in detached)
         self.scalars = {"total_loss": total.detach(), "train_loss": probes, **detached, **statistics}
-        self.throughput.add(world_size() * len(batch.label))
+        self.throughput.add(world_size() * self._images(batch))
         self.guard.observe(detached, step=step)
         if total.device.type == "cpu":  # a GPU would have to be waited for
             self.guard.raise_if_found(self.trainer.datamodule)
@@ -104,7 +104,7 @@ class PPAPModule(LightningModule):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The losses by name, () each, whose sum is minimised; and statistics of the method."""
         grid, dim = self.segmenter.grid(batch.label), self.segmenter.backbone.spec.dim
-        images = len(batch.label) // (2 if self.method.pairs else 1)
+        images = self._images(batch)
         draws = self.method.draws(images, grid, step, dim=dim)  # before the GPU has anything to do
         tensors = {name: value for name, value in draws.items() if isinstance(value, Tensor)}
         draws |= {name: upload(value, self.device) for name, value in tensors.items()}
@@ -145,7 +145,7 @@ class PPAPModule(LightningModule):
         self.logged = dict(zip(tensors, stacked.tolist(), strict=True))  # waits for a GPU once
         if self.logged.pop("first_nonfinite_step"):
             self.guard.raise_if_found(self.trainer.datamodule)
-        patches = world_size() * len(batch.label) * math.prod(self.segmenter.grid(batch.label))
+        patches = world_size() * self._images(batch) * math.prod(self.segmenter.grid(batch.label))
         logged_steps = self.trainer.estimated_stepping_batches // self.options.train.print_freq
         self.watch.add(self.logged, patches=patches, logged_steps=logged_steps)
         scalars = self.logged | {"epoch": self.current_epoch, "net_lr": self.options.optimizer.net.lr}
@@ -166,7 +166,11 @@ class PPAPModule(LightningModule):
             return
         probes = {"linear": self.linear_probe, "cluster": self.cluster_probe}
         with ieee_float32():
-            code = self.segmenter.code(self.segmenter.tokens(batch.inputs), self.segmenter.grid(batch.label))
+            grid, flips = self.segmenter.grid(batch.label), self.options.eval.flip
+            if flips and self.trainer.state.fn == "validate":
+                code = self.segmenter.flipped_code(batch.inputs, grid)
+            else:
+                code = self.segmenter.code(self.segmenter.tokens(batch.inputs), grid)
             self.evaluator.update(code, batch.image, batch.label, first=number * batches.batch_size, **probes)
 
     def on_validation_epoch_end(self) -> None:
@@ -208,18 +212,22 @@ class PPAPModule(LightningModule):
         self.guard = NonFiniteGuard(skip=self.guard.skip, skipped=entry.get("skipped_steps", 0))
 
     @torch.no_grad()
-    def frozen_tokens(self, image: Tensor, trainer: Trainer) -> Tensor:
+    def frozen_tokens(self, inputs: Tensor, trainer: Trainer) -> Tensor:
         """Tokens (B, T, D) of uint8 images (B, 3, H, W), on the device and in the precision of a trainer."""
         self.segmenter.backbone.to(trainer.strategy.root_device)
         with trainer.precision_plugin.forward_context(), ieee_float32():
-            return self.segmenter.tokens(image.to(trainer.strategy.root_device))
+            return self.segmenter.tokens(inputs.to(trainer.strategy.root_device))
 
     @torch.no_grad()
-    def frozen_features(self, image: Tensor, trainer: Trainer) -> Tensor:
-        """Criterion features (B, D, h, w) without dropout; arguments as for `frozen_tokens`."""
-        tokens = self.frozen_tokens(image, trainer)
+    def frozen_features(self, inputs: Tensor, trainer: Trainer, *, label: Tensor | None = None) -> Tensor:
+        """Criterion features (B, D, h, w) without dropout, of images, or of cached tokens and labels."""
+        tokens, shown = self.frozen_tokens(inputs, trainer), inputs if label is None else label
         with trainer.precision_plugin.forward_context():
-            return self.segmenter.features(tokens, self.segmenter.grid(image))
+            return self.segmenter.features(tokens, self.segmenter.grid(shown))
+
+    def _images(self, batch: Any) -> int:
+        """B: a batch may also hold a neighbour of each image."""
+        return len(batch.label) // (2 if self.method.neighbours else 1)
 
     def _write(self, scalars: dict[str, float]) -> None:
         scalars["iters"] = self.global_step

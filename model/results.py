@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from model.evaluator import Evaluation, Prediction
 from model.module import PPAPModule
 from utils.errors import first_line
 from utils.plots.figures import IGNORED, UNMATCHED, colour, draw_class_iou, draw_confusion, draw_predictions
+from utils.plots.report import read_scalars
 from utils.vision.labels import IGNORE, LabelSpace
 
 
@@ -20,16 +22,27 @@ def run_summary(module: PPAPModule, data: Any, trainer: Trainer, *, folder: Path
     options, spec = module.options, module.segmenter.backbone.spec
     labels = "labels" if data.train_labelled else "no labels"
     batches, epochs = len(data.train_dataloader()), options.train.epoch
+    steps = min(batches * epochs, options.train.max_steps or batches * epochs)
     device, precision = trainer.strategy.root_device, trainer.precision_plugin.precision
     items = f"{len(data.train_set):,} items to train on, {len(data.validation_set):,} to evaluate"
     lines = {
         "data": f"{options.dataset.data_type}, {data.labels.n_classes} classes, {items}, {labels}",
         "backbone": f"{options.model.arch}, {spec.depth} blocks of width {spec.dim}, {module.weights}",
         "device": f"{trainer.world_size} x {device.type}, precision {precision}",
-        "steps": f"{batches * epochs:,}: {epochs} epoch{'s' if epochs > 1 else ''} of {batches:,}",
+        "steps": f"{steps:,}: {epochs} epoch{'s' if epochs > 1 else ''} of {batches:,}",
         "folder": f"{folder}, which will contain report.html",
     }
     return "\n".join(f"{name:10}{words}" for name, words in lines.items())
+
+
+def training_cost(module: PPAPModule, folder: Path, *, seconds: float) -> dict[str, float]:
+    """Hours of training, median seconds of a step, and trainable parameters of the method."""
+    rates = [row["images_per_s"] for row in read_scalars(folder / "metrics.csv") if "images_per_s" in row]
+    parameters = [each for group, _ in module.method.groups(module.segmenter) for each in group]
+    cost = {"train_hours": seconds / 3600, "trainable_parameters": sum(each.numel() for each in parameters)}
+    if rates:  # without validations
+        cost["step_seconds"] = module.options.dataloader.batch_size / median(rates)
+    return cost
 
 
 def class_iou(evaluation: Evaluation, names: Sequence[str]) -> dict[str, dict[str, float]]:

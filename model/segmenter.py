@@ -43,6 +43,11 @@ class Segmenter(nn.Module):
         encode, _ = self._frozen_parts()
         return encode(image)
 
+    def flipped_code(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Mean code (B, K, h, w) of uint8 images (B, 3, H, W) and of their mirror images."""
+        code, mirrored = (self.code(self.tokens(each), grid) for each in (images, images.flip(-1)))
+        return (code + mirrored.flip(-1)) / 2
+
     def features(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Criterion features (B, D, h, w) of the frozen last block, from (B, T, D) tokens."""
         _, last = self._frozen_parts()
@@ -82,9 +87,12 @@ class BlockOutput(NamedTuple):
 
 
 class BlockSegmenter(Segmenter):
-    """PPAP's: the head is a copy of the backbone's last block, weights included; and a projection."""
+    """PPAP's: the head is a copy of the backbone's last block, weights included; and a projection.
 
-    def __init__(self, backbone: FrozenViT, *, compile: bool = False) -> None:
+    Its code always has the backbone's width.
+    """
+
+    def __init__(self, backbone: FrozenViT, code_dim: int | None = None, *, compile: bool = False) -> None:
         super().__init__(backbone, code_dim=backbone.spec.dim, compile=compile)
         self.head = copy.deepcopy(backbone.blocks[-1]).requires_grad_(True)
         self.projection = nn.Linear(backbone.spec.dim, backbone.spec.dim)
@@ -102,9 +110,9 @@ class BlockSegmenter(Segmenter):
 class BranchSegmenter(Segmenter):
     """STEGO's and HP's: a head of two branches reads the criterion features; the code has K channels."""
 
-    def __init__(self, backbone: FrozenViT, channels: int, *, compile: bool = False) -> None:
-        super().__init__(backbone, code_dim=channels, compile=compile)
-        self.head = TwoBranchHead(backbone.spec.dim, channels)
+    def __init__(self, backbone: FrozenViT, code_dim: int, *, compile: bool = False) -> None:
+        super().__init__(backbone, code_dim=code_dim, compile=compile)
+        self.head = TwoBranchHead(backbone.spec.dim, code_dim)
 
     def _code(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.head(self.features(tokens, grid))

@@ -68,7 +68,8 @@ def backbone_spec(options: Options) -> BackboneSpec:
     depth = chosen.depth or FULL_DEPTH[arch]
     if arch == "vit":
         native = chosen.native_res or options.dataset.res
-        return BackboneSpec(options.model.dim, depth, chosen.heads, chosen.dino_patch_size, native)
+        width = chosen.dim or options.model.dim
+        return BackboneSpec(width, depth, chosen.heads, chosen.dino_patch_size, native)
     dim, heads = WIDTH_AND_HEADS[chosen.model_type]
     registers = " registers" if chosen.registers else ""
     return BackboneSpec(

@@ -38,6 +38,19 @@ TINY = {  # seconds, not minutes: 4 steps of 4 scenes of 32 pixels
 }
 
 
+METHODS = {  # what the other methods change
+    "stego": {"method": "stego", "model.dim": 10, "model.pretrained.dim": 24},
+    "hp": {
+        "method": "hp",
+        "model.dim": 10,
+        "model.pretrained.dim": 24,
+        "hp.pool_size": 8,
+        "hp.warmup": 2,
+        "hp.renew_interval": 3,
+    },
+}
+
+
 def pytest_collection_modifyitems(items):
     """Tests marked gpu are skipped where there is none."""
     if not torch.cuda.is_available():

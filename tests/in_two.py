@@ -18,7 +18,7 @@ from model.methods.hp import HP
 from model.probes import ClusterProbe, LinearProbe
 from model.segmenter import dropout_mask
 from tests.conftest import TINY
-from tests.model.methods.conftest import TinySegmenter, hp_options
+from tests.model.methods.conftest import HP_OPTIONS, tiny_segmenter
 from utils.config.cli import guarded
 from utils.config.loading import build_options
 from utils.training.distributed import own_slice, rank, world_size
@@ -85,10 +85,13 @@ def dropout():
 
 def hidden_positives():
     """HP's pools and, from a step, its losses and the gradients of its head and projection, which add up."""
-    segmenter, drawn = TinySegmenter(), torch.Generator().manual_seed(6)
+    segmenter, drawn = tiny_segmenter(), torch.Generator().manual_seed(6)
     images = torch.randint(256, (IMAGES, 3, 16, 16), generator=drawn, dtype=torch.uint8)
     batch = Batch(own_slice(images), torch.zeros(IMAGES // world_size(), 16, 16), torch.arange(IMAGES))
-    method = HP(hp_options(build_options(TINY, source="a test"), pool_size=IMAGES), segmenter)
+    options = build_options(
+        TINY | HP_OPTIONS | {"hp.pool_size": IMAGES, "dataloader.batch_size": IMAGES}, source="a test"
+    )
+    method = HP(options, segmenter)
     method.prepare(segmenter, [batch], 1)
     draws = method.draws(len(batch.label), (4, 4), 1, dim=segmenter.backbone.spec.dim)
     losses = method(segmenter, batch, draws, Progress(1, 2)).losses

@@ -185,5 +185,21 @@ def test_own_parts__train_as_the_readme_says(own_parts, tmp_path):
     assert stored == {str(tmp_path / "mine.py"): sha256_of(tmp_path / "mine.py")}
 
 
+def test_own_method__trains_as_the_readme_says(tmp_path, monkeypatch):
+    text = section(REPOSITORY / "model/README.md", "Your own method")
+    (example,) = python_blocks(text)
+    (tmp_path / "relations.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plugins, "_loaded", {})
+    (command,) = re.findall(r"python run\.py (.+)", re.sub(r"\\\n\s*", "", text))
+    try:
+        run.main([*shlex.split(command), *QUICK[1:], "dataset.train_images=32", "dataset.val_images=4"])
+    finally:
+        options.METHODS.remove("relations")
+    with (tmp_path / "output/relations/metrics.csv").open() as file:
+        losses = [float(row["relation_loss"]) for row in csv.DictReader(file) if row["relation_loss"]]
+    assert losses[-1] < losses[0]
+
+
 if __name__ == "__main__":
     OPTIONS.write_text(with_option_table(TEXTS[OPTIONS]), encoding="utf-8")

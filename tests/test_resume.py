@@ -24,17 +24,17 @@ from loss import PPAPLossOutput
 from model import criterion, register_loss
 from model.callbacks import HtmlReport
 from model.module import PPAPModule
-from tests.conftest import without_figures, write_tiny
+from tests.conftest import METHODS, without_figures, write_tiny
 from tests.dataset.files import picture, save
 from utils.config.cli import guarded
 from utils.config.options import LOSSES
 from utils.errors import Interrupted, UserError, exit_on_signals
 from utils.training.checkpointing import CheckpointManager
 from utils.training.run_dir import BEST, LAST, RunDir
-from utils.training.stopping import Stopped, StopSignal
+from utils.training.stopping import Stopped, StopSignal, follow_main_process
 from utils.vision.crf import CrfPool
 
-TIMES = {"images_per_s", "train_hours", "peak_memory_gib", "checkpoint"}
+TIMES = {"images_per_s", "train_hours", "step_seconds", "peak_memory_gib", "checkpoint"}
 LONG = {"train__epoch": 3, "train__valid_freq": 3, "train__print_freq": 1, "eval__is_crf": False}  # 12 steps
 SEVEN = LONG | {"train__epoch": 2, "dataset__train_images": 30}  # 14 steps, 7 per epoch
 
@@ -172,6 +172,17 @@ def test_resume__a_loss_that_draws_from_global_generators(tiny_file, tmp_path, s
     finally:
         LOSSES.remove("drawing")
         del criterion._registered["drawing"]
+    assert_same_run(tmp_path / "output/tiny", tmp_path / "output/whole")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume__of_other_methods(tiny_file, tmp_path, stop_in, method):
+    """Before and after HP renews its pools, which it does before the fourth step of an epoch."""
+    words = ["--opt", tiny_file(**LONG | METHODS[method])]
+    for step in (2, 7):
+        stop_in(step, [*words, "--resume"])
+    run.main([*words, "--resume"])
+    run.main([*words, "wandb.name=whole"])
     assert_same_run(tmp_path / "output/tiny", tmp_path / "output/whole")
 
 
@@ -406,12 +417,48 @@ def test_kill__no_child_stays_behind(tiny_file, tmp_path, start):
     while not (pids.exists() and pids.read_text()):
         assert process.is_alive()
         time.sleep(0.05)
-    children = [Path("/proc", pid) for pid in pids.read_text().split()]
+    children = pids.read_text().split()
     assert len(children) >= 2
     process.kill()
     process.join()
-    while any(map(Path.exists, children)):  # for ever, if one stays behind
+    assert_all_end(children)
+
+
+def assert_all_end(pids):
+    """Waits for processes; a minute, as the machine may be busy."""
+    late = time.monotonic() + 60
+    while left := [pid for pid in pids if alive(pid)]:
+        assert time.monotonic() < late, left
         time.sleep(0.05)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"
+    except OSError:
+        return False
+
+
+def orphan(parent):
+    """A worker that is so slow to start that its main process has ended by then."""
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    follow_main_process()
+    signal.pause()
+
+
+def main_process(path):
+    worker = multiprocessing.get_context("spawn").Process(target=orphan, args=(os.getpid(),))
+    worker.start()
+    path.write_text(str(worker.pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_kill__before_a_worker_follows_its_main_process(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=main_process, args=(tmp_path / "pid",))
+    process.start()
+    process.join()
+    assert_all_end([(tmp_path / "pid").read_text()])
 
 
 def test_kill__before_renames(tiny_file, tmp_path, whole, start):
@@ -454,8 +501,7 @@ def test_kill__at_random_moments(tmp_path, whole, start, kills, full):
             started = descendants(process.pid)
             process.kill()
             process.join()
-            while any(Path("/proc", each).exists() for each in started):  # for ever, if one stays behind
-                time.sleep(0.05)
+            assert_all_end(started)
             kills -= 1
             continue
         assert process.exitcode == 0

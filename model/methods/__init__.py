@@ -1,1 +1,1 @@
-"""The parts of the methods that PPAP is compared with: STEGO's head and HP's local mixing."""
+"""Training methods: PPAP, STEGO, HP and the frozen baseline."""

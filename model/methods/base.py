@@ -31,10 +31,9 @@ class Method(nn.Module):
     the segmenter's parameters would be stored twice.
     """
 
-    pairs = False  # whether a batch holds 2B items: the images, then a neighbour of each
-    needs_images = False  # whether cached tokens do not suffice
+    neighbours = 0  # nearest train images to draw one from; if any, a batch is B images, then B neighbours
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, segmenter: Segmenter) -> None:
         super().__init__()
         self.options = options
 
@@ -59,9 +58,9 @@ class Method(nn.Module):
         """Parameter groups of the optimizer, each with its section of `optimizer.*`; the probes' follow."""
         return [(segmenter.trainable(), self.options.optimizer.net)]
 
-    def pools_due(self, step: int, batch_idx: int) -> bool:
-        """Whether `prepare` is due before a step, from 1, that is `batch_idx` in its epoch."""
-        return False
+    def reference_images(self, step: int, batch_idx: int) -> int:
+        """How many random train images `prepare` needs before a step, from 1, `batch_idx` in its epoch."""
+        return 0
 
     def prepare(self, segmenter: Segmenter, batches: Iterable[Any], step: int) -> None:
         """Renews state that random train images determine, see HP; the batches are on the device."""

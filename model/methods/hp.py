@@ -36,10 +36,9 @@ class HP(Method):
     """
 
     def __init__(self, options: Options, segmenter: Segmenter) -> None:
-        super().__init__(options)
+        super().__init__(options, segmenter)
         self.chosen, self.seed = options.hp, options.train.seed
         self.dropout, self.channels = options.model.criterion_dropout, segmenter.code_dim
-        self.needs_images = options.hp.alpha > 0
         self.average = copy.deepcopy(segmenter.head).requires_grad_(False)
         with seeded(self.seed, "hp projection"):
             self.projection = nn.Linear(self.channels, self.channels)
@@ -50,9 +49,10 @@ class HP(Method):
         without_decay = self.options.optimizer.net.model_copy(update={"weight_decay": 0.0})
         return [*super().groups(segmenter), (list(self.projection.parameters()), without_decay)]
 
-    def pools_due(self, step: int, batch_idx: int) -> bool:
-        """Whether the pools are to be renewed before a step, from 1, that is `batch_idx` in its epoch."""
-        return step == 1 or (batch_idx > 0 and batch_idx % self.chosen.renew_interval == 0)
+    def reference_images(self, step: int, batch_idx: int) -> int:
+        """The size of the pools if they are to be renewed before this step."""
+        due = step == 1 or (batch_idx > 0 and batch_idx % self.chosen.renew_interval == 0)
+        return self.chosen.pool_size if due else 0
 
     def prepare(self, segmenter: Segmenter, batches: Iterable[Any], step: int) -> None:
         """Renews the pool of codes, in the first step also that of features."""
@@ -64,7 +64,7 @@ class HP(Method):
         """Dropout masks by what they apply to, and the colour changes of this rank's images."""
         names = {"linear": dim, "average linear": dim, "nonlinear": dim, "average nonlinear": dim}
         names |= {"features": dim, "average": self.channels, "mixed": self.channels}
-        if self.needs_images:
+        if self.chosen.alpha:
             names |= {"view linear": dim, "view nonlinear": dim}
         drawn, found = generator(self.seed, "dropout", step), {}
         for name, channels in names.items():
@@ -98,7 +98,7 @@ class HP(Method):
             reweighting=self.chosen.reweighting,
         )
         losses = {"hp_loss": loss}
-        if self.needs_images:
+        if self.chosen.alpha:
             view = segmenter.encode(self._view(batch.inputs, draws["views"]))  # (B, T, D)
             branches = draws["view linear"], draws["view nonlinear"]
             other = self._project(segmenter.head(segmenter.features(view, grid), branches))

@@ -17,8 +17,8 @@ from utils.training.randomness import generator
 class PPAP(Method):
     """Contrasts projections of the code by a loss of the criterion features, with channel dropout."""
 
-    def __init__(self, options: Options) -> None:
-        super().__init__(options)
+    def __init__(self, options: Options, segmenter: BlockSegmenter) -> None:
+        super().__init__(options, segmenter)
         self.criterion = build_criterion(options)
 
     def draws(self, images: int, grid: tuple[int, int], step: int, *, dim: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks.compute import bench_growth, bench_loss, bench_step
+from tests.benchmarks.compute import bench_growth, bench_loss, bench_methods, bench_step
 from tests.benchmarks.evaluation import bench_crf, bench_eval
 from tests.benchmarks.inputs import SHAPES
 from tests.benchmarks.measure import HEADER, Bench, Row
@@ -28,6 +28,7 @@ CASES: dict[str, Callable[[Bench, str], list[Row]]] = {
     "loss": bench_loss,
     "growth": bench_growth,
     "step": bench_step,
+    "methods": bench_methods,
     "epoch": bench_epoch,
     "eval": bench_eval,
     "crf": bench_crf,

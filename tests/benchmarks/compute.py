@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from dataset.base import Batch
 from loss import PPAPLoss
 from model.criterion import build_criterion
 from model.module import PPAPModule
@@ -25,6 +26,7 @@ LOSS_BATCHES = {"cpu": (4, 8), "cuda": (8, 64)}
 GROWTH_BATCHES = (8, 16, 32, 64, 128, 256)
 GROWTH_STEPS = range(6)
 PRODUCTS = {"ours": "float32", "ours, split": "split", "ours, float16": "float16"}
+CHANNELS = {"frozen": None, "ppap": None, "stego": 70, "hp": 512}  # K of the code; None: D
 TIMED_ONCE = {"cpu": 64, "cuda": 256}  # a run of a larger batch takes minutes
 
 
@@ -151,9 +153,7 @@ def bench_step(bench: Bench, shape: str) -> list[Row]:
         for name, chosen in with_products(options).items():
             module = random_module(chosen, bench.device)
             optimizer, costs[name] = module.configure_optimizers(), step_costs(chosen, device)
-            forms[name] = step_form(
-                module, optimizer, lambda m=module, b=batch: sum(m.losses(b, step=1)[0].values())
-            )
+            forms[name] = step_form(module, optimizer, partial(_total, module, batch))
         if size <= LITERAL_BATCH[device]:
             image = normalise(batch.image)
             step = step_form(
@@ -162,3 +162,23 @@ def bench_step(bench: Bench, shape: str) -> list[Row]:
             forms["literal"] = step
         rows += bench.compare(f"step, batch {size}", forms, costs=costs, items=size)
     return rows
+
+
+def bench_methods(bench: Bench, shape: str) -> list[Row]:
+    """A training step of each method; STEGO's also reads a neighbour of each image, HP's makes two views."""
+    size, width, forms = 8, backbone_spec(shape_options(shape)).dim, {}
+    for method, channels in CHANNELS.items():
+        changed = {"method": method, "dataloader.batch_size": size, "train.compare_frozen": False}
+        changed |= {"model.dim": channels or width, "model.pretrained.dim": width, "hp.pool_size": 256 * size}
+        options = shape_options(shape, changed)
+        module = random_module(options, bench.device)
+        read = with_changes(options, {"dataloader.batch_size": 2 * size}) if method == "stego" else options
+        batch = random_batch(read, bench.device, n_classes_of(options))
+        step = partial(_total, module, batch)
+        forms[method] = step_form(module, module.configure_optimizers(), step)
+    return bench.compare(f"methods, batch {size}", forms, items=size)
+
+
+def _total(module: PPAPModule, batch: Batch) -> torch.Tensor:
+    losses, _ = module.losses(batch, step=1)
+    return sum(losses.values())

@@ -17,8 +17,8 @@ from dataset.base import Batch
 from dataset.crops import CROPS, crop_boxes, prepared_folder
 from loss import PPAPLoss
 from model.backbone import FrozenViT
+from model.methods.build import build_segmenter
 from model.module import PPAPModule
-from model.segmenter import BlockSegmenter
 from model.weights import backbone_spec
 from utils.config.loading import find_option_file, load_options
 from utils.config.options import Options
@@ -75,7 +75,7 @@ def random_module(options: Options, device: torch.device) -> PPAPModule:
     """The whole network with random weights."""
     labels = DATA_SETS[options.dataset.data_type].labels(options.dataset)
     with seeded(0, "benchmark"):
-        segmenter = BlockSegmenter(FrozenViT(backbone_spec(options)))
+        segmenter = build_segmenter(options, FrozenViT(backbone_spec(options)), options.model.dim)
     return PPAPModule(options, labels, segmenter).to(device)
 
 

@@ -53,7 +53,7 @@ def parse_arguments(
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=layout)
     flag, path = parser.add_argument, {"type": os.path.expanduser}
-    flag("--opt", **path, help="option file: a path, or a name in json/ or json/server/")
+    flag("--opt", **path, help="option file: a path, or a name in json/ or its subfolders")
     flag("--debug", dest="wandb.mode", action="store_const", const="disabled", help="disable wandb")
     flag("--test", action="store_true", help="evaluate only (eval.py always does)")
     flag("--checkpoint", **path, help="checkpoint file, folder or name of a run")

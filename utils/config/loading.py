@@ -18,6 +18,7 @@ from utils.files import REPOSITORY, read_json_object, weights_file
 
 WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
 WORDS |= {list[int]: "a list of whole numbers", list[str]: "a list of strings"}
+FOLDERS = ("json", "json/server", "json/baselines")
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most"}
 
 
@@ -48,27 +49,27 @@ LEGACY_KEYS = flatten(LEGACY)
 
 
 def find_option_file(name: str, *, beside: Path = Path(), asked: str = "--opt") -> Path:
-    """Finds an option file by path or by name in json/ or json/server/; errors name the flag `asked`."""
-    folders = [root / folder for root in (Path(), REPOSITORY) for folder in ("json", "json/server")]
+    """Finds an option file by path or by name in json/ or its subfolders; errors name the flag `asked`."""
+    folders = [root / folder for root in (Path(), REPOSITORY) for folder in FOLDERS]
     for folder in (beside, Path(), *folders):
         for path in (folder / name, folder / f"{name}.json"):
             if os.path.isfile(path):
                 return path
     known = sorted({path.name for folder in folders for path in folder.glob("*.json")})
     hint = closest(name.removesuffix(".json"), [file.removesuffix(".json") for file in known])
-    there = f"in json/ or json/server/.{hint.replace('?', '.json?')} Available: {', '.join(known)}"
+    there = f"in {', '.join(FOLDERS)}.{hint.replace('?', '.json?')} Available: {', '.join(known)}"
     raise UserError(f"{asked} {name}: no such file, and no such name {there}")
 
 
 def read_option_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Reads the flat options of a file, merged over those of its `base`."""
+    """Reads the flat options of a file, merged over those of its `base`; a `description` is for people."""
     if path in seen:
         raise UserError(f"{path}: base: the option files form a cycle; remove one base")
     tree = read_json_object(path)
     groups = all(isinstance(value, dict) for value in tree.values())
     if tree and groups and tree.keys().isdisjoint(Options.model_fields):
         raise UserError(f"{path}: is not an option file; if it holds variants, give it to --variants")
-    base = tree.pop("base", None)
+    base, _ = tree.pop("base", None), tree.pop("description", None)
     flat = with_absolute_plugins(flatten(tree), path.parent)
     if base is None:
         return flat

@@ -32,12 +32,15 @@ WIDTH_AND_HEADS = {"vit_small": (384, 6), "vit_base": (768, 12)}
 PATCHES = {"dino": [8, 16], "dinov2": [14]}
 FULL_DEPTH = {"dino": 12, "dinov2": 12, "vit": 4}
 
-# Registered names; `register_data_set`, `register_backbone` and `register_loss` extend these lists.
+# Registered names; `register_data_set`, `register_backbone`, `register_loss` and `register_method` extend
+# these lists.
 COCOSTUFF = ("cocostuff27", "cocostuff15", "cocostuff3")
 DATA_TYPES = [*COCOSTUFF, "cityscapes", "potsdam", "potsdamraw", "directory", "synthetic"]
 WITHOUT_FOLDER = {"synthetic"}  # data sets that read no files
 ARCHS = ["dino", "dinov2", "vit"]
 LOSSES = ["ppap"]
+METHODS = ["ppap", "stego", "hp", "frozen"]
+OF_BLOCK = ("ppap", "frozen")  # methods whose head is a block of the backbone, so that model.dim is its width
 
 # Keys of the published option files that have no effect, with the only value they may have.
 LEGACY = {
@@ -75,6 +78,7 @@ Interval = Annotated[Text | None, Predicate(_is_interval), 'steps (500), minutes
 Arch = Annotated[Text, Predicate(ARCHS.__contains__), ARCHS]
 DataType = Annotated[Text, Predicate(DATA_TYPES.__contains__), DATA_TYPES]
 Loss = Annotated[Text, Predicate(LOSSES.__contains__), LOSSES]
+MethodName = Annotated[Text, Predicate(METHODS.__contains__), METHODS]
 
 
 def option(default: Any, description: str, **bounds: float) -> Any:
@@ -152,11 +156,41 @@ class _Coefficients(_Section):
     )
 
 
+class _Stego(_Section):
+    weight_self: Number = option(0.67, "lambda of an image and itself; published: pos_intra_weight")
+    weight_knn: Number = option(0.25, "lambda of an image and a neighbour; published: pos_inter_weight")
+    weight_rand: Number = option(0.63, "lambda of an image and random ones; published: neg_inter_weight")
+    shift_self: Number = option(0.08, "b of an image and itself; published: pos_intra_shift")
+    shift_knn: Number = option(0.02, "b of an image and a neighbour; published: pos_inter_shift")
+    shift_rand: Number = option(0.66, "b of an image and random ones; published: neg_inter_shift")
+    pointwise: bool = option(True, "centre the correspondences of each point")
+    zero_clamp: bool = option(True, "clamp negative correspondences of the code to 0")
+    stabilize: bool = option(False, "clamp correspondences of the code to at most 0.8; published: stabalize")
+    feature_samples: int = option(11, "S, samples per side: S x S points of each image", ge=1)
+    neg_samples: int = option(5, "number of random images for each image", ge=1)
+    num_neighbors: int = option(7, "number of nearest neighbours to draw from", ge=1)
+    knn_dropout: Number = option(
+        0.0, "channel dropout of the neighbours' features; published: 0.1", ge=0, le=0.99
+    )
+
+
+class _HP(_Section):
+    rho: Number = option(0.02, "probability that a patch is in the denominators", gt=0, le=1)
+    alpha: Number = option(0.05, "weight of the consistency of two colour views; 0: no second view", ge=0)
+    pool_size: int = option(2048, "M, entries of the reference pools, a multiple of the batch size", ge=1)
+    ema_m: Number = option(0.99, "momentum of the averaged head", ge=0, le=1)
+    warmup: int = option(1000, "steps before task-specific positives count", ge=0)
+    renew_interval: int = option(100, "steps between renewals of the task-specific pool", ge=1)
+    reweighting: bool = option(True, "weight anchors by their number of positives")
+    published_colour: bool = option(False, "change the colours of normalised images, clamped to [0, 1]")
+
+
 class _Pretrained(_Section):
     model_type: Literal["vit_small", "vit_base"] = option("vit_small", "size of dino and dinov2")
     dino_patch_size: int = option(8, "patch size in pixels: dino 8 or 16, dinov2 14", ge=1)
     registers: bool = option(False, "dinov2: the variant with register tokens")
     depth: int | None = option(None, "use only the first `depth` blocks; null: all (vit: 4)", ge=2)
+    dim: int | None = option(None, "vit: width; null: model.dim", ge=1)
     heads: int = option(3, "vit: number of attention heads", ge=1)
     native_res: int | None = option(None, "vit: pixels of the position embedding; null: res", ge=1)
     pretrained_weights: PathName | None = option(None, "local weights file; null: the official weights")
@@ -165,7 +199,7 @@ class _Pretrained(_Section):
 class _Model(_Section):
     arch: Arch = option("dino", "backbone family; vit: any size, without official weights")
     continuous: bool = option(True, "true: the code has `dim` channels; false: one channel per class")
-    dim: int = option(384, "D, width of the backbone and of the code", ge=1)
+    dim: int = option(384, "channels of the code: D, the backbone's width; stego and hp: K, any number", ge=1)
     extra_clusters: int = option(0, "clusters beyond the number of classes", ge=0)
     criterion_dropout: Number = option(0.1, "channel dropout of the criterion features", ge=0, le=0.99)
     pretrained: _Pretrained = _Pretrained()
@@ -195,6 +229,7 @@ class TrainOptions(_Section):
     """The training run."""
 
     epoch: int = option(5, "number of epochs", ge=1)
+    max_steps: int | None = option(None, "stop after this many steps; null: after the epochs", ge=1)
     print_freq: int = option(25, "steps between logged scalars", ge=1)
     valid_freq: int = option(100, "steps between validations, in addition to the end of each epoch", ge=1)
     checkpoint_every: Interval = option("15 min", "interval; each validation saves one too")
@@ -204,7 +239,7 @@ class TrainOptions(_Section):
     compile: bool = option(False, "torch.compile backbone and head; runs eagerly if that fails")
     deterministic: bool = option(False, "CUDA: deterministic operations only, which are slower")
     seed: int = option(0, "random seed", ge=0, le=2**32 - 1)
-    frozen: bool = option(False, "baseline: the head is never updated (`--frozen`)")
+    frozen: bool = option(False, "the same as `method=frozen` (`--frozen`)")
     compare_frozen: bool = option(False, "also run the frozen baseline and compare the two")
 
     @property
@@ -233,6 +268,7 @@ class TrainerOptions(_Section):
 class _Eval(_Section):
     is_crf: bool = option(True, "also evaluate after CRF refinement")
     is_direct: bool = option(False, "use the code itself as cluster logits")
+    flip: bool = option(False, "evaluation of a checkpoint: average the code with that of the mirrored image")
     extra_clusters: int = option(0, "must equal model.extra_clusters", ge=0)
     last_step: bool = option(False, "after training, also evaluate the last step; writes to `last/`")
     batch_size: int = option(16, "images per batch, on each device", ge=1)
@@ -244,21 +280,31 @@ class _Eval(_Section):
 class Options(_Section):
     """All options of a run."""
 
+    method: MethodName = option("ppap", "training method; frozen: baseline, the head is never updated")
     gpu_ids: list[int] = option([0], "CUDA devices; [0]: the first `trainer.devices`")
     output_dir: PathName = option("./output/", "folder that holds the runs' folders")
     checkpoint: PathName = option("", "checkpoint file, folder or name of a run (`--checkpoint`)")
-    plugins: list[str] = option([], "your own Python files that register data sets, backbones or losses")
+    plugins: list[str] = option(
+        [], "your own Python files that register data sets, backbones, losses or methods"
+    )
     resume: Literal["auto", None] = option(None, "auto: continue from the last checkpoint (`--resume`)")
     resume_on_other_data: bool = option(False, "continue a run whose data changed since it was stopped")
     wandb: WandbOptions = WandbOptions()
     dataset: DatasetOptions = DatasetOptions()
     dataloader: _Dataloader = _Dataloader()
     training_coeff: _Coefficients = _Coefficients()
+    stego: _Stego = _Stego()
+    hp: _HP = _HP()
     model: _Model = _Model()
     optimizer: _Optimizers = _Optimizers()
     train: TrainOptions = TrainOptions()
     trainer: TrainerOptions = TrainerOptions()
     eval: _Eval = _Eval()
+
+    @property
+    def trained_by(self) -> str:
+        """The method; `train.frozen` is another way to write "frozen"."""
+        return "frozen" if self.train.frozen else self.method
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> "Options":
@@ -283,13 +329,15 @@ def _rules(options: Options) -> Iterator[tuple[Any, ...]]:
         yield patch_key, backbone.dino_patch_size in patches, f"one of {patches} {given}", "model.arch"
         few = backbone.depth is None or backbone.depth <= blocks
         yield "model.pretrained.depth", few, f"at most {blocks} {given}", "model.arch"
-        fits = model.dim == width or not model.continuous
-        yield "model.dim", fits, f"{width}, the width of {size}", "model.arch", "model.pretrained.model_type"
+        fits = model.dim == width or not model.continuous or options.trained_by not in OF_BLOCK
+        others = "model.arch", "model.pretrained.model_type", "method"
+        yield "model.dim", fits, f"{width}, the width of {size}", *others
     if arch != "dinov2":
         yield "model.pretrained.registers", not backbone.registers, f"false {given}", "model.arch"
     factors = {"dataset.res": patch_key, "dataset.val_res": patch_key}
     if arch == "vit":
-        factors |= {"model.pretrained.native_res": patch_key, "model.dim": "model.pretrained.heads"}
+        width_key = "model.pretrained.dim" if backbone.dim else "model.dim"
+        factors |= {"model.pretrained.native_res": patch_key, width_key: "model.pretrained.heads"}
     for key, factor in factors.items():
         value, step = attrgetter(key)(options), attrgetter(factor)(options)
         yield key, (value or 0) % step == 0, f"a multiple of {factor} ({step})", factor
@@ -303,3 +351,23 @@ def _rules(options: Options) -> Iterator[tuple[Any, ...]]:
     yield "training_coeff.products", possible, f"float32 or float16 with {rounded} float16", rounded
     constant = data.cache_features is None or data.loader_crop_type != "random"
     yield "dataset.cache_features", constant, "null with dataset.loader_crop_type random"
+    yield from _method_rules(options)
+
+
+def _method_rules(options: Options) -> Iterator[tuple[Any, ...]]:
+    """The rules of `_rules` that concern the method."""
+    method, batch = options.trained_by, options.dataloader.batch_size
+    own_loss = options.training_coeff.loss == "ppap" or method in OF_BLOCK
+    yield "training_coeff.loss", own_loss, f"ppap with method {method}, which has its own loss", "method"
+    compares = method in OF_BLOCK or not options.train.compare_frozen
+    yield (
+        "train.compare_frozen",
+        compares,
+        f"false with method {method}; run method=frozen by itself",
+        "method",
+    )
+    if method == "hp":
+        cached = options.dataset.cache_features is not None and options.hp.alpha > 0
+        yield "dataset.cache_features", not cached, "null with method hp, unless hp.alpha is 0", "method"
+        allowed = f"a multiple of dataloader.batch_size ({batch})"
+        yield "hp.pool_size", options.hp.pool_size % batch == 0, allowed, "dataloader.batch_size", "method"

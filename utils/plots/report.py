@@ -18,8 +18,10 @@ from utils.vision.labels import LabelSpace
 NAME = "report.html"
 STRIPS, MAX_STRIPS = "validations", 8  # folder of small pictures, and how many of them are shown
 MAX_POINTS = 300  # per curve; longer curves are averaged
+LOSSES = ("supcon_loss", "stego_loss", "hp_loss", "consistency_loss")  # of the methods
 CURVES = (  # title, scalars, description, whether the axis is logarithmic
-    ("Loss", ("total_loss", "supcon_loss"), "total_loss = supcon_loss + losses of the probes", False),
+    ("Loss", ("total_loss", *LOSSES), "total_loss = losses of the method and of the probes", False),
+    ("Pairs of STEGO", ("self_loss", "knn_loss", "rand_loss"), "before weighting", False),
     ("Probes", ("linear_loss", "cluster_loss"), "cross-entropy; negative cosine to the centroids", False),
     ("Metrics", METRICS, "percent, on the validation set, before CRF", False),
     ("Positives and negatives", ("num_positives", "num_negatives"), "patches per anchor", True),
@@ -50,7 +52,7 @@ def write_report(
     known, and `pictures` whether to embed the PNG figures in the folder.
     """
     options, defaults = flatten(read_json_object(folder / "options.json")), flatten(as_tree(Options()))
-    scalars = _read_scalars(folder / "metrics.csv")
+    scalars = read_scalars(folder / "metrics.csv")
     provenance = flatten(read_json_object(folder / "provenance.json"))
     provenance |= {key: f"{result[key]:.2f}" for key in ("train_hours", "peak_memory_gib") if key in result}
     figures, results = {}, [("step", result), ("last step", result.get("last_step") or {})]
@@ -104,7 +106,7 @@ def embedded(path: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def _read_scalars(path: Path) -> list[dict[str, float]]:
+def read_scalars(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics.csv without their empty cells."""
     if not path.exists():
         return []

@@ -8,6 +8,7 @@ from typing import Any
 COLUMNS = 80  # of a terminal
 METRICS = ("Cluster_Accuracy", "Cluster_mIoU", "Linear_Accuracy", "Linear_mIoU")
 METRIC_TITLES = tuple(name.replace("_", " ") for name in METRICS)
+COST_TITLES = ("s / step", "parameters")
 STAGES = {"before_crf": "before CRF", "after_crf": "after CRF"}
 
 
@@ -90,20 +91,34 @@ def _class_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def sweep_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """Mean and sample standard deviation over the runs (seeds) of each setting, from (setting, result)."""
-    header = ["accuracy / mIoU, %", "runs", "clusters", "linear probe"]
-    return text_table(header, [[*row[:2], *_pairs(row[2:])] for row in sweep_rows(results)])
+    header, rows = ["accuracy / mIoU, %", "runs", "clusters", "linear probe"], sweep_rows(results)
+    table = text_table(header, [[*row[:2], *_pairs(row[2:])] for row in rows])
+    costs = {row[0].rsplit(", ", 1)[0]: row[-2:] for row in rows}  # by setting
+    if len({parameters for _, parameters in costs.values()}) == 1:
+        return table
+    return f"{table}\n\n{text_table(['', *COST_TITLES], [[name, *cost] for name, cost in costs.items()])}"
 
 
 def sweep_rows(results: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]:
-    """Setting and stage, number of runs, and "mean ± standard deviation" of each of `METRICS`."""
+    """Setting and stage, number of runs, "mean ± standard deviation" of each of `METRICS`, and the cost.
+
+    The cost is the mean of the seconds of a step, and the trainable parameters of the method.
+    """
     rows = []
     for setting in dict.fromkeys(setting for setting, _ in results):
         group = [result for other, result in results if other == setting]
         for stage, title in STAGES.items():
             metrics = [result[stage] for result in group if result[stage]]
             cells = [_mean_and_deviation([each.get(name) for each in metrics]) for name in METRICS]
-            rows += [[f"{setting or 'all'}, {title}", str(len(group)), *cells]] if metrics else []
+            row = [f"{setting or 'all'}, {title}", str(len(group)), *cells, *_cost(group)]
+            rows += [row] if metrics else []
     return rows
+
+
+def _cost(results: Sequence[dict[str, Any]]) -> list[str]:
+    seconds = [result["step_seconds"] for result in results if "step_seconds" in result]
+    parameters = results[0].get("trainable_parameters")
+    return [f"{mean(seconds):.2f}" if seconds else "-", "-" if parameters is None else f"{parameters:,}"]
 
 
 def _mean_and_deviation(values: Sequence[float | None]) -> str:

@@ -159,7 +159,7 @@ class CheckpointManager(Callback):
         raise self._stopped(trainer)
 
     def _stopped(self, trainer: Trainer) -> Stopped:
-        total = trainer.max_epochs * trainer.num_training_batches
+        total = trainer.estimated_stepping_batches
         message = f"at step {self._saved_step:,} of {total:,}, saved in {self.folder / LAST}"
         if in_slurm_job() and trainer.is_global_zero:
             message += f"; {requeue()}"

@@ -71,10 +71,10 @@ def follow_main_process(*_: Any) -> None:
     In a process group of its own, it does not get signals to that of the main process, such as Ctrl-C.
     """
     os.setpgid(0, 0)
-    if sys.platform == "linux":
+    if sys.platform == "linux":  # also while a library holds Python's lock
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    else:
-        Thread(target=_exit_after_main_process, daemon=True).start()
+    # also on other systems, and if the main process ended before this
+    Thread(target=_exit_after_main_process, daemon=True).start()
 
 
 def worker_was_killed(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ BAR = "{desc} {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 
 class ValidationSteps(Callback):
-    """Validates every `valid_freq` steps of an epoch and at its end.
+    """Validates every `valid_freq` steps of an epoch, at its end and at the end of the run.
 
     Lightning's integer `val_check_interval` may not exceed the epoch, and skips an end it does not divide.
     """
@@ -31,6 +31,7 @@ class ValidationSteps(Callback):
         """Lightning validates after a batch that `val_check_batch` divides."""
         step = batch_idx + 1
         due = step % self.valid_freq == 0 or step == trainer.num_training_batches
+        due = due or trainer.global_step + 1 == trainer.max_steps
         trainer.val_check_batch = step if due else math.inf
 
 
@@ -44,7 +45,7 @@ class RunBar(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the bar at the step that the run continues from."""
-        total = trainer.max_epochs * trainer.num_training_batches
+        total = trainer.estimated_stepping_batches
         self._bar = Bar(total=total, initial=trainer.global_step, bar_format=BAR, desc="training")
 
     def on_train_batch_end(
@@ -118,6 +119,7 @@ def build_trainer(
     return Trainer(
         **hardware | {"plugins": [*hardware.get("plugins", []), AtomicCheckpointIO()]},
         max_epochs=options.train.epoch,
+        max_steps=options.train.max_steps or -1,
         deterministic=options.train.deterministic,
         logger=loggers or False,
         callbacks=[ValidationSteps(options.train.valid_freq), RunBar(refresh_rate), *(callbacks or [])],

@@ -1,47 +1,33 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
-from torch import nn
 
 from dataset.base import Batch
 from model.backbone import BackboneSpec, FrozenViT
-from model.methods.heads import TwoBranchHead
-from utils.vision.transforms import normalise
+from model.segmenter import BranchSegmenter
 
 IMAGES, CHANNELS, GRID = 4, 7, (4, 4)
+HP_OPTIONS = {
+    "method": "hp",
+    "hp.rho": 0.5,
+    "hp.pool_size": 2 * IMAGES,
+    "hp.ema_m": 0.9,
+    "hp.warmup": 1,
+    "hp.renew_interval": 2,
+    "optimizer.net.weight_decay": 0.1,
+}
 
 
-class TinySegmenter(nn.Module):
-    """A segmenter of two branches on a random ViT for images of 16 pixels."""
-
-    code_dim = CHANNELS
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.backbone = FrozenViT(BackboneSpec(dim=12, depth=2, heads=3, patch=4, native_res=16))
-        self.head = TwoBranchHead(12, CHANNELS)
-
-    def grid(self, image):
-        return image.shape[-2] // 4, image.shape[-1] // 4
-
-    def encode(self, image):
-        return self.backbone.tokens(image)
-
-    def tokens(self, inputs):
-        return self.encode(normalise(inputs)) if inputs.dtype == torch.uint8 else inputs.float()
-
-    def features(self, tokens, grid):
-        return self.backbone.last_features(tokens, grid)
-
-    def trainable(self):
-        return list(self.head.parameters())
+def tiny_segmenter():
+    """A head of two branches on a random ViT for images of 16 pixels."""
+    torch.manual_seed(0)
+    return BranchSegmenter(
+        FrozenViT(BackboneSpec(dim=12, depth=2, heads=3, patch=4, native_res=16)), CHANNELS
+    )
 
 
 @pytest.fixture
 def segmenter():
-    return TinySegmenter()
+    return tiny_segmenter()
 
 
 @pytest.fixture
@@ -56,26 +42,11 @@ def batch_of():
     return make
 
 
-def hp_options(options, **changed):
-    """Options with a section for HP."""
-    chosen = {
-        "rho": 0.5,
-        "alpha": 0.05,
-        "pool_size": 2 * IMAGES,
-        "ema_m": 0.9,
-        "warmup": 1,
-        "renew_interval": 2,
-        "reweighting": True,
-        "published_colour": False,
-    }
-    sections = {name: getattr(options, name) for name in ("training_coeff", "train", "model", "optimizer")}
-    return SimpleNamespace(hp=SimpleNamespace(**chosen | changed), **sections)
-
-
 @pytest.fixture
 def options_of(tiny_options):
     def make(dropout=0.1, **changed):
-        options = tiny_options(model__criterion_dropout=dropout, optimizer__net__weight_decay=0.1)
-        return hp_options(options, **changed)
+        """Options of HP; changed ones without their section."""
+        chosen = HP_OPTIONS | {f"hp.{key}": value for key, value in changed.items()}
+        return tiny_options(**chosen, model__criterion_dropout=dropout)
 
     return make

@@ -86,7 +86,7 @@ def train(segmenter, method, batch_of, steps, *, total=6, optimizer_state=None):
     if optimizer_state:
         optimizer.load_state_dict(optimizer_state)
     for step in steps:
-        if method.pools_due(step, step - 1):
+        if method.reference_images(step, step - 1):
             method.prepare(segmenter, [batch_of(100 + step), batch_of(200 + step)], step)
         drawn = method.draws(IMAGES, GRID, step, dim=12)
         output = method(segmenter, batch_of(step), drawn, Progress(step, total))
@@ -192,7 +192,7 @@ def test_hp__two_groups_and_the_projection_without_decay(segmenter, options_of):
 def test_hp__pools_are_due_at_the_start_and_within_epochs(segmenter, options_of):
     method = HP(options_of(renew_interval=3), segmenter)
     steps = [(step, (step - 1) % 5) for step in range(1, 11)]  # epochs of five steps
-    assert [step for step, batch_idx in steps if method.pools_due(step, batch_idx)] == [1, 4, 9]
+    assert [step for step, batch_idx in steps if method.reference_images(step, batch_idx)] == [1, 4, 9]
 
 
 def test_hp__denominator_is_a_function_of_seed_and_step(segmenter, options_of):

@@ -23,8 +23,8 @@ from utils.errors import Interrupted, UserError
 from utils.files import read_json_object
 from utils.training.launch import is_rank_zero, process_index
 
-EXPLORE = """write a page to explore propagation: an image, a folder (up to 16 of its images), or the index of
-a validation image, which brings the bank of --explain and labels; --checkpoint adds clusters"""
+EXPLORE = """write a page on which any patch can be the anchor: of an image, of up to 16 images of a folder,
+or for an index of the bank of --explain, with labels; --checkpoint adds clusters"""
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG)
 QUOTING = """must be key=value or key=a,b,c, no spaces around =; quote other values twice: 'key="a, b"'"""
 NEEDED_BY = dict.fromkeys(("flat", "res", "head", "crf", "tile", "names"), ("images",))
@@ -96,12 +96,7 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     row = {"metavar": "ROW,COL", "type": _row_and_column}
     parser.add_argument("--patch", **row, help="anchor; default: the centre patch")
     flag = parser.add_argument_group("with --images").add_argument
-    flag(
-        "--out",
-        metavar="DIR",
-        **path,
-        help="folder for masks, overlays, a legend and index.html; --explore: file",
-    )
+    flag("--out", metavar="PATH", **path, help="folder for masks and index.html; with --explore the page")
     flag("--flat", action="store_true", help="write <name>.png instead of a folder for each image")
     flag("--res", type=int, help="pixels of the shorter side; default: dataset.val_res")
     flag("--head", choices=("cluster", "linear"), help="default: cluster")
@@ -144,8 +139,8 @@ def plan_jobs(arguments: argparse.Namespace, stored: dict[str, Any] | None = Non
                 flat[key] = re.sub(r"[^\w.=+-]+", "_", f"{flat[key]}{suffix}")
         try:
             load_plugins(flat, trusted=trusted)
-            photographs = flags.get("images") or not (flags.get("explore") or "0").isdecimal()
-            reads_data = not (photographs or flags.get("export"))
+            explored = flags.get("explore") or "0"  # photographs, or an index in the data
+            reads_data = not (flags.get("images") or flags.get("export")) and explored.isdecimal()
             options = build_options(flat, source="", check_files=reads_data)
             jobs.append(Job(options, " ".join(filter(None, setting)), arguments.test, str(base)))
         except UserError as error:

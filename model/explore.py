@@ -28,7 +28,7 @@ from utils.vision.transforms import Geometry
 
 MAX_IMAGES, MAX_BYTES = 16, 8_000_000
 MAX_SIDE = 320  # pixels of a picture on the page
-MAX_NOISE = 5e-4  # standard deviation of a similarity's rounding error
+MAX_NOISE = 2e-5  # standard deviation of a rounded similarity; more moves patches across boundaries
 CODE_BITS = 24
 SCALE_BYTES = 20  # at most, of an axis
 COEFFICIENTS = ("initialcrit_pos", "initialcrit_amb", "prop_iter", "sigma_pos", "sigma_amb")

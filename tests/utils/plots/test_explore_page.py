@@ -144,13 +144,17 @@ async function drive(jobs) {
   press(images[1], "ArrowUp");
   press(images[1], "ArrowLeft");
   const moved = { where: find("where").textContent, numbers: numbers() };
+  find("play").click();
+  const played = [find("time").textContent];
+  await new Promise((resolve) => setTimeout(resolve, 3000));
+  played.push(find("time").textContent, find("play").textContent);
   page.querySelector("input[value=labels]").click();
   const labels = find("names").innerText, counts = find("counts").innerText;
   find("t").value = 0;
   find("t").dispatchEvent(new Event("input"));
   const start = { counts: find("counts").innerText, current: page.querySelector(".current").innerText };
-  const width = page.documentElement.scrollWidth, focusable = page.querySelectorAll("[tabindex='0']").length;
-  document.body.textContent = JSON.stringify({ found, moved, labels, counts, start, width, focusable });
+  const shape = [page.documentElement.scrollWidth, page.querySelectorAll("[tabindex='0']").length];
+  document.body.textContent = JSON.stringify({ found, moved, played, labels, counts, start, shape });
 }
 """
 
@@ -204,10 +208,12 @@ def test_browser__numbers_of_explain_by_clicks_sliders_and_keys(page, bank, clas
     assert seen["moved"]["where"].startswith("row 2, column 4 of b.png")
     moved = [number(cell) for cell in seen["moved"]["numbers"]]
     assert_equal(moved, expected(bank, classes, 30 + 2 * 6 + 4, chosen[-1][1]))
+    assert seen["played"] == ["0", "1", "Play"]  # T is 1
     assert EVIL in seen["labels"]
     assert f"positives {moved[4]:.0f} (" in seen["counts"]
     t, *_, positives, ambiguous, negatives, _, _, _ = seen["start"]["current"].split("\t")
     assert t == "0"
     assert all(f" {count} (" in seen["start"]["counts"] for count in (positives, ambiguous, negatives))
-    assert seen["width"] <= 390
-    assert seen["focusable"] == IMAGES
+    width, focusable = seen["shape"]
+    assert width <= 390
+    assert focusable == IMAGES

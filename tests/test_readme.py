@@ -32,7 +32,7 @@ README, *OTHERS = (
 TEXTS = {path: path.read_text(encoding="utf-8") for path in (README, *OTHERS)}
 JOINED = re.sub(r"\\\n\s*", "", "\n".join(TEXTS.values()))  # continuation lines joined
 OPTIONS = REPOSITORY / "json/README.md"
-VARIANTS = {"ablation.json"}
+VARIANTS = {"ablation.json", "methods.json"}
 WRITTEN = {  # JSON files that the program writes or reads beside option files
     "metrics.json", "options.json", "provenance.json", "data.json", "classes.json", "other.json",
     "left_out.json", "explain.json", "legend.json", *VARIANTS,

@@ -21,7 +21,8 @@ from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.vision.labels import LabelSpace
 
-OUR_FILES = sorted(path for path in (REPOSITORY / "json").rglob("*.json") if path.name != "ablation.json")
+VARIANTS = ("ablation.json", "methods.json")
+OUR_FILES = sorted(path for path in (REPOSITORY / "json").rglob("*.json") if path.name not in VARIANTS)
 PUBLISHED_NAMES = [
     f"{name}{suffix}.json"
     for name in ("cocostuff8", "cocostuff16", "cityscapes_base", "cityscapes_small", "potsdam")
@@ -102,6 +103,11 @@ REPORTED_ONCE = [
      'dataset.cache_features is "ram", must be null'),
     ({"training_coeff.products": "split", "training_coeff.similarity_dtype": "float16"},
      'training_coeff.products is "split", must be float32 or float16 with training_coeff.similarity_dtype'),
+    ({"method": "stegoo"}, 'method is "stegoo", must be one of "ppap", "stego", "hp", "frozen"'),
+    ({"method": "frozen", "model.dim": 70}, "model.dim is 70, must be 384"),
+    ({"method": "hp", "dataset.cache_features": "ram"}, 'dataset.cache_features is "ram", must be null'),
+    ({"method": "hp", "hp.pool_size": 100}, "hp.pool_size is 100, must be a multiple of dataloader.batch_size"),
+    ({"method": "stego", "train.compare_frozen": True}, "train.compare_frozen is true, must be false"),
     ({"dataset": 3, "dataset.res": 224}, "dataset (value 3) is not an option"),
     ({"model.arch": {"name": "dino"}}, "model.arch.name"),
     ({"training_coeff.prop_iter": True}, "training_coeff.prop_iter is true, must be a whole number"),
@@ -118,6 +124,13 @@ def test_mistakes__are_reported_together_with_the_closest_key():
 def test_mistake__is_reported_once_without_its_consequences(flat, part):
     (mistake,) = mistakes(flatten(flat))
     assert mistake.startswith(part)
+
+
+def test_method__frozen_may_be_written_in_two_ways_and_others_choose_their_channels():
+    ways = [build_options(each, source="x") for each in ({"method": "frozen"}, {"train.frozen": True})]
+    assert [options.trained_by for options in ways] == ["frozen", "frozen"]
+    own = {"method": "hp", "model.dim": 70, "hp.alpha": 0.0, "dataset.cache_features": "ram"}
+    assert build_options(own, source="x").model.dim == 70
 
 
 def test_numbers__infinity_is_a_string_and_integers_are_floats():

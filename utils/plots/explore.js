@@ -110,7 +110,8 @@ const clamp = (value, count) => Math.min(Math.max(value, 0), count - 1);
 
 // similarities of the bank; a gradient with hard stops at the boundaries colours the bars
 function drawHistogram({ similarity, phi, psi }, colours) {
-  const counts = new Uint32Array(BINS), across = (value) => (value - LOWEST) / (1 - LOWEST);
+  const counts = new Uint32Array(BINS);
+  const across = (value) => Math.min(Math.max((value - LOWEST) / (1 - LOWEST), 0), 1);
   for (const value of similarity) counts[clamp(Math.floor(BINS * across(value)), BINS)]++;
   const highest = Math.log1p(Math.max(...counts));
   const corner = (bin, count) => `${100 * bin / BINS}% ${100 - 100 * Math.log1p(count) / highest}%`;
@@ -137,122 +138,156 @@ function fillLegend(list, { names, colours }, counts, total) {
   }));
 }
 
-async function start() {
-  const { grid: [rows, columns], features, coefficients, layers, anchor } = JSON.parse(find("content").textContent);
-  const bank = await unpackFeatures(features), patches = rows * columns;
-  layers.sets.names = SETS;
-  for (const layer of Object.values(layers)) {
-    const paint = new Uint8Array(4 * 256);  // red, green, blue and opacity; ids without a name are transparent
-    layer.colours.forEach((colour, id) => paint.set([...colour, 150], 4 * id));
-    layer.paint = new Uint32Array(paint.buffer);
-    if (layer.ids) layer.ids = bytes(layer.ids);  // all but the sets
-  }
-  const state = { layer: "sets", t: Infinity, anchor };
-  for (const key of COEFFICIENTS) state[key] = Number(coefficients[key]);
-  const images = [...document.querySelectorAll(".patches")], sliders = COEFFICIENTS.map(find);
-  const position = () => [Math.floor(state.anchor % patches / columns), state.anchor % columns];
-  let steps = [], timer = 0;
+// red, green, blue and opacity of each id as one number; ids without a name are transparent
+function paintOf(colours) {
+  const paint = new Uint8Array(4 * 256);
+  colours.forEach((colour, id) => paint.set([...colour, 150], 4 * id));
+  return new Uint32Array(paint.buffer);
+}
 
-  // another t or layer
-  function show() {
-    const step = steps[state.t], layer = layers[state.layer], ids = layer?.ids ?? step.zones;
-    images.forEach((image, number) => {
-      const context = image.querySelector("canvas").getContext("2d"), pixels = context.createImageData(columns, rows);
-      const painted = new Uint32Array(pixels.data.buffer), first = number * patches;
-      for (let j = 0; layer && j < patches; j++) painted[j] = layer.paint[ids[first + j]];
+class Explorer {
+  constructor(content, bank) {
+    const { grid: [rows, columns], features: { count }, coefficients, layers, anchor } = content;
+    Object.assign(this, { bank, count, rows, columns, layers, anchor, layer: "sets", t: Infinity, steps: [], timer: 0 });
+    this.coefficients = Object.fromEntries(COEFFICIENTS.map((key) => [key, Number(coefficients[key])]));
+    this.images = [...document.querySelectorAll(".patches")];
+    layers.sets.names = SETS;
+    for (const layer of Object.values(layers)) {
+      layer.paint = paintOf(layer.colours);
+      if (layer.ids) layer.ids = bytes(layer.ids);  // all but the sets
+    }
+    COEFFICIENTS.forEach((key) => this.listenToSlider(find(key)));
+    this.images.forEach((image, number) => this.listenToImage(image, number));
+    this.listenToOthers();
+    this.update();
+  }
+
+  // [image, row, column] of the anchor
+  get position() {
+    const patches = this.rows * this.columns, patch = this.anchor % patches;
+    return [Math.floor(this.anchor / patches), Math.floor(patch / this.columns), patch % this.columns];
+  }
+
+  // after a change of t or the layer
+  show() {
+    const step = this.steps[this.t], layer = this.layers[this.layer], ids = layer?.ids ?? step.zones;
+    this.images.forEach((image, number) => {
+      const context = image.querySelector("canvas").getContext("2d");
+      const pixels = context.createImageData(this.columns, this.rows);
+      const painted = new Uint32Array(pixels.data.buffer), first = number * painted.length;
+      for (let j = 0; layer && j < painted.length; j++) painted[j] = layer.paint[ids[first + j]];
       context.putImageData(pixels, 0, 0);
       image.classList.toggle("plain", !layer);
     });
-    fillLegend(find("counts"), layers.sets, countsOf(step.zones), features.count - 1);
-    fillLegend(find("names"), layer?.ids ? layer : { names: [] }, countsOf(ids), features.count);
-    drawHistogram(step, layers.sets.colours);
-    find("t").value = find("time").textContent = state.t;
-    [...find("steps").rows].forEach((row, t) => row.classList.toggle("current", t === state.t));
+    fillLegend(find("counts"), this.layers.sets, countsOf(step.zones), this.count - 1);
+    fillLegend(find("names"), layer?.ids ? layer : { names: [] }, countsOf(ids), this.count);
+    drawHistogram(step, this.layers.sets.colours);
+    find("t").value = find("time").textContent = this.t;
+    [...find("steps").rows].forEach((row, t) => row.classList.toggle("current", t === this.t));
   }
 
-  function tabulate() {
-    find("steps").innerHTML = steps.map(({ phi, psi, moved, zones }, t) => {
+  // after a change of the anchor or a coefficient
+  update() {
+    const atEnd = this.t >= this.steps.length - 1, last = this.coefficients.prop_iter;
+    this.steps = propagate(this.bank, this.count, this.anchor, this.coefficients);
+    this.t = atEnd ? last : Math.min(this.t, last);
+    find("t").max = last;
+    const words = COEFFICIENTS.map((key) => {
+      const text = this.coefficients[key] === Infinity ? "inf" : String(this.coefficients[key]);
+      find(key).parentElement.querySelector("output").textContent = text;
+      find(key).setAttribute("aria-valuetext", text);
+      return `training_coeff.${key}=${text}`;
+    });
+    find("words").textContent = words.join(" ");
+    find("copy").textContent = "Copy options";
+    this.tabulate();
+    this.markAnchor();
+    this.show();
+  }
+
+  tabulate() {
+    const { labels } = this.layers, cellOf = (cell) => `<td class="number">${cell}</td>`;
+    find("steps").innerHTML = this.steps.map(({ phi, psi, moved, zones }, t) => {
       const cells = [t, ...[phi, psi, moved].map((value) => value.toFixed(4)), ...countsOf(zones).subarray(0, 3)];
-      if (layers.labels) cells.push(...quality(zones, layers.labels.ids, state.anchor).map(percent));
-      return `<tr>${cells.map((cell) => `<td class="number">${cell}</td>`).join("")}</tr>`;
+      if (labels) cells.push(...quality(zones, labels.ids, this.anchor).map(percent));
+      return `<tr>${cells.map(cellOf).join("")}</tr>`;
     }).join("");
   }
 
-  function placeAnchor() {
-    const image = images[Math.floor(state.anchor / patches)], [row, column] = position();
-    const box = { left: column / columns, top: row / rows, width: 1 / columns, height: 1 / rows };
+  markAnchor() {
+    const [number, row, column] = this.position, image = this.images[number], { labels } = this.layers;
+    const box = { left: column / this.columns, top: row / this.rows, width: 1 / this.columns, height: 1 / this.rows };
     for (const [side, share] of Object.entries(box)) find("anchor").style[side] = `${100 * share}%`;
     image.append(find("anchor"));
-    const label = layers.labels ? `, ${layers.labels.names[layers.labels.ids[state.anchor]] ?? "no label"}` : "";
+    const label = labels ? `, ${labels.names[labels.ids[this.anchor]] ?? "no label"}` : "";
     find("where").textContent = `row ${row}, column ${column} of ${image.dataset.name}${label}`;
   }
 
-  // another anchor or coefficient
-  function update() {
-    const last = state.t >= steps.length - 1;
-    steps = propagate(bank, features.count, state.anchor, state);
-    state.t = last ? state.prop_iter : Math.min(state.t, state.prop_iter);
-    find("t").max = state.prop_iter;
-    const shown = sliders.map(({ id }) => state[id] === Infinity ? "inf" : String(state[id]));
-    sliders.forEach((slider, k) => {
-      slider.parentElement.querySelector("output").textContent = shown[k];
-      slider.setAttribute("aria-valuetext", shown[k]);
-    });
-    find("words").textContent = COEFFICIENTS.map((key, k) => `training_coeff.${key}=${shown[k]}`).join(" ");
-    tabulate();
-    placeAnchor();
-    show();
+  moveTo(number, row, column) {
+    this.anchor = (number * this.rows + clamp(row, this.rows)) * this.columns + clamp(column, this.columns);
+    this.update();
   }
 
-  function play(playing) {
-    clearInterval(timer);
+  showStep(t) {
+    this.t = t;
+    this.show();
+  }
+
+  play(playing) {
+    clearInterval(this.timer);
     find("play").textContent = playing ? "Stop" : "Play";
-    timer = playing && setInterval(() => state.t < state.prop_iter ? go(state.t + 1) : play(false), 700);
+    const advance = () => this.t < this.coefficients.prop_iter ? this.showStep(this.t + 1) : this.play(false);
+    this.timer = playing ? setInterval(advance, 700) : 0;
   }
 
-  function go(t) {
-    state.t = t;
-    show();
-  }
-
-  function moveTo(number, row, column) {
-    state.anchor = number * patches + clamp(row, rows) * columns + clamp(column, columns);
-    update();
-  }
-
-  for (const slider of sliders) {
-    const logarithmic = slider.id.startsWith("sigma");  // the last position is infinity
-    slider.value = logarithmic ? Math.log10(Math.min(state[slider.id], 1e9)) : state[slider.id];
+  listenToSlider(slider) {
+    const logarithmic = slider.id.startsWith("sigma"), value = this.coefficients[slider.id];
+    slider.value = logarithmic ? Math.log10(Math.min(value, 1e9)) : value;
     slider.addEventListener("input", () => {
-      const value = logarithmic ? Number((10 ** slider.value).toPrecision(2)) : Number(slider.value);
-      state[slider.id] = logarithmic && slider.value === slider.max ? Infinity : value;
-      update();
+      const chosen = logarithmic ? Number((10 ** slider.value).toPrecision(2)) : Number(slider.value);
+      this.coefficients[slider.id] = logarithmic && slider.value === slider.max ? Infinity : chosen;
+      this.update();
     });
   }
-  find("t").addEventListener("input", () => { play(false); go(Number(find("t").value)); });
-  find("play").addEventListener("click", () => { go(timer ? state.t : 0); play(!timer); });
-  find("layers").addEventListener("change", ({ target }) => { state.layer = target.value; show(); });
-  find("copy").addEventListener("click", async () => {
-    getSelection().selectAllChildren(find("words"));  // to be copied by hand if the clipboard is unavailable
-    await navigator.clipboard?.writeText(find("words").textContent);
-    find("copy").textContent = "Copied";
-  });
-  images.forEach((image, number) => {
-    const follow = ({ clientX, clientY }) => {
+
+  listenToImage(image, number) {
+    image.addEventListener("click", ({ clientX, clientY }) => {
       const { left, top, width, height } = image.getBoundingClientRect();
-      moveTo(number, Math.floor((clientY - top) / height * rows), Math.floor((clientX - left) / width * columns));
-    };
-    image.addEventListener("click", follow);
+      const [x, y] = [(clientX - left) / width, (clientY - top) / height];
+      this.moveTo(number, Math.floor(y * this.rows), Math.floor(x * this.columns));
+    });
     image.addEventListener("keydown", (event) => {
       const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Enter: [0, 0] };
-      const [row, column] = position(), move = moves[event.key];
+      const [, row, column] = this.position, move = moves[event.key];
       if (!move || event.ctrlKey || event.altKey || event.metaKey) return;
       event.preventDefault();
-      moveTo(number, row + move[0], column + move[1]);
+      this.moveTo(number, row + move[0], column + move[1]);
     });
-  });
-  find("loading").hidden = true;
-  update();
+  }
+
+  listenToOthers() {
+    find("t").addEventListener("input", () => {
+      this.play(false);
+      this.showStep(Number(find("t").value));
+    });
+    find("play").addEventListener("click", () => {
+      if (!this.timer) this.showStep(0);
+      this.play(!this.timer);
+    });
+    find("layers").addEventListener("change", ({ target }) => {
+      this.layer = target.value;
+      this.show();
+    });
+    find("copy").addEventListener("click", async () => {
+      getSelection().selectAllChildren(find("words"));  // to be copied by hand if the clipboard is unavailable
+      await navigator.clipboard?.writeText(find("words").textContent);
+      find("copy").textContent = "Copied";
+    });
+  }
 }
 
-if (typeof document !== "undefined") start();
+if (typeof document !== "undefined") {
+  const content = JSON.parse(find("content").textContent);
+  new Explorer(content, await unpackFeatures(content.features));
+  find("loading").hidden = true;
+}

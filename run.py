@@ -152,7 +152,7 @@ def run_one(options: Options, *, evaluate_only: bool) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Runs all jobs of a command line, one after another; returns the metrics of each."""
-    about = {"description": "Train PPAP and evaluate it.", "examples": EXAMPLES}
+    about = {"description": "Train PPAP, STEGO or HP and evaluate it.", "examples": EXAMPLES}
     arguments = parse_arguments(argv, **about, training=True)
     jobs = plan_jobs(arguments)
     if arguments.print_options:

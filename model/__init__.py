@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from model.backbone import BackboneSpec, FrozenViT
+from model.backbone import Backbone, BackboneSpec, FrozenViT
 from model.checkpoint import Checkpoint, open_checkpoint, stored_options
 from model.criterion import register_loss
 from model.methods.base import Method, MethodOutput
@@ -22,6 +22,7 @@ from utils.training.randomness import seeded
 from utils.vision.labels import LabelSpace
 
 __all__ = [
+    "Backbone",
     "BackboneSpec",
     "BlockSegmenter",
     "BranchSegmenter",

@@ -1,7 +1,7 @@
-"""The frozen vision transformer, built from timm's parts at its native grid.
+"""The frozen vision transformer: what every backbone has, and the one of DINO and DINOv2.
 
-timm resamples position embeddings differently from DINO (the features differ by 0.2), so the tokens are
-assembled here from timm's blocks.
+timm resamples position embeddings differently from DINO (the features differ by 0.2), so the tokens of
+`FrozenViT` are assembled here from timm's blocks.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import hashlib
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -31,12 +32,73 @@ class BackboneSpec:
     published: str | None = None  # name of its weights in `model.weights.BACKBONES`
 
 
-class FrozenViT(nn.Module):
-    """A ViT without gradients, always in evaluation mode; its parameters are named as in DINO's files."""
+class Backbone(nn.Module):
+    """A frozen ViT, always in evaluation mode.
+
+    Attributes:
+        spec: with at least `dim`, `depth` and `patch`, see `BackboneSpec`.
+        prefix: number of tokens before the patches.
+        blocks, norm: the blocks that are kept, and the final norm.
+    """
+
+    spec: Any
+    prefix: int
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    def tokens(self, image: Tensor) -> Tensor:
+        """Second-last block's tokens, (B, T, D), of a normalised (B, 3, H, W) image.
+
+        H and W must be multiples of the patch.
+        """
+        raise NotImplementedError
+
+    def apply_block(self, block: nn.Module, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens (B, T, D) after the last block, or the copy of it that is the head of PPAP."""
+        return block(tokens)
+
+    def last_features(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patch features of the frozen last block after the final norm, (B, D, h, w)."""
+        return self.to_map(self.apply_block(self.blocks[-1], tokens, grid), grid)
+
+    def attention_logits(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The last block's attention before softmax, mean over its heads, (B, T, T) float32."""
+        raise NotImplementedError
+
+    def to_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Final norm of the patch tokens, (B, T, D) -> (B, D, h, w)."""
+        patches = self.norm(tokens[:, -grid[0] * grid[1] :])  # (B, h*w, D)
+        return patches.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
+
+    def token_shape(self, res: int) -> tuple[int, int]:
+        """(T, D) of the tokens of a square image of `res` pixels."""
+        return self.prefix + (res // self.spec.patch) ** 2, self.spec.dim
+
+    @torch.inference_mode(False)
+    def cast(self, dtype: torch.dtype) -> Backbone:
+        """A copy for autocast to `dtype`, which would otherwise cast the same weights in each step."""
+        found = copy.deepcopy(self)
+        for module in found.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(dtype)
+        return found
+
+    def digest(self) -> str:
+        """SHA-256 of the weights, independent of their file format."""
+        digest = hashlib.sha256(repr(self.spec).encode())
+        for name, value in self.state_dict().items():
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class FrozenViT(Backbone):
+    """A plain ViT; its parameters are named as in DINO's and DINOv2's files."""
 
     def __init__(self, spec: BackboneSpec) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.prefix = spec, 1 + spec.registers
         vit = VisionTransformer(
             img_size=spec.native_res,
             patch_size=spec.patch,
@@ -57,15 +119,8 @@ class FrozenViT(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
-    def train(self, mode: bool = True) -> FrozenViT:
-        """Stays in evaluation mode."""
-        return super().train(False)
-
     def tokens(self, image: Tensor) -> Tensor:
-        """Second-last block's tokens, (B, 1 + R + h*w, D), of a normalised (B, 3, H, W) image.
-
-        H and W must be multiples of the patch.
-        """
+        """See `Backbone`; T = 1 + R + h*w."""
         grid = (image.shape[-2] // self.spec.patch, image.shape[-1] // self.spec.patch)
         tokens = self.patch_embed(image)  # (B, h*w, D)
         cls = self.cls_token.expand(len(tokens), -1, -1)  # (B, 1, D)
@@ -77,45 +132,13 @@ class FrozenViT(nn.Module):
             tokens = block(tokens)
         return tokens
 
-    def last_features(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Patch features of the frozen last block after the final LayerNorm, (B, D, h, w)."""
-        return self.to_map(self.blocks[-1](tokens), grid)
-
     @torch.no_grad()
-    def attention_logits(self, tokens: Tensor) -> Tensor:
-        """The last block's attention before softmax, mean over its heads, (B, T, T) float32.
-
-        The mean of the heads' products of queries and keys is one product of all channels.
-        """
+    def attention_logits(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """See `Backbone`; the mean of the heads' products is one product of all channels."""
         block = self.blocks[-1]
         with torch.autocast(tokens.device.type, enabled=False):
             queries, keys, _ = block.attn.qkv(block.norm1(tokens.float())).chunk(3, dim=-1)  # (B, T, D) each
             return queries @ keys.transpose(1, 2) * (block.attn.scale / self.spec.heads)
-
-    def to_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Final LayerNorm of the patch tokens, (B, 1 + R + h*w, D) -> (B, D, h, w)."""
-        patches = self.norm(tokens[:, -grid[0] * grid[1] :])  # (B, h*w, D)
-        return patches.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
-
-    def token_shape(self, res: int) -> tuple[int, int]:
-        """(T, D) of the tokens of a square image of `res` pixels."""
-        return 1 + self.spec.registers + (res // self.spec.patch) ** 2, self.spec.dim
-
-    @torch.inference_mode(False)
-    def cast(self, dtype: torch.dtype) -> FrozenViT:
-        """A copy for autocast to `dtype`, which would otherwise cast the same weights in each step."""
-        found = copy.deepcopy(self)
-        for module in found.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                module.to(dtype)
-        return found
-
-    def digest(self) -> str:
-        """SHA-256 of the weights, independent of their file format."""
-        digest = hashlib.sha256(repr(self.spec).encode())
-        for name, value in self.state_dict().items():
-            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
     def position_embedding(self, grid: tuple[int, int]) -> Tensor:
         """The stored embedding, resampled by the rule of DINO, or DINOv2 with registers; (1, 1 + h*w, D)."""

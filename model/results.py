@@ -20,6 +20,7 @@ from utils.vision.labels import IGNORE, LabelSpace
 def run_summary(module: PPAPModule, data: Any, trainer: Trainer, *, folder: Path) -> str:
     """Five lines about a run that starts."""
     options, spec = module.options, module.segmenter.backbone.spec
+    arch = " ".join(filter(None, (options.model.arch, options.model.name)))
     labels = "labels" if data.train_labelled else "no labels"
     batches, epochs = len(data.train_dataloader()), options.train.epoch
     steps = min(batches * epochs, options.train.max_steps or batches * epochs)
@@ -27,7 +28,7 @@ def run_summary(module: PPAPModule, data: Any, trainer: Trainer, *, folder: Path
     items = f"{len(data.train_set):,} items to train on, {len(data.validation_set):,} to evaluate"
     lines = {
         "data": f"{options.dataset.data_type}, {data.labels.n_classes} classes, {items}, {labels}",
-        "backbone": f"{options.model.arch}, {spec.depth} blocks of width {spec.dim}, {module.weights}",
+        "backbone": f"{arch}, {spec.depth} blocks of width {spec.dim}, {module.weights}",
         "device": f"{trainer.world_size} x {device.type}, precision {precision}",
         "steps": f"{steps:,}: {epochs} epoch{'s' if epochs > 1 else ''} of {batches:,}",
         "folder": f"{folder}, which will contain report.html",

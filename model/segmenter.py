@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.backbone import FrozenViT
+from model.backbone import Backbone
 from model.methods.heads import TwoBranchHead
 from utils.training.distributed import own_slice, world_size
 from utils.vision.transforms import normalise
@@ -23,7 +23,7 @@ class Segmenter(nn.Module):
         compile: whether to apply torch.compile to backbone and head.
     """
 
-    def __init__(self, backbone: FrozenViT, *, code_dim: int, compile: bool) -> None:
+    def __init__(self, backbone: Backbone, *, code_dim: int, compile: bool) -> None:
         super().__init__()
         self.backbone, self.code_dim = backbone, code_dim
         self._wrap = _compiled if compile else lambda function: function
@@ -68,10 +68,10 @@ class Segmenter(nn.Module):
     def _frozen_parts(self) -> tuple[Callable, Callable]:
         """`tokens` and `last_features` of the backbone, or of its copy in the dtype of autocast."""
         chosen, key = self.backbone, None
-        device = next(chosen.parameters()).device
-        if torch.is_autocast_enabled(device.type) and isinstance(chosen, FrozenViT):
-            dtype = torch.get_autocast_dtype(device.type)
-            key = device, dtype, chosen.pos_embed._version  # of the loaded weights
+        weight = next(chosen.parameters())
+        if torch.is_autocast_enabled(weight.device.type) and isinstance(chosen, Backbone):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+            key = weight.device, dtype, weight._version  # of the loaded weights
         if key not in self._frozen:
             chosen = chosen.cast(dtype) if key else chosen
             self._frozen = {key: (self._wrap(chosen.tokens), self._wrap(chosen.last_features))}
@@ -92,7 +92,7 @@ class BlockSegmenter(Segmenter):
     Its code always has the backbone's width.
     """
 
-    def __init__(self, backbone: FrozenViT, code_dim: int | None = None, *, compile: bool = False) -> None:
+    def __init__(self, backbone: Backbone, code_dim: int | None = None, *, compile: bool = False) -> None:
         super().__init__(backbone, code_dim=backbone.spec.dim, compile=compile)
         self.head = copy.deepcopy(backbone.blocks[-1]).requires_grad_(True)
         self.projection = nn.Linear(backbone.spec.dim, backbone.spec.dim)
@@ -104,13 +104,13 @@ class BlockSegmenter(Segmenter):
         return BlockOutput(code, self.features(tokens, grid), F.normalize(self.projection(rows), dim=1))
 
     def _code(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.backbone.to_map(self.head(tokens), grid)
+        return self.backbone.to_map(self.backbone.apply_block(self.head, tokens, grid), grid)
 
 
 class BranchSegmenter(Segmenter):
     """STEGO's and HP's: a head of two branches reads the criterion features; the code has K channels."""
 
-    def __init__(self, backbone: FrozenViT, code_dim: int, *, compile: bool = False) -> None:
+    def __init__(self, backbone: Backbone, code_dim: int, *, compile: bool = False) -> None:
         super().__init__(backbone, code_dim=code_dim, compile=compile)
         self.head = TwoBranchHead(backbone.spec.dim, code_dim)
 

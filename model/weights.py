@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.backbone import BackboneSpec, FrozenViT
+from model.backbone import Backbone, BackboneSpec, FrozenViT
+from model.timm_backbone import TimmViT, build_timm
 from utils.config.options import ARCHS, FULL_DEPTH, WIDTH_AND_HEADS, Options
 from utils.download import DownloadError, download
 from utils.errors import UserError
@@ -18,9 +19,12 @@ from utils.files import exclusive, sha256_of, weights_file
 from utils.training.torch_files import read_torch_file, unreadable
 
 NATIVE_RES = {"dino": 224, "dinov2": 518}  # pixels
-DROPPED = ("head.", "mask_token", "dino_head.", "ibot_head.")  # parameters that a FrozenViT does not have
+WRAPPERS = ("teacher", "model", "state_dict")  # keys of files that hold more than a state dict
+PREFIXES = r"^(module\.|backbone\.)+"  # of parameters' names
+DROPPED = ("head.", "mask_token", "dino_head.", "ibot_head.", "decoder_")  # parameters that no backbone has
 # endings of their names; other entries, such as buffers of your own backbone, may have any dtype
 PARAMETERS = ("weight", "bias", "gamma", "clusters", "cls_token", "pos_embed", "register_tokens")
+PARAMETERS += ("gamma_1", "gamma_2", "reg_token")  # timm's
 DINO = "https://dl.fbaipublicfiles.com/dino"
 DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
 BACKBONES = {  # the paper uses the 300-epoch S/8 file, which is not torch.hub's dino_vits8
@@ -39,26 +43,26 @@ SHA256 = {  # as checked by public projects, such as finegrain's refiners; none 
     "dinov2_vitb14_pretrain.pth": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
     "dinov2_vitb14_reg4_pretrain.pth": "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
 }
-_registered: dict[str, Callable[[Options], FrozenViT]] = {}
+_builders: dict[str, Callable[[Options], Backbone]] = {"timm": build_timm}
 
 
-def register_backbone(name: str, build: Callable[[Options], FrozenViT]) -> None:
+def register_backbone(name: str, build: Callable[[Options], Backbone]) -> None:
     """Makes your own backbone available as `model.arch=<name>`.
 
     Args:
         name: an unused name.
-        build: takes all options, returns a `FrozenViT` or a module with its methods; if
+        build: takes all options, returns a `FrozenViT` or another `Backbone`; if
             `model.pretrained.pretrained_weights` is set, they are loaded into it afterwards.
     """
     if name in ARCHS:
         raise ValueError(f"backbone {name} already exists; choose another name")
-    _registered[name] = build
+    _builders[name] = build
     ARCHS.append(name)
 
 
-def build_backbone(options: Options) -> FrozenViT:
+def build_backbone(options: Options) -> Backbone:
     """The backbone that `model.*` describes, without its weights."""
-    build = _registered.get(options.model.arch)
+    build = _builders.get(options.model.arch)
     return build(options) if build else FrozenViT(backbone_spec(options))
 
 
@@ -84,13 +88,26 @@ def backbone_spec(options: Options) -> BackboneSpec:
     )
 
 
-def load_backbone(backbone: FrozenViT, weights: str | None) -> str:
+def load_backbone(backbone: Backbone, weights: str | None) -> str:
     """Loads a weights file, or the published weights if `weights` is None; returns what was loaded."""
+    if isinstance(backbone, TimmViT):
+        return _load_timm(backbone, weights)
     if weights is None and backbone.spec.published is None:
         return "no weights (the backbone is untrained)"
     path = weights_file(weights) if weights else published_file(backbone.spec.published)
     load_strictly(backbone, clean_state(read_state(path), backbone.spec.depth), str(path))
     return str(path)
+
+
+def _load_timm(backbone: TimmViT, weights: str | None) -> str:
+    if weights is None:
+        state, source = backbone.official_state(), f"timm's weights of {backbone.spec.name}"
+    else:
+        path = weights_file(weights)
+        state = {re.sub(PREFIXES, "", name): value for name, value in read_state(path).items()}
+        state, source = backbone.converted(state, path), str(path)
+    load_strictly(backbone.vit, clean_state(state, backbone.spec.depth), source)
+    return source
 
 
 def published_file(name: str) -> Path:
@@ -117,7 +134,7 @@ def hub_file(name: str) -> Path:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .pth or .safetensors file: bare, or under `teacher`."""
+    """The state dict in a .pth or .safetensors file: bare, or under one of `WRAPPERS`."""
     if path.suffix == ".safetensors":
         try:
             state = load_file(path)
@@ -125,8 +142,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
             raise unreadable(path, "weights file", error) from None
     else:
         state = read_torch_file(path, "weights file")
-        state = state.get("teacher", state) if isinstance(state, dict) else state
-    return checked_state(state, f"{path}: the state dict, bare or under 'teacher'")
+        for key in WRAPPERS:
+            state = state.get(key, state) if isinstance(state, dict) else state
+    return checked_state(state, f"{path}: the state dict, bare or under {', '.join(WRAPPERS)}")
 
 
 def checked_state(state: Any, source: str) -> dict[str, Tensor]:
@@ -151,7 +169,7 @@ def clean_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
     """Renames published parameters to ours; drops prefixes, heads and blocks beyond `depth`."""
     clean = {}
     for name, value in state.items():
-        name = re.sub(r"^(module\.|backbone\.)+", "", name)
+        name = re.sub(PREFIXES, "", name)
         name = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name)  # DINOv2's training keeps chunks
         block = re.match(r"blocks\.(\d+)\.", name)
         if name.startswith(DROPPED) or (block and int(block[1]) >= depth):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from model.backbone import FrozenViT
+from model.backbone import Backbone
 from model.methods.base import Method
 from model.methods.hp import HP
 from model.methods.ppap import PPAP, Frozen
@@ -46,7 +46,7 @@ def register_method(
     METHODS.append(name)
 
 
-def build_segmenter(options: Options, backbone: FrozenViT, code_dim: int) -> Segmenter:
+def build_segmenter(options: Options, backbone: Backbone, code_dim: int) -> Segmenter:
     """The untrained network around a backbone."""
     return _kinds[options.trained_by].segmenter(backbone, code_dim, compile=options.train.compile)
 

@@ -82,7 +82,7 @@ class HP(Method):
         code = segmenter.head(features, (draws["linear"], draws["nonlinear"]))  # (B, K, h, w)
         averaged = self.average(features, (draws["average linear"], draws["average nonlinear"]))
         update_average(self.average, segmenter.head, momentum=self.chosen.ema_m)
-        mixed = mix_local(code, segmenter.backbone.attention_logits(tokens)[:, None])  # (B, K, h, w)
+        mixed = mix_local(code, segmenter.backbone.attention_logits(tokens, grid)[:, None])  # (B, K, h, w)
         z, lmbd = self._project(code), specific_weight(progress.step, progress.total, self.chosen.warmup)
         loss = hidden_positive_loss(
             z,
@@ -104,7 +104,7 @@ class HP(Method):
             other = self._project(segmenter.head(segmenter.features(view, grid), branches))
             distance = F.pairwise_distance(z, other).mean()
             losses["consistency_loss"] = self.chosen.alpha * all_reduce_mean(distance)
-        return MethodOutput(code, losses, {"lambda": torch.tensor(lmbd)})
+        return MethodOutput(code, losses, {"lambda": torch.full((), lmbd, device=z.device)})
 
     def _project(self, code: Tensor) -> Tensor:
         """Unit-length projections (B*h*w, K) float32."""
@@ -152,16 +152,25 @@ def local_attention(attention_logits: Tensor, grid: tuple[int, int]) -> Tensor:
     where = {"device": attention_logits.device}
     rows, columns = torch.arange(height, **where)[:, None], torch.arange(width, **where)  # (h, 1), (w,)
     found = []
-    for image in attention_logits:  # one at a time, as the quantiles take several times the memory
+    for image in attention_logits:  # one at a time, as sorting takes several times the memory
         patches = height * width
         logits = image[:, -patches:, -patches:].float().mean(dim=0)  # (h*w, h*w)
-        low, high = torch.quantile(logits, logits.new_tensor(QUANTILES), dim=1)[..., None]  # (h*w, 1)
+        ordered = logits.sort(dim=1).values  # (h*w, h*w)
+        low, high = (_quantile(ordered, share) for share in QUANTILES)  # (h*w, 1) each
         attention = logits.clamp(low, high).softmax(dim=1)
         attention = torch.where(attention < 1 / patches, 0, SIGMA * attention)  # 1 / (h*w) is the mean
         padded = F.pad(attention.view(height, width, height, width), (1, 1, 1, 1))  # (h, w, h + 2, w + 2)
         near = [padded[rows, columns, rows + y, columns + x] for y in range(SIDE) for x in range(SIDE)]
         found.append(torch.stack(near))  # (9, h, w)
     return torch.stack(found)
+
+
+def _quantile(ordered: Tensor, share: float) -> Tensor:
+    """A quantile of each sorted row, interpolated, (n, 1); torch.quantile would wait for a GPU."""
+    place = share * (ordered.shape[1] - 1)
+    below = int(place)
+    values = ordered[:, below : below + 2]  # (n, 2), or (n, 1) at the end
+    return values[:, :1].lerp(values[:, -1:], place - below)
 
 
 def mix_local(code: Tensor, attention_logits: Tensor) -> Tensor:

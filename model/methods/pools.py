@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.segmenter import Segmenter, dropout_mask
+from utils.training.device import upload
 from utils.training.distributed import all_gather, own_slice, world_size
 
 
@@ -61,15 +62,16 @@ class ReferencePools(nn.Module):
 
 
 def _mask(values: Tensor, generator: torch.Generator, dropout: float) -> Tensor:
-    return dropout_mask(values.shape[:2], probability=dropout, generator=generator).to(values.device)
+    mask = dropout_mask(values.shape[:2], probability=dropout, generator=generator)
+    return upload(mask, values.device)
 
 
 def _random_patch(values: Tensor, generator: torch.Generator) -> Tensor:
     """One patch of each image, (B, D, h, w) -> (B, D, 1, 1)."""
     images, _, height, width = values.shape
     drawn = own_slice(torch.randint(height * width, (world_size() * images,), generator=generator))
-    flat = values.flatten(2)  # (B, D, h*w)
-    return flat[torch.arange(images), :, drawn][:, :, None, None]
+    patch = upload(drawn, values.device)[:, None, None].expand(-1, values.shape[1], 1)  # (B, D, 1)
+    return values.flatten(2).gather(2, patch)[..., None]
 
 
 def _unit_rows(values: Tensor) -> Tensor:

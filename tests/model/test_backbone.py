@@ -82,7 +82,7 @@ def test_attention_logits__are_those_of_the_last_block(registers):
     attention.attn_drop.register_forward_hook(lambda _, given, __: seen.append(given[0]))
     tokens = backbone.tokens(image(16, 16))
     backbone.last_features(tokens, (4, 4))
-    expected, logits = seen[0].log().mean(dim=1), backbone.attention_logits(tokens)
+    expected, logits = seen[0].log().mean(dim=1), backbone.attention_logits(tokens, (4, 4))
     centred = [each - each.mean(dim=-1, keepdim=True) for each in (logits, expected)]
     assert centred[1].std() > 0.1
     torch.testing.assert_close(*centred, atol=1e-4, rtol=1e-4)

@@ -37,7 +37,7 @@ FULL_DEPTH = {"dino": 12, "dinov2": 12, "vit": 4}
 COCOSTUFF = ("cocostuff27", "cocostuff15", "cocostuff3")
 DATA_TYPES = [*COCOSTUFF, "cityscapes", "potsdam", "potsdamraw", "directory", "synthetic"]
 WITHOUT_FOLDER = {"synthetic"}  # data sets that read no files
-ARCHS = ["dino", "dinov2", "vit"]
+ARCHS = ["dino", "dinov2", "vit", "timm"]
 LOSSES = ["ppap"]
 METHODS = ["ppap", "stego", "hp", "frozen"]
 OF_BLOCK = ("ppap", "frozen")  # methods whose head is a block of the backbone, so that model.dim is its width
@@ -45,7 +45,7 @@ OF_BLOCK = ("ppap", "frozen")  # methods whose head is a block of the backbone, 
 # Keys of the published option files that have no effect, with the only value they may have.
 LEGACY = {
     "dataset": {"num_neighbors": 7},
-    "model": {"spatial_size": 28, "name": "STEGO", "bn_momentum": None, "bn_eps": None},
+    "model": {"spatial_size": 28, "bn_momentum": None, "bn_eps": None},
     "model.pretrained": {"name": "dino", "projection_type": "nonlinear", "dropout": True},
     "model.pretrained.dino_feat_type": "feat",
     "train": {"freeze_encoder_bn": False, "freeze_all_bn": -1, "num_accum": 1},
@@ -77,6 +77,9 @@ FolderName = Annotated[Text, Predicate(_is_folder_name), 'a folder name of at mo
 Interval = Annotated[Text | None, Predicate(_is_interval), 'steps (500), minutes ("15 min") or null']
 Arch = Annotated[Text, Predicate(ARCHS.__contains__), ARCHS]
 DataType = Annotated[Text, Predicate(DATA_TYPES.__contains__), DATA_TYPES]
+ModelName = Annotated[
+    Text | None, AfterValidator(lambda name: None if name == "STEGO" else name)  # in published option files
+]
 Loss = Annotated[Text, Predicate(LOSSES.__contains__), LOSSES]
 MethodName = Annotated[Text, Predicate(METHODS.__contains__), METHODS]
 
@@ -197,7 +200,8 @@ class _Pretrained(_Section):
 
 
 class _Model(_Section):
-    arch: Arch = option("dino", "backbone family; vit: any size, without official weights")
+    arch: Arch = option("dino", "backbone family; vit: any size, without official weights; timm: see name")
+    name: ModelName = option(None, "timm: name of the model, such as vit_small_patch16_dinov3")
     continuous: bool = option(True, "true: the code has `dim` channels; false: one channel per class")
     dim: int = option(384, "channels of the code: D, the backbone's width; stego and hp: K, any number", ge=1)
     extra_clusters: int = option(0, "clusters beyond the number of classes", ge=0)
@@ -335,6 +339,11 @@ def _rules(options: Options) -> Iterator[tuple[Any, ...]]:
     if arch != "dinov2":
         yield "model.pretrained.registers", not backbone.registers, f"false {given}", "model.arch"
     factors = {"dataset.res": patch_key, "dataset.val_res": patch_key}
+    if arch == "timm":
+        yield "model.name", model.name is not None, f"the name of a model {given}", "model.arch"
+        factors = {}  # checked when the model is built, which has its patch size
+    else:
+        yield "model.name", model.name is None, f"null {given}, or set model.arch timm", "model.arch"
     if arch == "vit":
         width_key = "model.pretrained.dim" if backbone.dim else "model.dim"
         factors |= {"model.pretrained.native_res": patch_key, width_key: "model.pretrained.heads"}

@@ -223,7 +223,7 @@ def test_hp__losses_from_their_definitions(segmenter, options_of, batch_of):
     tokens = segmenter.tokens(batch.inputs)
     features = segmenter.features(tokens, GRID)
     code = segmenter.head(features)
-    mixed = mix_local(code, segmenter.backbone.attention_logits(tokens)[:, None])
+    mixed = mix_local(code, segmenter.backbone.attention_logits(tokens, GRID)[:, None])
     scaled = torch.stack(
         [view(image) for view, image in zip(draws["views"], batch.inputs / 255, strict=True)]
     )

@@ -174,9 +174,7 @@ def _stored_options(arguments: Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> list[Any]:
     """Runs the command that the flags choose, once per job."""
-    arguments = parse_arguments(
-        argv, description="Evaluate a checkpoint.", examples=EXAMPLES, training=False
-    )
+    arguments = parse_arguments(argv, description="Evaluate a checkpoint.", examples=EXAMPLES, training=False)
     # an export needs no options
     stored = {} if arguments.opt or arguments.export else _stored_options(arguments)
     jobs = plan_jobs(arguments, stored)

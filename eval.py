@@ -1,7 +1,7 @@
 """Evaluates a checkpoint: python eval.py --opt cocostuff_eval.json
 
-Other flags write masks of photographs (--images), plot the propagation of an anchor (--explain), compare
-the sets of propagation with the labels (--measure-sets) and export a checkpoint (--export).
+Other flags write masks of photographs (--images), plot the propagation of an anchor (--explain), write a page
+to explore it (--explore), compare its sets with labels (--measure-sets) and export a checkpoint (--export).
 """
 
 import sys
@@ -21,11 +21,14 @@ from utils.config.options import Options
 from utils.files import find_checkpoints
 from utils.training.launch import is_rank_zero
 from utils.vision.crf import crf_missing
+from utils.vision.labels import LabelSpace
 
 EXAMPLES = """\
   python eval.py --checkpoint demo
   python eval.py --checkpoint demo --images photographs --out masks
   python eval.py --opt cocostuff_eval.json --data_path <cocostuff>"""
+
+NO_CLASSES = LabelSpace(("unknown",), ((0, 0, 0),))  # of photographs without a data set
 
 # Commands import torch lazily, so that a mistyped option is reported at once and the CRF's processes, which
 # import this file again, stay small.
@@ -118,6 +121,26 @@ def study_sets(options: Options, arguments: Namespace) -> Any:
     return result
 
 
+def write_explorer(options: Options, arguments: Namespace) -> Path:
+    """--explore: writes a page on which any patch can be the anchor."""
+    from dataset import build_data, known_labels
+    from model import build_module, load_segmenter
+    from model.explore import explore
+    from utils.training.device import device_name
+
+    if (loss := options.training_coeff.loss) != "ppap":
+        raise UserError(f"training_coeff.loss is {loss}, must be ppap with --explore")
+    page, predictor = Path(arguments.out), None
+    data = build_data(options, train=False) if arguments.explore.isdecimal() else None
+    labels = data.labels if data else known_labels(options.dataset)
+    if arguments.checkpoint:
+        how = {"opt": options, "labels": labels, "device": device_name(options)}
+        predictor = load_segmenter(options.checkpoint, **how)
+    module = predictor.module if predictor else build_module(options, labels or NO_CLASSES)
+    explore(module, data, arguments.explore, page=page, predictor=predictor)
+    return page
+
+
 def write_masks(options: Options, arguments: Namespace) -> dict[str, Any]:
     """--images: writes masks of one photograph or of a folder."""
     from dataset import known_labels
@@ -166,6 +189,8 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
         return [export_checkpoint(jobs[0].options, Path(arguments.export))]
     if arguments.measure_sets or arguments.explain is not None:
         return [study_sets(job.options, arguments) for job in jobs]
+    if arguments.explore is not None:
+        return [write_explorer(job.options, arguments) for job in jobs]
     if arguments.images is not None:
         return [write_masks(job.options, arguments) for job in jobs]
     from utils.plots.tables import class_table, metrics_table, sweep_table

@@ -74,14 +74,12 @@ def train(options: Options, run_dir: RunDir) -> tuple[dict[str, float], HtmlRepo
         callbacks = [ReferenceImages(), images, report, checkpoints]
         trainer = build_trainer(options, hardware, loggers=loggers, callbacks=callbacks)
         print(run_summary(module, data, trainer, folder=run_dir.path))
-        backbone = module.segmenter.backbone
-        weights = f"{backbone.digest()} {trainer.precision_plugin.precision}"
+        frozen = {"backbone": module.segmenter.backbone, "precision": trainer.precision_plugin.precision}
         if options.dataset.cache_features:
             encode = partial(module.frozen_tokens, trainer=trainer)
-            where = {"backbone": backbone, "model": weights, "device": trainer.strategy.root_device}
-            data = data.with_tokens(encode, **where)
+            data = data.with_tokens(encode, device=trainer.strategy.root_device, **frozen)
         if module.method.neighbours:
-            data = data.with_neighbours(partial(module.frozen_features, trainer=trainer), model=weights)
+            data = data.with_neighbours(partial(module.frozen_features, trainer=trainer), **frozen)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return training_cost(module, run_dir.path, seconds=checkpoints.spent), report, images
 

@@ -66,9 +66,10 @@ class SegmentationDataModule(LightningDataModule):
                 )
 
     def with_tokens(
-        self, encode: Encoder, *, backbone: Any, model: str, device: torch.device
+        self, encode: Encoder, *, backbone: Any, precision: str, device: torch.device
     ) -> SegmentationDataModule:
         """The same data with cached tokens in place of images, as `dataset.cache_features` asks."""
+        model = f"{backbone.digest()} {precision}"
 
         def cached(items: SegmentationDataset, split: str) -> TokenDataset:
             shape = backbone.token_shape(items.geometry.res)
@@ -81,8 +82,11 @@ class SegmentationDataModule(LightningDataModule):
             found.validation_set = cached(self.validation_set, "val")
         return found
 
-    def with_neighbours(self, encode: FeatureEncoder, *, model: str) -> SegmentationDataModule:
+    def with_neighbours(
+        self, encode: FeatureEncoder, *, backbone: Any, precision: str
+    ) -> SegmentationDataModule:
         """The same data with batches that hold a neighbour of each image, see `nearest_neighbours`."""
+        model = f"{backbone.digest()} {precision}"
         found, items = copy.copy(self), self.train_set
         in_order = torch.arange(len(items)).split(validation_batch_size(self.options))
         loader = self._loader(items, [batch.tolist() for batch in in_order])

@@ -5,7 +5,6 @@ patches are positives if their similarity exceeds that of one of them to every e
 the frozen features (task-agnostic) or in the code of a momentum-averaged head (task-specific).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +25,7 @@ def hidden_positive_loss(
     e: Tensor,
     pool_ag: Tensor,
     pool_sp: Tensor,
-    keep: Tensor | Callable[[Tensor], Tensor],
+    keep: Tensor,
     spatial_size: int,
     lmbd: float,
     tau: float,
@@ -48,8 +47,7 @@ def hidden_positive_loss(
         f: frozen features, (N, D), unit length.
         e: code of the momentum-averaged head, (N, K'), unit length.
         pool_ag, pool_sp: reference features (M, D) and codes (M, K'), unit length.
-        keep: patches of the denominator in addition to the positives: (block, N) bool, used for every block,
-            or a function that returns it for the patches of a block, (block,) int64.
+        keep: patches of the denominator in addition to the positives, of every block: (block, N) bool.
         spatial_size: side of the patch grid.
         lmbd: lambda, the weight of task-specific positives.
         tau: the temperature.
@@ -64,9 +62,8 @@ def hidden_positive_loss(
         )
     with torch.autocast(z.device.type, enabled=False), ieee_float32():
         z, z_mix, f, e = (all_gather(rows.float()) for rows in (z, z_mix, f.detach(), e.detach()))
-        chosen = keep if callable(keep) else lambda _: keep
         thresholds = _largest(f, pool_ag.float(), size), _largest(e, pool_sp.float(), size)
-        positives = _Positives(f, e, *thresholds, lmbd, chosen, weight_dtype)
+        positives = _Positives(f, e, *thresholds, lmbd, keep, weight_dtype)
         return _Loss.apply(z, z_mix, positives, size, tau, reweighting)
 
 
@@ -84,7 +81,7 @@ class _Positives:
     least_ag: Tensor  # R, (N,)
     least_sp: Tensor  # Q, (N,)
     lmbd: float
-    keep: Callable[[Tensor], Tensor]
+    keep: Tensor  # (n, N) bool
     weight_dtype: torch.dtype
 
     def of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +90,7 @@ class _Positives:
         weight = agnostic.to(self.weight_dtype)  # (n, N)
         if self.lmbd:
             weight.add_(_above(self.e, self.least_sp, rows), alpha=self.lmbd)
-        kept = (agnostic | self.keep(rows)).scatter_(1, rows[:, None], False)  # (n, N)
+        kept = (agnostic | self.keep).scatter_(1, rows[:, None], False)  # (n, N)
         return weight, kept, agnostic.any(dim=1)
 
 

@@ -10,7 +10,7 @@ from pytorch_lightning import Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from loss import ieee_float32
+from loss import PPAPLoss, ieee_float32
 from loss.propagation import Boundaries, propagations, select_sets
 from model.module import PPAPModule
 from utils.errors import UserError
@@ -41,7 +41,7 @@ def explain_image(
     return result
 
 
-def build_bank(data: Any, image: str, *, size: int) -> tuple[Tensor, list[str]]:
+def build_bank(data: Any, image: str, *, size: int, flag: str = "--explain") -> tuple[Tensor, list[str]]:
     """An image and up to `size - 1` others spread over its split, (B, 3, H, W) uint8, and their names."""
     split = data.example_split()
     names = [split.name(index) for index in range(len(split))]
@@ -51,7 +51,7 @@ def build_bank(data: Any, image: str, *, size: int) -> tuple[Tensor, list[str]]:
         pixels, _ = split.geometry(open_image(Path(image)), None)
         first = torch.from_numpy(np.asarray(pixels).transpose(2, 0, 1).copy())  # (3, H, W)
     else:
-        raise UserError(f"--explain is {image}, must be an image file or an index from 0 to {len(split) - 1}")
+        raise UserError(f"{flag} is {image}, must be an image file or an index from 0 to {len(split) - 1}")
     others = [index for index, name in enumerate(names) if Path(name).resolve() != Path(image).resolve()]
     count = min(size - 1, len(others))
     chosen = [others[number * len(others) // count] for number in range(count)]
@@ -66,16 +66,24 @@ def explain_images(
 
     The features are frozen and without dropout; `trainer` defines device and precision.
     """
-    options, criterion = module.options, module.method.criterion
+    criterion = module.method.criterion
     height, width = grid = module.segmenter.grid(images)
     row, column = patch or (height // 2, width // 2)
     if row >= height or column >= width:
         allowed = f"rows 0 to {height - 1} and columns 0 to {width - 1}"
         raise UserError(f"--patch is {row},{column}, but the patch grid has {allowed}")
+    bank, operand = frozen_bank(module, images, criterion, trainer), criterion.similarity_dtype
+    return explain(bank, (row, column), grid=grid, boundaries=criterion.boundaries, operand=operand)
+
+
+def frozen_bank(
+    module: PPAPModule, images: Tensor, criterion: PPAPLoss, trainer: Trainer | None = None
+) -> Tensor:
+    """f_j of all patches of images (B, 3, H, W) uint8, (B*h*w, D) float32; see `PPAPLoss.bank`."""
+    options = module.options
     trainer = trainer or build_trainer(options, hardware_settings(options))
     parts = [module.frozen_features(part, trainer) for part in images.split(options.eval.batch_size)]
-    bank, operand = criterion.bank(torch.cat(parts)), criterion.similarity_dtype
-    return explain(bank, (row, column), grid=grid, boundaries=criterion.boundaries, operand=operand)
+    return criterion.bank(torch.cat(parts))
 
 
 def explain(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import ColorJitter, Compose, GaussianBlur, RandomApply, RandomGrayscale
 
 from loss.hidden_positive import hidden_positive_loss
 from model.methods.base import Method, MethodOutput, Progress
@@ -19,14 +20,16 @@ from model.methods.heads import update_average
 from model.methods.pools import ReferencePools
 from model.segmenter import Segmenter, dropout_mask
 from utils.config.options import Options
-from utils.training.distributed import all_reduce_mean, own_slice, world_size
+from utils.training.distributed import all_reduce_mean, rank, world_size
 from utils.training.randomness import derived_seed, generator, seeded
-from utils.vision.colour_view import ColourView, draw_colour_views
 from utils.vision.transforms import normalise
 
 SIGMA = 28.0  # scale of the attention, at any grid
 QUANTILES = (0.1, 0.9)  # the logits of each patch are clipped to these
 SIDE = 3  # patches per side of a neighbourhood
+COLOUR_VIEW = Compose(  # leaves every pixel where it is
+    [ColorJitter(0.3, 0.3, 0.3, 0.1), RandomGrayscale(0.2), RandomApply([GaussianBlur(5, (0.1, 2.0))], 0.5)]
+)
 
 
 class HP(Method):
@@ -61,7 +64,7 @@ class HP(Method):
         self.pools.renew(segmenter, self.average, batches, drawn, **how)
 
     def draws(self, images: int, grid: tuple[int, int], step: int, *, dim: int) -> dict[str, Any]:
-        """Dropout masks by what they apply to, and the colour changes of this rank's images."""
+        """Dropout masks by what they apply to."""
         names = {"linear": dim, "average linear": dim, "nonlinear": dim, "average nonlinear": dim}
         names |= {"features": dim, "average": self.channels, "mixed": self.channels}
         if self.chosen.alpha:
@@ -69,8 +72,7 @@ class HP(Method):
         drawn, found = generator(self.seed, "dropout", step), {}
         for name, channels in names.items():
             found[name] = dropout_mask((images, channels), probability=self.dropout, generator=drawn)
-        views = draw_colour_views(world_size() * images, generator(self.seed, "colour view", step))
-        return found | {"views": own_slice(views)}
+        return found
 
     def forward(
         self, segmenter: Segmenter, batch: Any, draws: dict[str, Any], progress: Progress
@@ -99,7 +101,7 @@ class HP(Method):
         )
         losses = {"hp_loss": loss}
         if self.chosen.alpha:
-            view = segmenter.encode(self._view(batch.inputs, draws["views"]))  # (B, T, D)
+            view = segmenter.encode(self._view(batch.inputs, progress.step))  # (B, T, D)
             branches = draws["view linear"], draws["view nonlinear"]
             other = self._project(segmenter.head(segmenter.features(view, grid), branches))
             distance = F.pairwise_distance(z, other).mean()
@@ -118,15 +120,17 @@ class HP(Method):
         drawn = torch.Generator(device).manual_seed(derived_seed(self.seed, "denominator", step))
         return torch.rand(block, world_size() * rows, generator=drawn, device=device) < rho
 
-    def _view(self, images: Tensor, views: list[ColourView]) -> Tensor:
+    def _view(self, images: Tensor, step: int) -> Tensor:
         """Normalised images in other colours, of uint8 images (B, 3, H, W).
 
         `published_colour` changes the colours of normalised images, whose values are then clamped to [0, 1].
         """
-        published = self.chosen.published_colour
+        published, changed = self.chosen.published_colour, []
         given = normalise(images) if published else images / 255
-        changed = torch.stack([view(image) for view, image in zip(views, given, strict=True)])
-        return changed if published else normalise(255 * changed)
+        for number, image in enumerate(given, start=rank() * len(given)):  # in the global batch
+            with seeded(self.seed, "colour view", step, number):
+                changed.append(COLOUR_VIEW(image))
+        return torch.stack(changed) if published else normalise(255 * torch.stack(changed))
 
 
 def specific_weight(step: int, total: int, warmup: int) -> float:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -25,6 +27,11 @@ def test_most_similar__of_equal_rows_leaves_out_the_row_itself():
     assert all(row not in others and len(set(others)) == 5 for row, others in enumerate(found.tolist()))
 
 
+def weights(name):
+    """The arguments that name the weights."""
+    return {"backbone": SimpleNamespace(digest=lambda: name), "precision": "32-true"}
+
+
 @pytest.fixture
 def encoded():
     """An encoder, and the number of images that it has seen."""
@@ -40,15 +47,15 @@ def encoded():
 def test_neighbours__are_of_the_mean_features_and_computed_once(tiny_options, encoded):
     encode, seen = encoded
     data = build_data(tiny_options(method="stego", stego__num_neighbors=3))
-    table = data.with_neighbours(encode, model="a").neighbours
+    table = data.with_neighbours(encode, **weights("a")).neighbours
     items = torch.stack([item.inputs for item in data.train_set]).float()
     batches = [batch - batch.mean() for batch in items.split(8)]
     means = F.normalize(torch.cat(batches).mean(dim=(2, 3)), dim=1)
     assert torch.equal(table, most_similar(means, 3))
     assert sum(seen) == len(items) == 16
-    assert torch.equal(data.with_neighbours(encode, model="a").neighbours, table)
+    assert torch.equal(data.with_neighbours(encode, **weights("a")).neighbours, table)
     assert sum(seen) == 16
-    data.with_neighbours(encode, model="other weights")
+    data.with_neighbours(encode, **weights("others"))
     assert sum(seen) == 32
     assert data.neighbours is None
 
@@ -58,7 +65,7 @@ def test_neighbours__published_dropout_depends_on_the_seed(tiny_options, encoded
     for seed, dropout in ((0, 0.5), (1, 0.5), (0, 0.0), (1, 0.0)):
         chosen = {"train__seed": seed, "stego__knn_dropout": dropout, "stego__num_neighbors": 5}
         data = build_data(tiny_options(method="stego", **chosen))
-        tables.append(data.with_neighbours(encoded[0], model="a").neighbours)
+        tables.append(data.with_neighbours(encoded[0], **weights("a")).neighbours)
     assert not torch.equal(tables[0], tables[1])
     assert not torch.equal(tables[0], tables[2])
     assert sum(encoded[1]) == 3 * 16, "without dropout, seeds share a table"
@@ -67,7 +74,7 @@ def test_neighbours__published_dropout_depends_on_the_seed(tiny_options, encoded
 def test_neighbours__more_than_there_are(tiny_options, encoded):
     data = build_data(tiny_options(method="stego", stego__num_neighbors=16))
     with pytest.raises(UserError, match=r"stego\.num_neighbors is 16, but there are only 16 .* 15 or less"):
-        data.with_neighbours(encoded[0], model="a")
+        data.with_neighbours(encoded[0], **weights("a"))
 
 
 def test_sampler__a_neighbour_of_each_image_follows(monkeypatch):

@@ -117,14 +117,6 @@ def test_loss__without_any_anchor_is_zero_with_a_graph():
     assert not any(grad.any() for grad in grads)
 
 
-def test_loss__keep_by_a_function_of_the_rows():
-    codes, given = drawn_batch()
-    expected = gradients(codes, **given)
-    keep = given.pop("keep")
-    found = gradients(codes, **given, keep=lambda rows: keep[rows % SIDE**2])
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
 def test_loss__autocast_around_it_changes_nothing():
     codes, given = drawn_batch()
     expected = gradients(codes, **given)

@@ -23,10 +23,12 @@ from utils.errors import Interrupted, UserError
 from utils.files import read_json_object
 from utils.training.launch import is_rank_zero, process_index
 
+EXPLORE = """write a page on which any patch can be the anchor: of an image, of up to 16 images of a folder,
+or for an index of the bank of --explain, with labels; --checkpoint adds clusters"""
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG)
 QUOTING = """must be key=value or key=a,b,c, no spaces around =; quote other values twice: 'key="a, b"'"""
-NEEDED_BY = dict.fromkeys(("out", "flat", "res", "head", "crf", "tile", "names"), "images")
-NEEDED_BY |= {"patch": "explain"}
+NEEDED_BY = dict.fromkeys(("flat", "res", "head", "crf", "tile", "names"), ("images",))
+NEEDED_BY |= {"out": ("images", "explore"), "patch": ("explain",)}
 
 
 class Job(NamedTuple):
@@ -72,10 +74,11 @@ def parse_arguments(
     arguments = parser.parse_intermixed_args(argv)
     given = {name for name, value in vars(arguments).items() if value not in (None, False)}
     for name in given & NEEDED_BY.keys():
-        if NEEDED_BY[name] not in given:
-            parser.error(f"--{name} is only allowed with --{NEEDED_BY[name]}")
-    if "images" in given and "out" not in given:
-        parser.error("--images needs --out, the folder to write to")
+        if not given.intersection(NEEDED_BY[name]):
+            parser.error(f"--{name} is only allowed with --{' or --'.join(NEEDED_BY[name])}")
+    for name, written in {"images": "the folder", "explore": "the page"}.items():
+        if name in given and "out" not in given:
+            parser.error(f"--{name} needs --out, {written} to write")
     if arguments.opt is None and (training or arguments.checkpoint is None):
         missing = "--opt is missing: name an option file, such as --opt demo.json"
         parser.error(missing if training else f"{missing}, or a checkpoint of this project with --checkpoint")
@@ -89,12 +92,13 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     command = parser.add_mutually_exclusive_group().add_argument
     command("--measure-sets", action="store_true", help="compare positives and negatives with labels")
     command("--explain", metavar="IMAGE", **path, help="plot an anchor of an image: a file or an index")
+    command("--explore", metavar="PATH", **path, help=EXPLORE)
     command("--images", metavar="PATH", **path, help="write masks of an image or of a folder")
     command("--export", metavar="FILE", **path, help="write the checkpoint in the published format")
     row = {"metavar": "ROW,COL", "type": _row_and_column}
     parser.add_argument("--patch", **row, help="anchor; default: the centre patch")
     flag = parser.add_argument_group("with --images").add_argument
-    flag("--out", metavar="DIR", **path, help="folder for masks, overlays, a legend and index.html")
+    flag("--out", metavar="PATH", **path, help="folder for masks and index.html; with --explore the page")
     flag("--flat", action="store_true", help="write <name>.png instead of a folder for each image")
     flag("--res", type=int, help="pixels of the shorter side; default: dataset.val_res")
     flag("--head", choices=("cluster", "linear"), help="default: cluster")
@@ -137,7 +141,8 @@ def plan_jobs(arguments: argparse.Namespace, stored: dict[str, Any] | None = Non
                 flat[key] = re.sub(r"[^\w.=+-]+", "_", f"{flat[key]}{suffix}")
         try:
             load_plugins(flat, trusted=trusted)
-            reads_data = not (flags.get("images") or flags.get("export"))
+            explored = flags.get("explore") or "0"  # photographs, or an index in the data
+            reads_data = not (flags.get("images") or flags.get("export")) and explored.isdecimal()
             options = build_options(flat, source="", check_files=reads_data)
             jobs.append(Job(options, " ".join(filter(None, setting)), arguments.test, str(base)))
         except UserError as error:

@@ -93,8 +93,8 @@ def sweep_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """Mean and sample standard deviation over the runs (seeds) of each setting, from (setting, result)."""
     header, rows = ["accuracy / mIoU, %", "runs", "clusters", "linear probe"], sweep_rows(results)
     table = text_table(header, [[*row[:2], *_pairs(row[2:])] for row in rows])
-    costs = {row[0].rsplit(", ", 1)[0]: row[-2:] for row in rows}  # by setting
-    if len({parameters for _, parameters in costs.values()}) == 1:
+    costs = {row[0].rsplit(", ", 1)[0]: row[-2:] for row in rows if row[-1] != "-"}  # by setting
+    if len({parameters for _, parameters in costs.values()}) < 2:
         return table
     return f"{table}\n\n{text_table(['', *COST_TITLES], [[name, *cost] for name, cost in costs.items()])}"
 

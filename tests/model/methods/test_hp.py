@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from loss.hidden_positive import hidden_positive_loss
 from model.methods.base import Progress
-from model.methods.hp import HP, mix_local, specific_weight
+from model.methods.hp import COLOUR_VIEW, HP, mix_local, specific_weight
 from tests.model.methods.conftest import GRID, IMAGES
+from utils.training.randomness import seeded
 from utils.vision.transforms import normalise
 
 
@@ -160,6 +161,23 @@ def test_hp__without_positives_the_contrastive_loss_is_0(segmenter, options_of, 
     assert all(parameter.grad.isfinite().all() for parameter in segmenter.head.parameters())
 
 
+def changed_colours(images, step):
+    found = []
+    for number, image in enumerate(images):
+        with seeded(0, "colour view", step, number):
+            found.append(COLOUR_VIEW(image))
+    return torch.stack(found)
+
+
+def test_colour_view__moves_no_pixel_and_differs_between_images():
+    """A flat image stays flat, whatever is drawn; two images change differently."""
+    flat = torch.full((2, 3, 8, 8), 0.4)
+    flat[:, 0] = 0.7
+    first, second = changed_colours(flat, step=1)
+    assert first.flatten(1).std(dim=1).max() < 1e-6
+    assert not torch.allclose(first, second)
+
+
 @pytest.mark.parametrize("published", [False, True])
 def test_hp__view_changes_colours_before_or_after_normalisation(
     segmenter, options_of, batch_of, monkeypatch, published
@@ -176,7 +194,7 @@ def test_hp__view_changes_colours_before_or_after_normalisation(
     drawn = method.draws(IMAGES, GRID, 1, dim=12)
     method(segmenter, batch, drawn, Progress(1, 6))
     given = normalise(batch.inputs) if published else batch.inputs / 255
-    expected = torch.stack([view(image) for view, image in zip(drawn["views"], given, strict=True)])
+    expected = changed_colours(given, step=1)
     torch.testing.assert_close(seen[-1], expected if published else normalise(255 * expected))
     assert (seen[-1].min() < 0) != published
 
@@ -224,9 +242,7 @@ def test_hp__losses_from_their_definitions(segmenter, options_of, batch_of):
     features = segmenter.features(tokens, GRID)
     code = segmenter.head(features)
     mixed = mix_local(code, segmenter.backbone.attention_logits(tokens, GRID)[:, None])
-    scaled = torch.stack(
-        [view(image) for view, image in zip(draws["views"], batch.inputs / 255, strict=True)]
-    )
+    scaled = changed_colours(batch.inputs / 255, step=5)
     view_code = segmenter.head(segmenter.features(segmenter.encode(normalise(255 * scaled)), GRID))
     expected = hidden_positive_loss(
         projected(code),

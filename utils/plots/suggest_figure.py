@@ -66,7 +66,7 @@ def _draw_shares(axis: Axes, rows: list[dict[str, float]]) -> None:
     for name, colour in zip(SETS, COLOURS, strict=True):
         share = np.array([row[name] for row in rows])
         bars = axis.barh(steps, share, left=left, color=colour, alpha=0.8, label=name)
-        axis.bar_label(bars, [f"{value:.1f}" if value >= 4 else "" for value in share], label_type="center")
+        axis.bar_label(bars, [f"{value:.1f}" if value >= 6 else "" for value in share], label_type="center")
         left += share
     axis.invert_yaxis()
     axis.legend(fontsize=9, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))

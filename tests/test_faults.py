@@ -166,6 +166,22 @@ def test_signal__in_an_evaluation(whole, monkeypatch, capsys, place, name, signu
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_signal__while_tokens_are_cached(tiny_file, tmp_path, monkeypatch):
+    """There is nothing to save yet, so the run exits at once; its next start caches them."""
+    words = ["--opt", tiny_file(dataset__cache_features="disk", eval__is_crf=False)]
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    exit_on_signals()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(PPAPModule, "frozen_tokens", signalled(PPAPModule.frozen_tokens, signal.SIGTERM))
+            assert guarded(lambda: run.main(words)) == 128 + signal.SIGTERM
+    finally:
+        for each, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(each, handler)
+    assert not list((tmp_path / "output/tokens").glob("train-*"))
+    run.main([*words, "--resume"])
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signal__during_the_first_imports(tmp_path, signum):
     (tmp_path / "hydra.py").write_text(f"import os\nos.kill(os.getpid(), {int(signum)})\n")

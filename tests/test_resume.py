@@ -188,8 +188,14 @@ def test_resume__of_other_methods(tiny_file, tmp_path, stop_in, method):
 
 def test_signal__restores_the_handlers():
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(Interrupted, match="143"), StopSignal():  # which arrives in the last step
-        os.kill(os.getpid(), signal.SIGTERM)
+
+    def last_step():
+        with StopSignal() as stop:
+            stop.listen()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="143"):
+        last_step()
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 

@@ -107,6 +107,7 @@ def test_program__runs_every_case(monkeypatch, tmp_path, tiny_file, capsys):
         "loss": ["literal", "ours", "ours, split", "ours, float16"],
         "growth": ["ours"] * 7,
         "step": ["ours", "ours, split", "ours, float16", "literal"],
+        "methods": ["frozen", "ppap", "stego", "hp"],
         "epoch": ["ours", "literal", "ours, cached tokens"],
         "eval": ["literal", "ours"],
         "data": ["literal", "ours", "ours, cut on the fly"],

@@ -31,7 +31,7 @@ class Stopped(UserError):
 class StopSignal:
     """Records the first SIGINT, SIGTERM or, in a SLURM job, SIGUSR1; the run acts on it between two steps.
 
-    A second Ctrl-C exits at once.
+    From `listen` to the end of the block. A second Ctrl-C exits at once.
     """
 
     def __init__(self) -> None:
@@ -39,13 +39,16 @@ class StopSignal:
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
-    def listen(self) -> dict[int, Any]:
-        """Installs the handlers; returns the previous ones."""
-        signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if in_slurm_job() else [])]
-        return {signum: signal.signal(signum, self._handle) for signum in signals}
+    def listen(self) -> None:
+        """Installs the handlers."""
+        for signum in self._before:
+            signal.signal(signum, self._handle)
 
     def __enter__(self) -> StopSignal:
-        self._before = self.listen()
+        signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if in_slurm_job() else [])]
+        self._before = {signum: signal.getsignal(signum) for signum in signals}
+        if in_slurm_job():  # the warning would end a process that does not handle it
+            signal.signal(signal.SIGUSR1, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -69,8 +69,8 @@ class PPAPModule(LightningModule):
         self.assignment: list[int] | None = None
         self.scalars: dict[str, Tensor] = {}  # of the last step
         self.logged: dict[str, float] = {}  # those of the last logged step
-        self.guard, self.watch = NonFiniteGuard(skip=options.train.skip_nonfinite), SetWatch()
-        self.throughput = Throughput()
+        self.guard = NonFiniteGuard(skip=options.train.skip_nonfinite)
+        self.watch, self.throughput = SetWatch(), Throughput()
         self._grad_norm = torch.tensor(0.0)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -81,14 +81,14 @@ class PPAPModule(LightningModule):
         step = self.global_step + 1
         seed_globally(self.options.train.seed, "step", step)
         with ieee_float32():
-            total_steps = self.trainer.estimated_stepping_batches
-            losses, statistics = self.losses(batch, step=step, total_steps=total_steps)
+            total = self.trainer.estimated_stepping_batches
+            losses, statistics = self.losses(batch, step=step, total_steps=total)
         total = sum(losses.values())
         detached = {name: loss.detach() for name, loss in losses.items()}
         # the published train_loss is that of the probes alone
         probes = sum(detached[name] for name in ("linear_loss", "cluster_loss") if name in detached)
         self.scalars = {"total_loss": total.detach(), "train_loss": probes, **detached, **statistics}
-        self.throughput.add(world_size() * self._images(batch))
+        self.throughput.add(world_size() * self.method.images(batch))
         self.guard.observe(detached, step=step)
         if total.device.type == "cpu":  # a GPU would have to be waited for
             self.guard.raise_if_found(self.trainer.datamodule)
@@ -104,7 +104,7 @@ class PPAPModule(LightningModule):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The losses by name, () each, whose sum is minimised; and statistics of the method."""
         grid, dim = self.segmenter.grid(batch.label), self.segmenter.backbone.spec.dim
-        images = self._images(batch)
+        images = self.method.images(batch)
         draws = self.method.draws(images, grid, step, dim=dim)  # before the GPU has anything to do
         tensors = {name: value for name, value in draws.items() if isinstance(value, Tensor)}
         draws |= {name: upload(value, self.device) for name, value in tensors.items()}
@@ -145,7 +145,7 @@ class PPAPModule(LightningModule):
         self.logged = dict(zip(tensors, stacked.tolist(), strict=True))  # waits for a GPU once
         if self.logged.pop("first_nonfinite_step"):
             self.guard.raise_if_found(self.trainer.datamodule)
-        patches = world_size() * self._images(batch) * math.prod(self.segmenter.grid(batch.label))
+        patches = world_size() * self.method.images(batch) * math.prod(self.segmenter.grid(batch.label))
         logged_steps = self.trainer.estimated_stepping_batches // self.options.train.print_freq
         self.watch.add(self.logged, patches=patches, logged_steps=logged_steps)
         scalars = self.logged | {"epoch": self.current_epoch, "net_lr": self.options.optimizer.net.lr}
@@ -166,11 +166,8 @@ class PPAPModule(LightningModule):
             return
         probes = {"linear": self.linear_probe, "cluster": self.cluster_probe}
         with ieee_float32():
-            grid, flips = self.segmenter.grid(batch.label), self.options.eval.flip
-            if flips and self.trainer.state.fn == "validate":
-                code = self.segmenter.flipped_code(batch.inputs, grid)
-            else:
-                code = self.segmenter.code(self.segmenter.tokens(batch.inputs), grid)
+            flip = self.options.eval.flip and self.trainer.state.fn == "validate"
+            code = self.segmenter.code_of(batch.inputs, self.segmenter.grid(batch.label), flip=flip)
             self.evaluator.update(code, batch.image, batch.label, first=number * batches.batch_size, **probes)
 
     def on_validation_epoch_end(self) -> None:
@@ -224,10 +221,6 @@ class PPAPModule(LightningModule):
         tokens, shown = self.frozen_tokens(inputs, trainer), inputs if label is None else label
         with trainer.precision_plugin.forward_context():
             return self.segmenter.features(tokens, self.segmenter.grid(shown))
-
-    def _images(self, batch: Any) -> int:
-        """B: a batch may also hold a neighbour of each image."""
-        return len(batch.label) // (2 if self.method.neighbours else 1)
 
     def _write(self, scalars: dict[str, float]) -> None:
         scalars["iters"] = self.global_step

@@ -43,10 +43,10 @@ class Segmenter(nn.Module):
         encode, _ = self._frozen_parts()
         return encode(image)
 
-    def flipped_code(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Mean code (B, K, h, w) of uint8 images (B, 3, H, W) and of their mirror images."""
-        code, mirrored = (self.code(self.tokens(each), grid) for each in (images, images.flip(-1)))
-        return (code + mirrored.flip(-1)) / 2
+    def code_of(self, inputs: Tensor, grid: tuple[int, int], *, flip: bool = False) -> Tensor:
+        """The code (B, K, h, w) of images or tokens; with `flip`, its mean with that of the mirror images."""
+        code = self.code(self.tokens(inputs), grid)
+        return (code + self.code(self.tokens(inputs.flip(-1)), grid).flip(-1)) / 2 if flip else code
 
     def features(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Criterion features (B, D, h, w) of the frozen last block, from (B, T, D) tokens."""

@@ -37,6 +37,10 @@ class Method(nn.Module):
         super().__init__()
         self.options = options
 
+    def images(self, batch: Any) -> int:
+        """B, the images of a batch without their neighbours."""
+        return len(batch.label) // (2 if self.neighbours else 1)
+
     def draws(self, images: int, grid: tuple[int, int], step: int, *, dim: int) -> dict[str, Any]:
         """The random draws of a step, on the CPU; the module moves the tensors to the device.
 

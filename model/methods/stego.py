@@ -42,7 +42,7 @@ class STEGO(Method):
         self, segmenter: Segmenter, batch: Any, draws: dict[str, Any], progress: Progress
     ) -> MethodOutput:
         """The code with dropout of the images, and the loss; the parts of the loss are logged."""
-        grid, images = segmenter.grid(batch.label), len(batch.label) // 2
+        grid, images = segmenter.grid(batch.label), self.images(batch)
         features = segmenter.features(segmenter.tokens(batch.inputs), grid)  # (2B, D, h, w)
         code = segmenter.head(features, (draws["linear"], draws["nonlinear"]))  # (2B, K, h, w)
         feat, feat_pos = (features * draws["features"]).split(images)  # (B, D, h, w) each

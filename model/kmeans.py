@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics.functional.clustering import adjusted_rand_score
 
 ITERATIONS = 20
 CANDIDATES = 4  # per centroid of the start
@@ -40,18 +41,11 @@ def stability(images: Tensor, sizes: Sequence[int], drawn: torch.Generator) -> l
     """
     rows, halves = images.flatten(0, 1), torch.randperm(len(images), generator=drawn).chunk(2)
     halves = [images[half].flatten(0, 1) for half in halves]  # (P/2*h*w, D) each
-    return [rand_index(*(assign(rows, kmeans(half, size, drawn)) for half in halves)) for size in sizes]
-
-
-def rand_index(first: Tensor, second: Tensor) -> float:
-    """The adjusted Rand index of two partitions (N,) int64: 1 if equal, 0 on average if independent."""
-    sizes = int(first.max()) + 1, int(second.max()) + 1
-    counts = torch.bincount(first * sizes[1] + second, minlength=sizes[0] * sizes[1]).double().view(sizes)
-    both, in_first, in_second, pairs = (
-        (part * (part - 1) / 2).sum() for part in (counts, counts.sum(1), counts.sum(0), counts.sum())
-    )
-    chance, most = in_first * in_second / pairs, (in_first + in_second) / 2
-    return 1.0 if most == chance else float((both - chance) / (most - chance))
+    found = []
+    for size in sizes:
+        first, second = (assign(rows, kmeans(half, size, drawn)) for half in halves)
+        found.append(float(adjusted_rand_score(first, second)))
+    return found
 
 
 def clear_size(sizes: Sequence[int], agreement: Sequence[float]) -> int | None:

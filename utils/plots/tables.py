@@ -154,7 +154,7 @@ def suggestion_table(result: dict[str, Any]) -> str:
         "",
         f"Phi_0 = {result['initialcrit_pos']}: about {precision}% of the positives have the anchor's class",
         f"Psi_0 = {result['initialcrit_amb']}: about {recall}% of the pairs of one class are more similar",
-        f"clusters: {clusters or 'no number'} of 2 to 64 {'are' if clusters else 'is'} clearly stable",
+        f"number of clusters: {clusters or 'none of 2 to 64 is clearly stable'}",
         *(f"warning: {warning}" for warning in result["warnings"]),
         f"add to the command line:\n  {result['words']}",
     ]

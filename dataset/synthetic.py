@@ -1,8 +1,8 @@
 """Procedural scenes whose classes differ in texture, not in colour; needs no files.
 
-Each scene is a Voronoi-like partition with wavy borders. Each region has one of seven textures in two random
-colours, with random phase, period and shading; a scene depends on (split, index) alone and has the size at
-which it is used.
+Each scene is a Voronoi-like partition with wavy borders. Each of its four regions has another texture in two
+random colours, with random phase, period and shading, and all are noisy. A scene depends on (split, index)
+alone and has the size at which it is used.
 """
 
 import colorsys
@@ -15,12 +15,12 @@ from utils.config.options import DatasetOptions
 from utils.training.randomness import derived_seed
 from utils.vision.labels import LabelSpace
 
-NAMES = ("plain", "rows", "columns", "diagonals", "checks", "dots", "grain")
-REGIONS = 5
+NAMES = ("plain", "rows", "columns", "diagonals")
+NOISE = 0.2  # standard deviation; colours range from 0 to 1
 
 
 def labels(options: DatasetOptions) -> LabelSpace:
-    """The seven textures."""
+    """The textures."""
     return LabelSpace.with_spread_colours(NAMES)
 
 
@@ -42,11 +42,11 @@ class Synthetic(Source):
         regions = _regions(self.side, rng)  # (S, S), region ids
         image = np.zeros((self.side, self.side, 3))
         label = np.zeros((self.side, self.side), dtype=np.uint8)
-        for region, class_id in enumerate(rng.permutation(len(NAMES))[:REGIONS]):
+        for region, class_id in enumerate(rng.permutation(len(NAMES))):
             y, x = np.nonzero(regions == region)  # (P,) each, the region's pixels
             image[y, x] = _paint(NAMES[class_id], y, x, self.side, rng)
             label[y, x] = class_id
-        image += rng.normal(0, 0.02, image.shape)  # sensor noise
+        image += rng.normal(0, NOISE, image.shape)
         return RawItem(Image.fromarray((255 * image.clip(0, 1)).astype(np.uint8)), Image.fromarray(label))
 
     def name(self, index: int) -> str:
@@ -55,12 +55,12 @@ class Synthetic(Source):
 
 
 def _regions(side: int, rng: np.random.Generator) -> np.ndarray:
-    """(S, S) index of the nearest of five seeds after a wavy warp."""
+    """(S, S) index of the nearest of one seed per texture after a wavy warp."""
     y, x = np.mgrid[:side, :side] / side
     waves, phases = rng.uniform(1, 3, 2), rng.uniform(0, 2 * np.pi, 2)
     warped_x = x + 0.05 * np.sin(2 * np.pi * waves[0] * y + phases[0])
     warped_y = y + 0.05 * np.sin(2 * np.pi * waves[1] * x + phases[1])
-    seeds = rng.uniform(0.1, 0.9, (REGIONS, 2, 1, 1))
+    seeds = rng.uniform(0.1, 0.9, (len(NAMES), 2, 1, 1))
     return np.argmin((warped_y - seeds[:, 0]) ** 2 + (warped_x - seeds[:, 1]) ** 2, axis=0)
 
 
@@ -70,16 +70,11 @@ def _paint(texture: str, y: np.ndarray, x: np.ndarray, side: int, rng: np.random
     row, column = 2 * np.pi * (np.stack((y, x)) / period + rng.uniform(0, 1, (2, 1)))  # (P,) each, phases
     if texture == "plain":
         pattern = np.full(len(y), rng.uniform())  # (P,) in [0, 1], as below
-    elif texture == "grain":
-        pattern = rng.uniform(0, 1, len(y))
-    elif texture == "dots":
-        pattern = ((np.sin(row) + np.sin(column)) > 1.0).astype(float)
     else:
         waves = {
             "rows": np.sin(row),
             "columns": np.sin(column),
             "diagonals": np.sin((row + column * rng.choice((-1, 1))) / np.sqrt(2)),
-            "checks": np.sin(row) * np.sin(column),
         }
         pattern = (waves[texture] > 0).astype(float)
     values = rng.uniform(0.1, 0.3), rng.uniform(0.75, 0.95)

@@ -237,7 +237,7 @@ def predict_folder(
     result = {"ids": legend, "images": len(done), "left_out": skipped}
     write_json(out / "legend.json", result)
     draw_legend(out / "legend.png", legend)
-    write_contact_sheet(out, done, legend)
+    write_contact_sheet(out, done, legend, skipped)
     print(f"\nresults: {out}; open {out / 'index.html'}")
     if skipped:
         count = "1 image" if len(skipped) == 1 else f"{len(skipped)} images"

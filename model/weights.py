@@ -93,9 +93,14 @@ def load_backbone(backbone: Backbone, weights: str | None) -> str:
     if isinstance(backbone, TimmViT):
         return _load_timm(backbone, weights)
     if weights is None and backbone.spec.published is None:
-        return "no weights (the backbone is untrained)"
+        return "random weights (the backbone is untrained)"
     path = weights_file(weights) if weights else published_file(backbone.spec.published)
-    load_strictly(backbone, clean_state(read_state(path), backbone.spec.depth), str(path))
+    depth = backbone.spec.depth
+    clean = clean_state(read_state(path), depth)
+    blocks = len({name.split(".")[1] for name in clean if name.startswith("blocks.")})
+    if 0 < blocks < depth:
+        raise UserError(f"model.pretrained.depth is {depth}, must be {blocks} or less: the blocks of {path}")
+    load_strictly(backbone, clean, str(path))
     return str(path)
 
 
@@ -122,7 +127,7 @@ def published_file(name: str) -> Path:
                 download([BACKBONES[name]], path, sha256=sha256)
             except DownloadError as error:
                 hint = f"save it as {path}, or set model.pretrained.pretrained_weights to a file"
-                raise UserError(f"{error.mistakes[0]}; download it elsewhere and {hint}") from None
+                raise UserError(f"download the weights elsewhere and {hint}; {error.mistakes[0]}") from None
         elif sha256 not in (None, sha256_of(path)):
             raise UserError(f"{path}: its SHA-256 is not {sha256}; delete it to download it again")
     return path

@@ -40,7 +40,6 @@ PROTOTYPES, HIDDEN, BOTTLENECK = 64, 192, 64
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
 MOMENTUM, CENTRE_MOMENTUM = 0.98, 0.9  # of the teacher at the start (1 at the end), and of the centre
 LR, WARMUP, WEIGHT_DECAY, GRAD_NORM = 1e-3, 50, 0.04, 3.0
-REMOVED_MEAN = 0.68  # share of the mean feature that is subtracted at the end
 
 
 class Crop(NamedTuple):
@@ -186,11 +185,10 @@ def main() -> None:
     filters -= filters.mean(dim=(2, 3), keepdim=True)
     device, steps = accelerator(), arguments.steps
     vit = distil(vit.to(device), scenes.to(device), steps=steps, batch_size=arguments.batch_size).cpu()
-    # The head leaves the mean feature free, which dominates cosines. Without two thirds of it they are like
-    # those of real self-supervised features, so that the paper's boundaries fit.
+    # the head leaves the mean feature free, which would dominate cosines
     shown = scenes[: load_options(demo).dataset.train_images].split(64)  # the images of the demo
     means = [last_features(vit, normalise(part)).mean(dim=(0, 2, 3)) for part in shown]  # (D,) each
-    vit.norm.bias -= REMOVED_MEAN * torch.stack(means).mean(dim=0)
+    vit.norm.bias -= torch.stack(means).mean(dim=0)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     save_file(vit.state_dict(), arguments.out)
     print(f"written: {arguments.out}")

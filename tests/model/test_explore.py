@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import eval as evaluation
 from dataset import build_data
+from dataset.synthetic import NAMES
 from model import build_module, load_segmenter
 from model.explain import build_bank, frozen_bank
 from model.explore import pack_features
@@ -80,7 +81,7 @@ def test_command__page_of_a_validation_image(tiny_file, tiny_options, tmp_path, 
     assert float(content["coefficients"]["sigma_amb"]) == float("inf")
     labels = content["layers"]["labels"]
     split = {data.validation_set.name(index): data.validation_set[index].label for index in range(6)}
-    expected = patch_classes(torch.stack([split[name] for name in names]), 8, n_classes=7)
+    expected = patch_classes(torch.stack([split[name] for name in names]), 8, n_classes=len(NAMES))
     assert torch.equal(ids_of(labels).long(), expected)
     assert labels["names"] == list(data.labels.names)
     assert list(content["layers"]) == ["sets", "labels"]

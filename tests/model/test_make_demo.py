@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from dataset import build_data
+from dataset.synthetic import NAMES
 from model.backbone import FrozenViT
 from model.set_quality import patch_classes
 from model.weights import backbone_spec, load_backbone
@@ -37,9 +38,9 @@ def class_mean_accuracy(backbone, data):
         )
         features = backbone.last_features(backbone.tokens(normalise(images)), (16, 16))  # (B, D, 16, 16)
         rows = F.normalize(features.permute(0, 2, 3, 1).flatten(0, 2), dim=1)  # (N, D)
-        splits.append((rows, patch_classes(labels, 8, n_classes=7)))
+        splits.append((rows, patch_classes(labels, 8, n_classes=len(NAMES))))
     (rows, classes), (held_out, truth) = splits
-    centres = torch.stack([rows[classes == each].mean(dim=0) for each in range(7)])  # (7, D)
+    centres = torch.stack([rows[classes == each].mean(dim=0) for each in range(len(NAMES))])  # (C, D)
     return 100 * (torch.cdist(held_out, centres).argmin(dim=1) == truth).double().mean().item()
 
 

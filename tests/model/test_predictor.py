@@ -227,6 +227,7 @@ def test_images__a_damaged_one_is_skipped_with_status_1(run, tmp_path, capsys):
     assert "trip/bad.jpg: not a readable image" in capsys.readouterr().err
     assert len(list((tmp_path / "masks").rglob("mask.png"))) == 3
     assert "bad.jpg" in json.loads((tmp_path / "masks/legend.json").read_text())["left_out"][0]
+    assert "trip/bad.jpg: not a readable image" in (tmp_path / "masks/index.html").read_text()
 
 
 def test_photograph__as_file_picture_and_array(checkpoint, tmp_path):

@@ -8,9 +8,11 @@ from torch.nn import functional as F
 
 import run
 from dataset import build_data
+from dataset.synthetic import NAMES
 from model import build_module
+from model.kmeans import clear_size
 from model.set_quality import patch_classes
-from model.suggest import PRECISION, SEPARATED, estimate
+from model.suggest import PRECISION, SEPARATED, SIZES, cluster_agreement, estimate
 from tests.dataset.files import picture, save
 from utils.config.cli import parse_arguments, plan_jobs
 from utils.config.loading import find_option_file, load_options, with_changes
@@ -159,8 +161,8 @@ def test_command__is_for_ppap(suggest, word):
         suggest(word)
 
 
-def check_with_labels(name, **changes):
-    """The boundaries are near those chosen with labels, and so is the precision at Phi_0."""
+def check_with_labels(name, *expected, **changes):
+    """The boundaries are near the expected ones, and the precision at Phi_0 near the labels'."""
     options = with_changes(load_options(find_option_file(name)), {"train.seed": 1} | changes)
     data, batch = build_data(options), options.dataloader.batch_size
     module, trainer = build_module(options, data.labels), build_trainer(options, hardware_settings(options))
@@ -169,19 +171,22 @@ def check_with_labels(name, **changes):
     features = module.frozen_features(torch.stack([item.image for item in items]), trainer)
     found = estimate(features, batch=batch, drawn=torch.Generator().manual_seed(1))
     phi, psi = found.boundaries()
-    assert (phi, psi) == pytest.approx((0.8, 0.3), abs=0.08)  # 32 images are few
+    assert (phi, psi) == pytest.approx(expected, abs=0.08)  # 32 images are few
     labels, patch = torch.stack([item.label for item in items]), module.segmenter.backbone.spec.patch
     classes = patch_classes(labels[:batch], patch, n_classes=data.labels.n_classes)
     truth = true_precision(features[:batch], classes, phi)
     assert found.at(found.precision, phi) == pytest.approx(truth, abs=0.1)
+    return features
 
 
-def test_demo__as_with_labels():
-    check_with_labels("demo.json")
+def test_demo__valley_and_number_of_textures():
+    features = check_with_labels("demo.json", 0.3, 0.3)
+    assert clear_size(SIZES, cluster_agreement(features, 0).mean(dim=0).tolist()) == len(NAMES)
 
 
 @pytest.mark.slow
 def test_camvid__as_with_labels(shared):
     weights = str(shared / "data/weights/vits14_depth10.pth")
     changes = {"model.pretrained.pretrained_weights": weights, "dataloader.num_workers": 0}
-    check_with_labels("camvid.json", **changes, **{"dataset.data_path": str(shared / "data/camvid")})
+    changes["dataset.data_path"] = str(shared / "data/camvid")
+    check_with_labels("camvid.json", 0.8, 0.3, **changes)

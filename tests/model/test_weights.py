@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,6 +63,13 @@ def test_clean_state__chunks_mask_token_and_depth():
         "blocks.1.7.norm1.weight": one, "blocks.1.8.norm1.weight": one, "norm.weight": one,
     }  # fmt: skip
     assert set(clean_state(state, 8)) == {"blocks.0.norm1.weight", "blocks.7.norm1.weight", "norm.weight"}
+
+
+def test_load__too_few_blocks(spec, tmp_path):
+    torch.save(random_state(spec), tmp_path / "w.pth")
+    message = f"depth is {spec.depth + 1}, must be {spec.depth} or less: the blocks of .*w.pth"
+    with pytest.raises(UserError, match=message):
+        load(replace(spec, depth=spec.depth + 1), tmp_path / "w.pth")
 
 
 def test_load__file_that_does_not_fit_names_keys_and_shapes(spec, tmp_path):
@@ -131,7 +139,7 @@ def test_published__cut_download_never_has_the_final_name(server, hub, monkeypat
     server.faults["dino.pth"] = [Fault(cut=70_000), Fault(cut=1), Fault(cut=1)]
     monkeypatch.setattr(download, "TRIES", 2)
     monkeypatch.setattr(download, "BACKOFF", 0.001)
-    with pytest.raises(UserError, match=rf"Connection broken.* save it as {hub}.*pretrained_weights"):
+    with pytest.raises(UserError, match=rf"save it as {hub}.*pretrained_weights.*Connection broken"):
         published_file(NAME)
     assert not (hub / "dino.pth").exists()
     server.faults.clear()

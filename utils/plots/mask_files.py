@@ -130,8 +130,10 @@ def write_results(
         overlay(small, classes, palette).save(temporary, format="JPEG", quality=90, subsampling=0)
 
 
-def write_contact_sheet(out: Path, files: Iterable[ResultFiles], legend: Sequence[dict[str, Any]]) -> None:
-    """Writes index.html: the overlay of each photograph, linked to its mask, and the legend."""
+def write_contact_sheet(
+    out: Path, files: Iterable[ResultFiles], legend: Sequence[dict[str, Any]], left_out: Sequence[str]
+) -> None:
+    """Writes index.html: overlays linked to masks, the legend, and what was left out (messages)."""
     pictures = []
     for each in files:
         mask, shown = (path.relative_to(out) for path in each)
@@ -139,7 +141,7 @@ def write_contact_sheet(out: Path, files: Iterable[ResultFiles], legend: Sequenc
         links = (quote(os.fsencode(path.as_posix())) for path in (mask, shown))  # names may not be UTF-8
         pictures.append((str(name), *links))
     used = [row for row in legend if row["share"]]
-    write_text(out / "index.html", render("masks.html", pictures=pictures, legend=used))
+    write_text(out / "index.html", render("masks.html", pictures=pictures, legend=used, left_out=left_out))
 
 
 def overlay(image: Image.Image, classes: np.ndarray, palette: Sequence[Colour]) -> Image.Image:

@@ -1,5 +1,6 @@
 """Results of an evaluation: metrics.json, confusion matrices, and pictures of some validation images."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ def run_summary(module: PPAPModule, data: Any, trainer: Trainer, *, folder: Path
     labels = "labels" if data.train_labelled else "no labels"
     batches, epochs = len(data.train_dataloader()), options.train.epoch
     steps = min(batches * epochs, options.train.max_steps or batches * epochs)
+    epochs = math.ceil(steps / batches)
     device, precision = trainer.strategy.root_device, trainer.precision_plugin.precision
     items = f"{len(data.train_set):,} items to train on, {len(data.validation_set):,} to evaluate"
     lines = {

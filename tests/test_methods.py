@@ -73,7 +73,9 @@ def test_max_steps__ends_the_run_with_a_validation(tiny_file, tmp_path, capsys):
         tiny_file(train__epoch=5, train__max_steps=6, train__valid_freq=100, eval__is_crf=False),
     ]
     run.main(words)
-    assert "steps     6: 5 epochs of 4" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "steps     6: 2 epochs of 4" in shown.out
+    assert "epoch 2/2" in shown.err
     folder = tmp_path / "output/tiny"
     with (folder / "metrics.csv").open() as file:
         assert [row["iters"] for row in csv.DictReader(file) if row["valid_loss"]] == ["4", "6"]

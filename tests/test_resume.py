@@ -290,20 +290,26 @@ def test_resume__a_finished_run_or_other_options(whole, capsys, monkeypatch):
     assert "num_workers" not in str(error.value)
 
 
-def test_resume__more_epochs_continue_a_finished_run(tiny_file, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("key", "before", "after", "unit", "step"),
+    [("train.epoch", 1, 2, "epochs", 7), ("train.max_steps", 6, 10, "steps", 6)],
+)
+def test_resume__a_longer_run_continues_a_finished_one(
+    tiny_file, tmp_path, capsys, key, before, after, unit, step
+):
     """As if the run had been of this length from the start."""
     words, folder = ["--opt", tiny_file(**SEVEN)], tmp_path / "output/tiny"
-    run.main([*words, "train.epoch=1"])
-    (longer,) = run.main([*words, "--resume", "train.epoch=2"])
+    run.main([*words, f"{key}={before}"])
+    (longer,) = run.main([*words, "--resume", f"{key}={after}"])
     printed = capsys.readouterr().out
-    assert "1 epochs become 2" in printed
-    assert "resuming after step 7" in printed
-    assert (folder / "metrics-1-epochs.json").exists()
-    (whole,) = run.main([*words, "train.epoch=2", "wandb.name=whole"])
+    assert f"{before} {unit} become {after}" in printed
+    assert f"resuming after step {step}" in printed
+    assert (folder / f"metrics-{before}-{unit}.json").exists()
+    (whole,) = run.main([*words, f"{key}={after}", "wandb.name=whole"])
     assert same(longer, whole)
     assert rows_of(folder) == rows_of(tmp_path / "output/whole")
-    with pytest.raises(UserError, match=r"train\.epoch was 2, is 1"):
-        run.main([*words, "--resume", "train.epoch=1"])
+    with pytest.raises(UserError, match=f"{key} was {after}, is {before}"):
+        run.main([*words, "--resume", f"{key}={before}"])
 
 
 def test_resume__a_run_without_its_best_checkpoint_ends_with_results(tiny_file, tmp_path, stop_in, capsys):

@@ -29,6 +29,7 @@ MAY_DIFFER = (  # on resume: keys and sections that change where and how fast a 
     "checkpoint", "dataloader.num_workers", "dataset.check_files", "dataset.data_path", "eval.crf_workers",
     "gpu_ids", "output_dir", "plugins", "resume", "train.checkpoint_every", "trainer.", "wandb.",
 )  # fmt: skip
+LENGTHS = {"train.epoch": "epochs", "train.max_steps": "steps"}  # may become larger on resume
 PACKAGES = (
     "torch", "torchvision", "pytorch-lightning", "torchmetrics", "timm", "numpy", "scipy", "pydensecrf2",
     "wandb",
@@ -95,28 +96,28 @@ class RunDir:
     def check_options(self, options: Options) -> None:
         """Raises a UserError if an option that affects the result differs from the run in this folder.
 
-        More epochs are allowed; the metrics of a finished run are then kept as metrics-<epochs>-epochs.json.
+        A longer run is allowed; the metrics of a finished one are then kept as metrics-<epochs>-epochs.json
+        or metrics-<steps>-steps.json.
         """
         path, origin = self.path / "options.json", self.path / "provenance.json"
         if not path.exists():
             return
         if origin.exists():
             report_changes(read_json_object(origin).get("plugins", {}), origin)
-        before = flatten(as_tree(Options())) | flatten(read_json_object(path))
-        epochs, more = before["train.epoch"], options.train.epoch > before["train.epoch"]
-        may_differ = (*MAY_DIFFER, "train.epoch") if more else MAY_DIFFER
+        before, now = flatten(as_tree(Options())) | flatten(read_json_object(path)), flatten(as_tree(options))
+        longer = [key for key in LENGTHS if (before[key] or math.inf) < (now[key] or math.inf)]
         differing = [
             f"{key} was {json.dumps(before.get(key))}, is {json.dumps(value)}"
-            for key, value in flatten(as_tree(options)).items()
-            if before.get(key) != value and not key.startswith(may_differ)
+            for key, value in now.items()
+            if before.get(key) != value and not key.startswith((*MAY_DIFFER, *longer))
         ]
         if differing:
             fix = "use its options, or start a new run under another wandb.name"
             raise UserError(differing, f"{path}, the run to resume ({fix})")
-        if more and is_rank_zero():
-            print(f"{self.path}: {epochs} epochs become {options.train.epoch}")
+        for key in longer if is_rank_zero() else ():
+            print(f"{self.path}: {before[key]} {LENGTHS[key]} become {now[key] or 'unlimited'}")
             if self._metrics.exists():
-                self._metrics.rename(self.path / f"metrics-{epochs}-epochs.json")
+                self._metrics.rename(self.path / f"metrics-{before[key]}-{LENGTHS[key]}.json")
             write_json(path, as_tree(options))
 
     def resume_point(self, options: Options) -> tuple[Path | None, Progress]:

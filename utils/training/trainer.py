@@ -56,8 +56,8 @@ class RunBar(Callback):
             self._show(trainer, pl_module)
 
     def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epoch = f"epoch {min(trainer.current_epoch + 1, trainer.max_epochs)}/{trainer.max_epochs}"
-        self._bar.set_description(epoch, refresh=False)
+        epochs = math.ceil(self._bar.total / trainer.num_training_batches)
+        self._bar.set_description(f"epoch {min(trainer.current_epoch + 1, epochs)}/{epochs}", refresh=False)
         shown = [f"loss {pl_module.logged['total_loss']:.3f}"] if pl_module.logged else []
         self._bar.set_postfix_str(", ".join([*shown, *self._best]), refresh=False)
         self._bar.update(trainer.global_step - self._bar.n)

@@ -1,8 +1,8 @@
 """Procedural scenes whose classes differ in texture, not in colour; needs no files.
 
-Each scene is a Voronoi-like partition with wavy borders. Each of its four regions has another texture in two
-random colours, with random phase, period and shading, and all are noisy. A scene depends on (split, index)
-alone and has the size at which it is used.
+Each scene is a Voronoi-like partition with wavy borders. Each of its four regions has a different texture in
+two random colours, with random phase, period and shading, and all are noisy. A scene depends on
+(split, index) alone and has the size at which it is used.
 """
 
 import colorsys

@@ -6,6 +6,7 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 
 import run
 from dataset import build_data
+from dataset.synthetic import NAMES
 from model import PPAPModule, build_module
 from utils.config.loading import with_changes
 from utils.errors import UserError
@@ -133,7 +134,7 @@ def check_checkpoint(path):
     content = torch.load(path, weights_only=True)
     about = content["ppap"]
     assert about["class_names"][0] == "plain"
-    assert len(about["palette"]) == len(about["assignment"]) == 7
+    assert len(about["palette"]) == len(about["assignment"]) == len(NAMES)
     assert about["options"]["training_coeff"]["prop_iter"] == 2
     assert about["git_sha"]
     assert "torch" in about["versions"]

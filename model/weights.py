@@ -127,7 +127,7 @@ def published_file(name: str) -> Path:
                 download([BACKBONES[name]], path, sha256=sha256)
             except DownloadError as error:
                 hint = f"save it as {path}, or set model.pretrained.pretrained_weights to a file"
-                raise UserError(f"download the weights elsewhere and {hint}; {error.mistakes[0]}") from None
+                raise UserError(f"download the file elsewhere and {hint}; {error.mistakes[0]}") from None
         elif sha256 not in (None, sha256_of(path)):
             raise UserError(f"{path}: its SHA-256 is not {sha256}; delete it to download it again")
     return path

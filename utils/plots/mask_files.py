@@ -131,9 +131,9 @@ def write_results(
 
 
 def write_contact_sheet(
-    out: Path, files: Iterable[ResultFiles], legend: Sequence[dict[str, Any]], left_out: Sequence[str]
+    out: Path, files: Iterable[ResultFiles], legend: Sequence[dict[str, Any]], skipped: Sequence[str]
 ) -> None:
-    """Writes index.html: overlays linked to masks, the legend, and what was left out (messages)."""
+    """Writes index.html: overlays linked to masks, the legend, and messages about skipped images."""
     pictures = []
     for each in files:
         mask, shown = (path.relative_to(out) for path in each)
@@ -141,7 +141,7 @@ def write_contact_sheet(
         links = (quote(os.fsencode(path.as_posix())) for path in (mask, shown))  # names may not be UTF-8
         pictures.append((str(name), *links))
     used = [row for row in legend if row["share"]]
-    write_text(out / "index.html", render("masks.html", pictures=pictures, legend=used, left_out=left_out))
+    write_text(out / "index.html", render("masks.html", pictures=pictures, legend=used, skipped=skipped))
 
 
 def overlay(image: Image.Image, classes: np.ndarray, palette: Sequence[Colour]) -> Image.Image:

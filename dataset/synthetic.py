@@ -55,7 +55,7 @@ class Synthetic(Source):
 
 
 def _regions(side: int, rng: np.random.Generator) -> np.ndarray:
-    """(S, S) index of the nearest of one seed per texture after a wavy warp."""
+    """(S, S) index of the nearest seed after a wavy warp; one seed per texture."""
     y, x = np.mgrid[:side, :side] / side
     waves, phases = rng.uniform(1, 3, 2), rng.uniform(0, 2 * np.pi, 2)
     warped_x = x + 0.05 * np.sin(2 * np.pi * waves[0] * y + phases[0])

@@ -39,7 +39,7 @@ from utils.training.randomness import generator
 from utils.training.trainer import build_trainer
 
 PRECISION, RECALL = 0.8, 0.8  # targets
-ROUNDING = 0.02  # loss of precision when Phi_0 is rounded
+ROUNDING = 0.02  # precision that rounding Phi_0 may cost
 FINE, COARSE = (24, 28, 32, 40), (3, 4, 5, 6)  # clusters of the partitions for precision and for recall
 SEPARATED = 0.85  # least `Estimate.separation`: CamVid has 0.97, the demo's ViT on CamVid 0.70
 SIZES = (*range(2, 11), 12, 14, 16, 20, 24, 32, 48, 64)  # clusters whose stability is measured
@@ -72,7 +72,7 @@ class Estimate:
         digits = math.ceil(-math.log10((1 - self.threshold[0]) / 100))  # 1% of the range
         rounded = round(float(phi), digits)
         if self.at(self.precision, rounded) < self.at(self.precision, float(phi)) - ROUNDING:
-            rounded = round(rounded + 10**-digits, digits)  # precision jumps there
+            rounded = round(rounded + 10**-digits, digits)  # rounding down crossed a jump in precision
         return rounded, round(float(psi), digits)
 
     def at(self, curve: Tensor, similarity: float) -> float:

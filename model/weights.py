@@ -99,7 +99,8 @@ def load_backbone(backbone: Backbone, weights: str | None) -> str:
     clean = clean_state(read_state(path), depth)
     blocks = len({name.split(".")[1] for name in clean if name.startswith("blocks.")})
     if 0 < blocks < depth:
-        raise UserError(f"model.pretrained.depth is {depth}, must be {blocks} or less: the blocks of {path}")
+        allowed = f"at most {blocks}, the number of blocks in {path}"
+        raise UserError(f"model.pretrained.depth is {depth}, must be {allowed}")
     load_strictly(backbone, clean, str(path))
     return str(path)
 

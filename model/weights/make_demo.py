@@ -185,7 +185,7 @@ def main() -> None:
     filters -= filters.mean(dim=(2, 3), keepdim=True)
     device, steps = accelerator(), arguments.steps
     vit = distil(vit.to(device), scenes.to(device), steps=steps, batch_size=arguments.batch_size).cpu()
-    # the head leaves the mean feature free, which would dominate cosines
+    # the loss does not constrain the mean feature, which would dominate cosines
     shown = scenes[: load_options(demo).dataset.train_images].split(64)  # the images of the demo
     means = [last_features(vit, normalise(part)).mean(dim=(0, 2, 3)) for part in shown]  # (D,) each
     vit.norm.bias -= torch.stack(means).mean(dim=0)

@@ -67,7 +67,7 @@ def test_clean_state__chunks_mask_token_and_depth():
 
 def test_load__too_few_blocks(spec, tmp_path):
     torch.save(random_state(spec), tmp_path / "w.pth")
-    message = f"depth is {spec.depth + 1}, must be {spec.depth} or less: the blocks of .*w.pth"
+    message = f"depth is {spec.depth + 1}, must be at most {spec.depth}, the number of blocks in .*w.pth"
     with pytest.raises(UserError, match=message):
         load(replace(spec, depth=spec.depth + 1), tmp_path / "w.pth")
 

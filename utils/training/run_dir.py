@@ -29,7 +29,7 @@ MAY_DIFFER = (  # on resume: keys and sections that change where and how fast a 
     "checkpoint", "dataloader.num_workers", "dataset.check_files", "dataset.data_path", "eval.crf_workers",
     "gpu_ids", "output_dir", "plugins", "resume", "train.checkpoint_every", "trainer.", "wandb.",
 )  # fmt: skip
-LENGTHS = {"train.epoch": "epochs", "train.max_steps": "steps"}  # may become larger on resume
+LENGTHS = {"train.epoch": "epochs", "train.max_steps": "steps"}  # may increase on resume
 PACKAGES = (
     "torch", "torchvision", "pytorch-lightning", "torchmetrics", "timm", "numpy", "scipy", "pydensecrf2",
     "wandb",
@@ -114,7 +114,9 @@ class RunDir:
         if differing:
             fix = "use its options, or start a new run under another wandb.name"
             raise UserError(differing, f"{path}, the run to resume ({fix})")
-        for key in longer if is_rank_zero() else ():
+        if not is_rank_zero():
+            return
+        for key in longer:
             print(f"{self.path}: {before[key]} {LENGTHS[key]} become {now[key] or 'unlimited'}")
             if self._metrics.exists():
                 self._metrics.rename(self.path / f"metrics-{before[key]}-{LENGTHS[key]}.json")

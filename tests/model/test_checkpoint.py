@@ -52,8 +52,7 @@ def test_export__entries_keys_and_shapes_of_the_released_files(shared, name, tmp
     listed = json.loads((shared / "reference/checkpoint_keys.json").read_text())[name]
     options = load_options(Path("json/server") / EXPERIMENTS[name])
     labels = DATA_SETS[options.dataset.data_type].labels(options.dataset)
-    with torch.device("meta"):
-        module = PPAPModule(options, labels, BlockSegmenter(FrozenViT(backbone_spec(options))))
+    module = PPAPModule(options, labels, BlockSegmenter(FrozenViT(backbone_spec(options))))
     content = {}
     monkeypatch.setattr("model.checkpoint.write_torch_file", lambda written, path: content.update(written))
     exported(

@@ -28,6 +28,7 @@ def test_draw__any_steps_bank_and_boundaries(tmp_path, steps, images, phi, psi):
     numbers = (np.full(steps + 1, value, dtype=np.float32) for value in (phi, psi, 0.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # of matplotlib's own calls
         draw_explanation(
             tmp_path / "a.png",
             Explanation((3, 4), similarity, zones, *numbers),

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from utils.config.loading import build_options, nest
+from utils.vision.crf import crf_missing
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+needs_pydensecrf = pytest.mark.skipif(crf_missing() is not None, reason=str(crf_missing()))
 
 TINY = {  # seconds, not minutes: 4 steps of 4 scenes of 32 pixels
     "wandb.name": "tiny",

@@ -16,6 +16,7 @@ import eval as evaluation
 import run
 from model import results
 from model.module import PPAPModule
+from tests.conftest import needs_pydensecrf
 from tests.dataset.files import picture, save
 from tests.test_resume import LONG, assert_same_run, fast, whole  # noqa: F401
 from utils.config.cli import guarded
@@ -147,7 +148,7 @@ def signalled(function, signum):
     [
         (dataset, "build_data"),
         (PPAPModule, "validation_step"),
-        (CrfPool, "submit"),
+        pytest.param(CrfPool, "submit", marks=needs_pydensecrf),
         (results, "write_pictures"),
     ],
 )

@@ -24,7 +24,7 @@ from loss import PPAPLossOutput
 from model import criterion, register_loss
 from model.callbacks import HtmlReport
 from model.module import PPAPModule
-from tests.conftest import METHODS, without_figures, write_tiny
+from tests.conftest import METHODS, needs_pydensecrf, without_figures, write_tiny
 from tests.dataset.files import picture, save
 from utils.config.cli import guarded
 from utils.config.options import LOSSES
@@ -421,6 +421,7 @@ def start():
     return start
 
 
+@needs_pydensecrf
 def test_kill__no_child_stays_behind(tiny_file, tmp_path, start):
     """The main process is killed in the CRF, while the loader's workers are alive as well."""
     pids = tmp_path / "pids"

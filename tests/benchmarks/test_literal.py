@@ -16,6 +16,7 @@ from tests.benchmarks import literal
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.inputs import SHAPES, loss_inputs, shape_options, write_photographs
 from tests.benchmarks.measure import Bench, Cost
+from tests.conftest import needs_pydensecrf
 from utils.vision.crf import crf_missing, upsample
 from utils.vision.transforms import Geometry, normalise, to_eight_bit
 
@@ -41,9 +42,8 @@ def test_predictions__golden(golden):
     assert torch.equal(found["cluster"], stored.cluster_pred_up.long())
 
 
+@needs_pydensecrf
 def test_crf__golden(golden):
-    if crf_missing():
-        pytest.skip("no pydensecrf")
     stored = golden("crf")
     image = to_eight_bit(stored.image[None])[0].permute(1, 2, 0).numpy()
     marginals = literal.crf(image, upsample(stored.logits.numpy(), image.shape[:2]))

@@ -9,6 +9,7 @@ from PIL import Image
 from tests.conftest import METHODS, write_tiny
 from tests.cuda.build import missing, run_cases
 from tests.cuda.drive import CRF, LOGGED, TRAIN, VALIDATION
+from utils.vision.crf import crf_missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
@@ -17,7 +18,7 @@ SETTINGS = {"train__epoch": 2, "train__print_freq": 3, "train__valid_freq": 4, "
 SETTINGS |= {"dataloader__val_batch_size": 2, "eval__batch_size": 2, "eval__pictures": 1}
 TRAINED = {
     "deterministic": ["train.deterministic=true"],  # first: torch 2.6 reads cuBLAS's setting only once
-    "fp16": ["eval.is_crf=true"],
+    "fp16": [] if crf_missing() else ["eval.is_crf=true"],
     "bf16": ["train.precision=bf16"],
     "fp32": ["train.precision=fp32"],
     "ram": ["dataset.cache_features=ram"],
@@ -25,6 +26,7 @@ TRAINED = {
     "second": ["gpu_ids=[1]"],
     **{name: [f"{key}={value}" for key, value in changed.items()] for name, changed in METHODS.items()},
 }
+REFINED = [] if crf_missing() else ["--crf"]  # the CRF in torch needs a device that computes
 SCALER = "torch/amp/grad_scaler.py"  # reads found_inf before the optimizer's step
 WAITS = {TRAIN: (1, 0), LOGGED: (2, 1), VALIDATION: (1, 1)}  # at most; at most outside GradScaler
 
@@ -49,13 +51,13 @@ def results(folder, tmp_path_factory):
     cases = {name: case("run", name, *words) for name, words in TRAINED.items()}
     cases["second"]["freed"] = 2**30
     checkpoint = ("--checkpoint", str(folder / "output/fp16/best.ckpt"))
-    masks = ("--images", str(folder / "photographs"), "--out", str(folder / "masks"), "--crf", "--tile", "32")
+    masks = ("--images", str(folder / "photographs"), "--out", str(folder / "masks"), "--tile", "32")
     cases |= {
         "stopped": case("run", "stopped", stop_at=STOP_AT),
         "resumed": case("run", "stopped", "--resume"),
         "mutant": case("run", "mutant", mask_on_cpu=True),
         "evaluated": case("eval", "evaluated", *checkpoint),
-        "images": case("eval", "images", *checkpoint, *masks),
+        "images": case("eval", "images", *checkpoint, *masks, *REFINED),
         "explained": case("eval", "explained", *checkpoint, "--explain", "0"),
         "measured": case("eval", "measured", *checkpoint, "--measure-sets"),
     }

@@ -5,6 +5,7 @@ from torch.nn import functional as F
 
 from model.evaluator import CLUSTER_ALPHA, Evaluator
 from model.probes import ClusterProbe, LinearProbe
+from tests.conftest import needs_pydensecrf
 from utils.vision.crf import refine
 from utils.vision.mean_field import MeanField
 
@@ -123,6 +124,7 @@ class InProcess(list):
             yield self.pop(0)
 
 
+@needs_pydensecrf
 @pytest.mark.parametrize(("is_direct", "with_linear"), [(False, True), (True, True), (False, False)])
 def test_crf__on_the_device_equals_the_pool(batch, is_direct, with_linear):
     n_clusters, flags = 12 if is_direct else 4, {"is_direct": is_direct, "with_linear": with_linear}

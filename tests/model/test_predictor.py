@@ -12,18 +12,17 @@ import eval as evaluation
 from model import build_module, load_segmenter
 from model.checkpoint import CHECKPOINT_ENTRY, Checkpoint, export
 from model.predictor import predict_folder, tiled_code
-from tests.conftest import TINY, write_tiny
+from tests.conftest import TINY, needs_pydensecrf, write_tiny
 from utils.config.cli import guarded
 from utils.config.loading import as_tree, build_options
 from utils.errors import LeftOut, UserError
-from utils.vision.crf import crf_missing
 from utils.vision.labels import LabelSpace
 from utils.vision.mean_field import MeanField
 
 LABELS = LabelSpace(("road", "sky", "tree"), ((1, 2, 3), (4, 5, 6), (7, 8, 9)))
 ASSIGNMENT = np.array([2, 0, 1])
 CRF = [
-    pytest.param("pydensecrf", marks=pytest.mark.skipif(bool(crf_missing()), reason="pydensecrf2")),
+    pytest.param("pydensecrf", marks=needs_pydensecrf),
     "torch",
 ]
 

@@ -48,7 +48,8 @@ def crf_missing() -> str | None:
     try:
         import pydensecrf.densecrf  # noqa: F401
     except ImportError as error:
-        return f"pydensecrf does not import ({error}); pip install pydensecrf2 needs a C++ compiler"
+        needs = "Python 3.12 or older and a C++ compiler"
+        return f"pydensecrf does not import ({error}); pip install pydensecrf2 needs {needs}"
     return None
 
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.conftest import needs_pydensecrf
 from utils.config.loading import REPOSITORY
 from utils.vision.crf import CrfPool, HeadLogits, crf_missing, refine, resolve_backend, upsample
 from utils.vision.transforms import to_eight_bit
-
-needs_pydensecrf = pytest.mark.skipif(crf_missing() is not None, reason="needs pydensecrf")
 
 
 @pytest.fixture
@@ -73,6 +72,7 @@ def test_backend__auto_falls_back_to_torch(monkeypatch, capsys):
     assert "the CRF runs in torch, because pydensecrf does not import" in capsys.readouterr().out
 
 
+@needs_pydensecrf
 def test_pool__error_in_a_worker_reaches_the_caller():
     with CrfPool(1) as pool:
         pool.submit(np.zeros((4, 4, 3), dtype=np.uint8), ["not a head"], tag=0)

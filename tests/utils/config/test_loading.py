@@ -40,6 +40,13 @@ def test_defaults__are_accepted():
     assert build_options({}, source="x") == Options() == build_options(flatten({"dataset": {}}), source="x")
 
 
+@pytest.mark.parametrize("method", ["stego", "hp"])
+def test_methods_json__equals_the_option_files_for_camvid(method):
+    name = f"{method}_camvid"
+    variant = json.loads(find_option_file("methods").read_text())[method.upper()] | {"wandb": {"name": name}}
+    assert load_options(find_option_file("camvid"), variant) == load_options(find_option_file(name))
+
+
 @pytest.mark.parametrize("path", OUR_FILES, ids=lambda path: path.name)
 def test_our_files__load_and_build(path, monkeypatch):
     options = load_options(path)

@@ -88,6 +88,10 @@ class CheckpointManager(Callback):
         self._loops = _resumable_loops(trainer)
         self._agreement.start(self.stop.signum is not None, self._due())
 
+    def on_validation_start(self, *_: Any) -> None:
+        """Repeats what follows the start of the workers, which a first validation may have started."""
+        self.stop.listen()
+
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Stops during a validation on request; the resumed run repeats it."""
         if trainer.strategy.reduce_boolean_decision(self.stop.signum is not None, all=False):
@@ -109,7 +113,7 @@ class CheckpointManager(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves if bad data or a killed worker ends a run of one process between two steps.
 
-        Saving needs all ranks. Python reports a killed worker at any moment, also while weights change.
+        Saving needs all ranks. Within a step, the weights may be ahead of the recorded position.
         """
         bad_data = isinstance(exception, UserError) and not exception.common
         killed = worker_was_killed(exception)

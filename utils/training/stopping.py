@@ -15,6 +15,7 @@ from utils.errors import Interrupted, UserError
 from utils.training.launch import in_slurm_job
 
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent ends
+CHILD_ENDED = getattr(signal, "SIGCHLD", None)  # None on Windows
 
 
 class Stopped(UserError):
@@ -40,12 +41,16 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """Installs the handlers."""
+        """Installs the handlers; without PyTorch's, a killed worker is reported where its batch is awaited.
+
+        PyTorch's would raise the error at any moment, also while a checkpoint is written.
+        """
         for signum in self._before:
-            signal.signal(signum, self._handle)
+            signal.signal(signum, signal.SIG_DFL if signum == CHILD_ENDED else self._handle)
 
     def __enter__(self) -> StopSignal:
         signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if in_slurm_job() else [])]
+        signals += [CHILD_ENDED] if CHILD_ENDED else []
         self._before = {signum: signal.getsignal(signum) for signum in signals}
         if in_slurm_job():  # the warning would end a process that does not handle it
             signal.signal(signal.SIGUSR1, self._handle)
@@ -82,8 +87,8 @@ def follow_main_process(*_: Any) -> None:
 
 def worker_was_killed(error: BaseException) -> bool:
     """Whether an error comes from a DataLoader worker that was killed, or from the pipe it wrote to."""
-    said = any(words in str(error) for words in ("DataLoader worker (pid", "shared memory"))
-    return said or isinstance(error, (ConnectionError, EOFError))
+    words = ("DataLoader worker (pid", "shared memory", "Pin memory thread exited")
+    return any(part in str(error) for part in words) or isinstance(error, (ConnectionError, EOFError))
 
 
 def _exit_after_main_process() -> None:

@@ -33,7 +33,7 @@ import run
 from tests.benchmarks.inputs import n_classes_of, random_batch, random_module, shape_options
 from utils.config.loading import REPOSITORY
 from utils.errors import UserError
-from utils.training.device import hardware_settings, upload
+from utils.training.device import hardware_settings, reset_peak_memory, upload
 from utils.training.trainer import build_trainer
 
 TRAIN, LOGGED, VALIDATION, CRF = "train step", "logged train step", "validation batch", "CRF batch"
@@ -115,8 +115,7 @@ def perform(case: dict[str, Any], trace: Trace) -> dict[str, Any]:
     trace.steps, trace.stop_at, error, result = [], case.get("stop_at"), None, None
     gc.collect()
     devices = range(torch.cuda.device_count())
-    for device in devices:
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak_memory()
     before = [torch.cuda.memory_allocated(device) for device in devices]
     if "freed" in case:
         torch.empty(case["freed"], dtype=torch.uint8, device="cuda:1")
@@ -133,7 +132,6 @@ def perform(case: dict[str, Any], trace: Trace) -> dict[str, Any]:
 
 
 def main() -> None:
-    torch.cuda.init()
     torch.backends.cudnn.enabled = False  # the null GPU has none
     torch.backends.cuda.enable_cudnn_sdp(False)
     trace, cases, results = Trace(), json.loads(Path(sys.argv[1]).read_text()), {}

@@ -113,9 +113,10 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def reset_peak_memory() -> None:
-    """Resets the peak memory of all GPUs."""
-    for gpu in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(gpu)
+    """Resets the peak memory of all GPUs; before CUDA starts there is none, and PyTorch would fail."""
+    if torch.cuda.is_initialized():
+        for gpu in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(gpu)
 
 
 def peak_memory_gib() -> float:

@@ -59,11 +59,11 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
     pictured = spread_indices(options.eval.pictures, len(data.validation_set))
     with nullcontext() if missing else open_refiner(options) as refiner:
         module = build_module(options, data.labels, checkpoint=stored, pictured=pictured, refiner=refiner)
-        if len(data.validation_set):
-            trainer = build_trainer(options, hardware_settings(options))
-            with explained_errors(options):
+        with explained_errors(options):
+            if len(data.validation_set):
+                trainer = build_trainer(options, hardware_settings(options))
                 trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)
-        module.evaluator.finish_refining()
+            module.evaluator.finish_refining()
     plain, predictions = module.evaluator.compute(), module.last_predictions
     refined = None if missing else module.evaluator.compute(refined=True)
     result = {"checkpoint": str(stored.path), "step": stored.about.get("step")}

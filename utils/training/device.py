@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from utils.config.options import Options
 from utils.errors import UserError, first_line
-from utils.training.launch import check_launch
+from utils.training.launch import check_launch, cores
 from utils.training.stopping import worker_was_killed
 
 try:
@@ -88,7 +89,7 @@ def precision_settings(options: Options, accelerator: str) -> dict[str, Any]:
 
 @contextmanager
 def explained_errors(options: Options) -> Iterator[None]:
-    """Converts exhausted memory and killed DataLoader workers to a UserError with advice."""
+    """Converts exhausted memory and killed workers to a UserError with advice."""
     try:
         yield
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
@@ -97,6 +98,11 @@ def explained_errors(options: Options) -> Iterator[None]:
             raise UserError(
                 f"out of memory ({reason}); lower dataloader.val_batch_size, training_coeff.chunk_size or "
                 "dataloader.batch_size (which affects the result), or set dataset.cache_features=disk"
+            ) from error
+        if isinstance(error, BrokenExecutor):
+            raise UserError(
+                "a process of the CRF was killed, usually because memory is full: lower eval.crf_workers "
+                f"(now {options.eval.crf_workers or cores()}), or set eval.crf_backend=torch"
             ) from error
         if worker_was_killed(error):
             raise UserError(

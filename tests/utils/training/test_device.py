@@ -1,3 +1,5 @@
+from concurrent.futures.process import BrokenProcessPool
+
 import pytest
 import torch
 
@@ -58,6 +60,7 @@ def test_precision__auto_and_the_published_scaler(tiny_options, monkeypatch):
         (MemoryError(), r"lower .*val_batch_size.*cache_features=disk"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), r"num_workers \(now 0\)"),
+        (BrokenProcessPool("terminated abruptly"), r"a process of the CRF .*crf_workers \(now 1\)"),
     ],
 )
 def test_explained_errors__say_what_to_lower(tiny_options, error, expected):

@@ -1,5 +1,6 @@
-"""Callbacks: tables and images in wandb, report.html in the run's folder, and images for HP's pools."""
+"""Callbacks: images in wandb, report.html in the run's folder, and images for HP's pools."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from utils.plots.explain_figure import draw_explanation
 from utils.plots.figures import UNMATCHED, colour, write_strip
 from utils.plots.report import NAME, STRIPS, write_report
 from utils.plots.tables import STAGES
-from utils.plots.wandb_media import confusion_table, iou_chart, prediction_table
+from utils.plots.wandb_media import prediction_images
 from utils.training.loggers import attach
 from utils.vision.labels import LabelSpace
 
@@ -29,7 +30,7 @@ Shown = Sequence[tuple[str, Tensor]]  # name and (3, H, W) uint8 of the validati
 
 
 class WandbImages(Callback):
-    """Sends tables, images and the best metrics so far to wandb after each validation, and the results.
+    """Sends IoU per class, images and the best metrics to wandb after each validation, and the results.
 
     Args:
         runs: the wandb run of this process, if any.
@@ -40,14 +41,14 @@ class WandbImages(Callback):
         self.runs, self.shown = runs, shown
 
     def on_validation_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
-        """Sends tables, and the metrics if they are the best."""
+        """Sends IoU per class and images, and the metrics if they are the best."""
         step, metrics = pl_module.global_step, pl_module.metrics
         for run in self.runs:
             with errors_as_warnings("wandb"):
                 if pl_module.improved:
                     run.summary.update(summary_of({"step": step, "before_crf": metrics}))
                 # with the run's step: wandb would count a call without one as a step, and drop the next point
-                run.log(self._tables(pl_module) | {"iters": step}, step=step)
+                run.log(self._validation(pl_module) | {"iters": step}, step=step)
 
     def finish(self, result: dict[str, Any], *, folder: Path, artifact: Path | None) -> None:
         """Sends the content of metrics.json, pictures, files and, if given, a checkpoint as an artifact."""
@@ -64,19 +65,16 @@ class WandbImages(Callback):
                     model.add_file(str(artifact))
                     run.log_artifact(model)
 
-    def _tables(self, module: PPAPModule) -> dict[str, Any]:
-        evaluation, labels, tables = module.last_evaluation, module.labels, {}
+    def _validation(self, module: PPAPModule) -> dict[str, Any]:
+        evaluation, labels, logged = module.last_evaluation, module.labels, {}
         for head, iou in class_iou(evaluation, labels.names).items():
-            confusion = evaluation.scores[head].confusion
-            tables[f"validation/confusion_{head}"] = confusion_table(confusion, labels)
-            tables[f"validation/iou_{head}"] = iou_chart(iou, title=f"IoU per class, {head} probe (%)")
+            logged |= {f"iou_{head}/{name}": value for name, value in iou.items() if math.isfinite(value)}
         if self.shown:
             names, images = zip(*self.shown, strict=True)
             maps = [class_maps(prediction, labels, evaluation) for prediction in module.last_predictions]
             photographs = torch.stack(images).permute(0, 2, 3, 1).numpy()  # (P, H, W, 3)
-            table = prediction_table(names, photographs, maps=maps, labels=labels)
-            tables |= {"validation/predictions": table}
-        return tables
+            logged["validation/predictions"] = prediction_images(names, photographs, maps=maps, labels=labels)
+        return logged
 
 
 class ReferenceImages(Callback):

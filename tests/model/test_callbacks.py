@@ -20,7 +20,7 @@ SCALARS = {
 
 @pytest.fixture
 def recorded(tiny_file, tmp_path, monkeypatch):
-    """The folder of a run of 8 steps, validated at 3, 4, 7 and 8, with tables after each."""
+    """The folder of a run of 8 steps, validated at 3, 4, 7 and 8, with images after each."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     chosen = {"wandb__tags": ["a tag"], "wandb__notes": "notes", "wandb__id": "abc", "wandb__artifact": True}
     chosen |= {"wandb__mode": "offline", "train__epoch": 2, "train__print_freq": 1, "eval__pictures": 2}
@@ -52,18 +52,20 @@ def test_run__is_in_wandb_and_in_metrics_csv(recorded):
 
 
 def check_history(read, *, best):
-    """No point is lost to the tables, and the final pictures belong to the best step."""
+    """No point is lost to the images, and the final pictures belong to the best step."""
     steps = [row for row in read.history if "total_loss" in row]
     assert [row["iters"] for row in steps] == list(range(1, 9))
     assert all(set(row) >= SCALARS for row in steps)
     validations = [row for row in read.history if "valid_loss" in row]
     assert [row["iters"] for row in validations] == [3, 4, 7, 8]
     assert all(set(row) >= METRICS for row in validations)
-    tables = [row for row in read.history if "validation/predictions/path" in row]
-    assert [row["iters"] for row in tables] == [3, 4, 7, 8]
-    for row in tables:
-        assert (row["validation/predictions/nrows"], row["validation/predictions/ncols"]) == (2, 5)
-        assert {"validation/confusion_cluster/path", "validation/confusion_linear/path"} <= set(row)
+    images = [row for row in read.history if "validation/predictions/count" in row]
+    assert [row["iters"] for row in images] == [3, 4, 7, 8]
+    for row in images:
+        assert row["validation/predictions/count"] == len(row["validation/predictions/captions"]) == 2
+        for masks in row["validation/predictions/all_masks"]:
+            assert set(masks) == {"truth", "clusters", "linear probe"}
+        assert {f"iou_{head}/plain" for head in ("cluster", "linear")} <= set(row)
     for name in ("predictions", "confusion", "class_iou", "explanation"):
         assert [row["iters"] for row in read.history if f"{name}/path" in row] == [best]
 

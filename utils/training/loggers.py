@@ -20,7 +20,7 @@ from utils.files import move_aside
 from utils.training.launch import is_rank_zero
 from utils.training.run_dir import provenance
 
-INIT_SECONDS = 20  # timeout for wandb to reach its server
+INIT_SECONDS, FINISH_SECONDS = 20, 600  # timeouts for wandb to reach its server, and to finish uploading
 
 
 class StepWandbLogger(WandbLogger):
@@ -49,7 +49,9 @@ def build_loggers(
         server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
         if os.environ.get("WANDB_API_KEY") or get_netrc_auth(server):  # otherwise wandb prompts for a login
             try:
-                return [*loggers, _start_wandb(options, folder, run_id, mode="online")]
+                online = _start_wandb(options, folder, run_id, mode="online")
+                print(f"wandb: {online.experiment.url}")
+                return [*loggers, online]
             except wandb.errors.Error as error:
                 problem = first_line(error)
         print(f"wandb: {problem}; recording offline")
@@ -107,7 +109,7 @@ def _start_wandb(options: Options, folder: Path, run_id: str | None, *, mode: st
         config=as_tree(options) | provenance(),
         mode=mode,
         dir=str(folder),
-        settings=wandb.Settings(init_timeout=INIT_SECONDS, silent=True),
+        settings=wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, silent=True),
     )
     run.define_metric("iters")
     run.define_metric("*", step_metric="iters")

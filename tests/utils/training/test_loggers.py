@@ -1,12 +1,17 @@
 import csv
-from unittest.mock import MagicMock
+import json
 
+import numpy as np
 import pytest
+import wandb
 
 from tests.utils.wandb_file import WandbFile
+from tests.utils.wandb_server import WandbServer
 from utils.files import make_folder
+from utils.plots.wandb_media import prediction_images
 from utils.training import loggers as loggers_
 from utils.training.loggers import build_loggers, csv_logger, wandb_runs
+from utils.vision.labels import LabelSpace
 
 
 @pytest.fixture
@@ -81,16 +86,34 @@ def test_wandb__without_network_is_recorded_offline(monkeypatch, tmp_path, tiny_
     assert list(tmp_path.rglob("run-*.wandb"))
 
 
-def test_wandb__continues_a_run(monkeypatch, tmp_path, tiny_options):
-    calls = []
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setattr(loggers_.wandb, "init", lambda **given: (calls.append(given), MagicMock())[1])
-    chosen = {"wandb__mode": "online", "wandb__tags": ["a"], "wandb__notes": "b"}
-    for id in ("abc", None):
-        build_loggers(tiny_options(wandb__id=id, **chosen), tmp_path, wandb_id="def")
-    build_loggers(tiny_options(**chosen), tmp_path)
-    found = [(given["id"], given["resume"]) for given in calls]
-    assert found == [("abc", "allow"), ("def", "allow"), (None, None)]
-    assert (list(calls[0]["tags"]), calls[0]["notes"], calls[0]["mode"]) == (["a"], "b", "online")
-    assert calls[0]["config"]["training_coeff"]["tau"] == 0.8
-    assert "git_sha" in calls[0]["config"]
+@pytest.fixture
+def wandb_server(monkeypatch):
+    wandb.teardown()  # which has read the address
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        yield server
+        wandb.teardown()
+
+
+def test_wandb__continues_a_run_online(wandb_server, tmp_path, tiny_options, capsys):
+    options = tiny_options(wandb__mode="online", wandb__tags=["a"], wandb__notes="b")
+    maps, space = [{"truth": np.zeros((8, 8), int)}], LabelSpace.with_spread_colours(("road", "sky"))
+    id = None
+    for steps in ((1, 2, 3), (3, 4)):  # killed after step 3, resumed from 2
+        loggers = build_loggers(options, tmp_path, wandb_id=id)
+        (run,), id = wandb_runs(loggers), wandb_runs(loggers)[0].id
+        for step in steps:
+            loggers[1].log_metrics({"iters": step, "loss": step / 3}, step=step)
+        images = prediction_images(["one"], np.zeros((1, 8, 8, 3), np.uint8), maps=maps, labels=space)
+        run.log({"iters": step, "validation/predictions": images}, step=step)
+        run.finish()
+        assert f"wandb: {wandb_server.address}/me/PPAP/runs/{id}" in capsys.readouterr().out
+    rows = wandb_server.history(id)
+    assert [(row["iters"], row["loss"]) for row in rows] == [(step, step / 3) for step in (1, 2, 3, 4)]
+    assert [row["iters"] for row in rows if "validation/predictions" in row] == [3, 4]
+    first = wandb_server.given[0]
+    assert (first["tags"], first["notes"]) == (["a"], "b")
+    assert json.loads(first["config"])["training_coeff"]["value"]["tau"] == 0.8
+    assert "git_sha" in first["config"]
+    assert "ArtifactType" not in wandb_server.asked  # a question that blocks the run if it is not answered

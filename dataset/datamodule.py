@@ -156,6 +156,8 @@ def _open_train(options: DatasetOptions, kind: DataSetKind) -> tuple[Source, tup
     """The train split, and ratio and kind of crops to cut; prepared crops are used if they exist."""
     crop_type, ratio = options.crop_type, options.crop_ratio
     if crop_type is None or not kind.cropped:
+        if crop_type is not None:
+            print(f"dataset.crop_type is ignored: {options.data_type} has no crops, as published")
         return kind.source(options, "train"), None
     folder = prepared_folder(Path(options.data_path), options.data_type, crop_type, ratio)
     if not folder.is_dir():

@@ -53,12 +53,13 @@ SMALL = [
 
 
 @pytest.mark.parametrize("data_type", DATA_SETS)
-def test_data_set__trains_and_evaluates(data_type, tiny_file, tmp_path):
+def test_data_set__trains_and_evaluates(data_type, tiny_file, tmp_path, capsys):
     root = MAKERS[data_type](tmp_path, counts=(6, 2))
     crop = "random" if DATA_SETS[data_type].cropped else "five"
     chosen = {"data_type": data_type, "data_path": str(root), "crop_type": crop}
     changed = {f"dataset__{key}": value for key, value in chosen.items()}
     (trained,) = run.main(["--opt", tiny_file(**changed, eval__crf_backend="torch")])
+    assert (capsys.readouterr().out.count("crop_type is ignored") == 1) == (crop == "five")
     assert set(trained["before_crf"]) == set(trained["after_crf"]) == METRICS
     assert trained["images"] == (6 if data_type in ("synthetic", "potsdamraw") else 2)
     names = DATA_SETS[data_type].labels(load_options(tmp_path / "tiny.json").dataset).names

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -41,11 +42,13 @@ def load(spec, path):
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone."])
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_load__bare_or_under_teacher_with_prefixes_and_heads(spec, tmp_path, prefix, wrapped):
+@pytest.mark.parametrize(("wrapper", "head"), [(None, "head"), ("teacher", "head"), ("target_encoder", "fc")])
+def test_load__bare_or_in_a_training_checkpoint_of_dino_or_msn(spec, tmp_path, prefix, wrapper, head):
     state = random_state(spec)
-    stored = {prefix + name: value for name, value in state.items()} | {prefix + "head.weight": torch.ones(2)}
-    torch.save({"teacher": stored} if wrapped else stored, tmp_path / "w.pth")
+    stored = {prefix + name: value for name, value in state.items()}
+    stored[f"{prefix}{head}.weight"] = torch.ones(2)
+    training = {"epoch": 100, "args": Namespace(arch="vit_small", lr=5e-4)}
+    torch.save(stored if wrapper is None else {wrapper: stored} | training, tmp_path / "w.pth")
     assert all(torch.equal(value, state[name]) for name, value in load(spec, tmp_path / "w.pth").items())
 
 

@@ -2,6 +2,7 @@
 
 import pickle
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from utils.errors import UserError, first_line
 from utils.files import replacing
 
 _numpy_scalar = np.float64(0).__reduce__()[0]
-NUMPY_SCALARS = [  # published checkpoints contain one; the path differs between NumPy 1 and 2
+SAFE_GLOBALS = [  # published checkpoints contain them; NumPy 1 and 2 differ in the path of a scalar
+    Namespace,
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),
     np.dtype,
@@ -30,7 +32,7 @@ def read_torch_file(path: Path, kind: str) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise almost any exception
         raise unreadable(path, kind, error) from None

@@ -5,6 +5,7 @@ options -> data -> network -> loss and probes -> best checkpoint -> metrics befo
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Sequence
@@ -101,6 +102,7 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
         reset_peak_memory()
         try:
             cost, report, images = train(options, run_dir)
+            gc.collect()  # trainer and data refer to each other, and the tokens can be large
             result = evaluate(options, checkpoint=run_dir.path, folder=run_dir.path)  # best.ckpt
             result |= cost | {"peak_memory_gib": peak_memory_gib()}
             if options.eval.last_step:

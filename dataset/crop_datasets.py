@@ -25,7 +25,7 @@ from utils.errors import UserError, exit_on_signals, listed
 from utils.files import exclusive, make_folder, replacing
 from utils.progress import Bar
 from utils.training.launch import cores
-from utils.training.stopping import follow_main_process
+from utils.training.stopping import worker_settings
 from utils.vision.labels import IGNORE
 
 
@@ -102,8 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part in ("img", "label") if source.labelled else ("img",):
         make_folder(folder / part / "train", named_by="dataset.data_path")
     with exclusive(folder, advice=""):
-        how = {"num_workers": arguments.workers, "worker_init_fn": follow_main_process}
-        loader = DataLoader(writer, batch_size=1, collate_fn=list, **how)
+        loader = DataLoader(writer, batch_size=1, collate_fn=list, **worker_settings(arguments.workers))
         damaged = [line for (line,) in Bar(loader, desc="crops", unit="image") if line]
     if damaged:
         message = listed(f"{len(damaged)} of {len(source)} images are damaged and have no crops", damaged)

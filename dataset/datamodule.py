@@ -21,7 +21,7 @@ from utils.config.options import DatasetOptions, Options
 from utils.errors import UserError
 from utils.training.distributed import own_slice
 from utils.training.randomness import generator
-from utils.training.stopping import follow_main_process
+from utils.training.stopping import worker_settings
 from utils.vision.transforms import Geometry
 
 
@@ -144,12 +144,11 @@ class SegmentationDataModule(LightningDataModule):
         return self._loader(self.validation_set, batches)
 
     def _loader(self, items: SegmentationDataset, batches: Sampler) -> DataLoader:
-        workers, pinned = loader_workers(self.options), torch.cuda.is_available()
-        how = {"num_workers": workers, "pin_memory": pinned, "batch_sampler": batches}
-        how |= {"worker_init_fn": follow_main_process}
-        if isinstance(items, TokenDataset):
-            return TokenLoader(items, **how)
-        return DataLoader(items, persistent_workers=workers > 0, **how)
+        cached = isinstance(items, TokenDataset)
+        workers = 0 if cached and items.place != "disk" else loader_workers(self.options)
+        how = {"batch_sampler": batches, "pin_memory": torch.cuda.is_available()}
+        how |= {"persistent_workers": workers > 0, **worker_settings(workers)}
+        return TokenLoader(items, **how) if cached else DataLoader(items, **how)
 
 
 def _open_train(options: DatasetOptions, kind: DataSetKind) -> tuple[Source, tuple[float, str] | None]:

@@ -25,7 +25,7 @@ from utils.errors import UserError
 from utils.files import TOKENS_FOLDER, exclusive, make_folder
 from utils.progress import Bar
 from utils.training.device import upload
-from utils.training.stopping import follow_main_process
+from utils.training.stopping import worker_settings
 
 FORMAT = 3  # raised when tokens or labels change for the same inputs
 NAMES = ("tokens.npy", "labels.npy")
@@ -59,10 +59,10 @@ class TokenDataset(SegmentationDataset):
 class TokenLoader(DataLoader):
     """Loads batches of a `TokenDataset`: from memory in a thread, one batch ahead."""
 
-    def __init__(self, items: TokenDataset, *, num_workers: int, pin_memory: bool, **arguments: Any) -> None:
-        workers = num_workers if items.place == "disk" else 0
-        arguments |= {"pin_memory": pin_memory and items.place != "cuda", "persistent_workers": workers > 0}
-        super().__init__(items, num_workers=workers, collate_fn=_whole, **arguments)
+    def __init__(self, items: TokenDataset, *, pin_memory: bool, **arguments: Any) -> None:
+        super().__init__(
+            items, collate_fn=_whole, pin_memory=pin_memory and items.place != "cuda", **arguments
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         batches = super().__iter__()
@@ -126,8 +126,7 @@ def cache_tokens(
 def _fill(
     items: SegmentationDataset, encode: Encoder, options: Options, title: str, tokens: Tensor, labels: Tensor
 ) -> None:
-    how = {"num_workers": loader_workers(options), "worker_init_fn": follow_main_process}
-    loader = DataLoader(items, validation_batch_size(options), **how)
+    loader = DataLoader(items, validation_batch_size(options), **worker_settings(loader_workers(options)))
     for batch in Bar(loader, desc=title, unit="batch"):
         tokens[batch.index] = encode(batch.image).half().to(tokens.device)
         labels[batch.index] = batch.label.to(labels.device)

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 from dataset.base import Source, classes_of
 from utils.errors import UserError, listed
 from utils.progress import Bar
-from utils.training.stopping import follow_main_process
+from utils.training.stopping import worker_settings
 
 _checked: dict[str, list[str]] = {}  # by digest: the runs of a sweep read the same files once
 
@@ -31,8 +31,8 @@ def sound_items(
     messages = {}
     for split, source in sources.items():
         if (key := source.digest()) not in _checked:
-            how = {"num_workers": workers, "worker_init_fn": follow_main_process}
-            loader = DataLoader(range(len(source)), collate_fn=partial(_message, source), **how)
+            how = {"collate_fn": partial(_message, source), **worker_settings(workers)}
+            loader = DataLoader(range(len(source)), **how)
             _checked[key] = list(Bar(loader, desc=f"checking {split} files", unit="item"))
         messages[split] = _checked[key]
     damaged = [line for lines in messages.values() for line in lines if line]

@@ -6,6 +6,7 @@ batch; each pair is compared at S x S random points of each image.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -97,8 +98,21 @@ def correspondence_loss(
 
 def _sample(maps: Sequence[Tensor], points: Tensor) -> list[Tensor]:
     """Unit vectors of maps at points, (B, C, h, w) and (B, S, S, 2) -> (B, C, S*S)."""
-    sampled = [F.grid_sample(x, points.to(x), padding_mode="border", align_corners=True) for x in maps]
-    return [F.normalize(values.flatten(2), dim=1, eps=EPSILON) for values in sampled]
+    sample = partial(F.grid_sample, padding_mode="border", align_corners=True)
+    if torch.are_deterministic_algorithms_enabled():  # on CUDA, the gradient of grid_sample is not
+        sample = _sample_by_product
+    return [F.normalize(sample(x, points.to(x)).flatten(2), dim=1, eps=EPSILON) for x in maps]
+
+
+def _sample_by_product(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear interpolation as a matrix product: (B, C, h, w) and (B, S, S, 2) -> (B, C, S*S)."""
+    hats = []
+    for axis, size in enumerate((maps.shape[3], maps.shape[2])):
+        place = ((points[..., axis].flatten(1) + 1) * (size - 1) / 2).clamp(0, size - 1)  # (B, S*S)
+        steps = torch.arange(size, device=place.device, dtype=place.dtype)
+        hats.append((1 - (place[..., None] - steps).abs()).clamp(min=0))  # (B, S*S, w), then (B, S*S, h)
+    weights = (hats[1][..., None] * hats[0][:, :, None]).flatten(2)  # (B, S*S, h*w)
+    return maps.flatten(2) @ weights.transpose(1, 2)
 
 
 def _pair_loss(

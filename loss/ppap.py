@@ -127,7 +127,7 @@ class PPAPLoss(nn.Module):
             )
         if anchors is None:
             anchors = self.sample_anchors(world_size() * len(z), generator)
-        anchors = anchors.to(z.device, non_blocking=True)
+        anchors = anchors.to(z.device, non_blocking=z.is_cuda)
         with torch.autocast(z.device.type, enabled=False), ieee_float32():
             z, bank = all_gather(z.float()), all_gather(self.bank(features))  # of all ranks
             return PPAPLossOutput(*_Loss.apply(z, bank, anchors, self))

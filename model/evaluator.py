@@ -196,7 +196,7 @@ class Evaluator(nn.Module):
 def _to_cpu(tensors: list[Tensor | None]) -> list[Tensor | None]:
     """Copies to the CPU; waits for a GPU once."""
     # not blocking: into pinned memory
-    copies = [None if tensor is None else tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    copies = [None if tensor is None else tensor.to("cpu", non_blocking=tensor.is_cuda) for tensor in tensors]
     if torch.cuda.is_initialized():
         torch.cuda.current_stream().synchronize()
     return copies

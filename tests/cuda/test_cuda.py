@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 STEPS, STOP_AT = 8, 6  # 2 epochs of 4 steps
 SETTINGS = {"train__epoch": 2, "train__print_freq": 3, "train__valid_freq": 4, "eval__is_crf": False}
 SETTINGS |= {"dataloader__val_batch_size": 2, "eval__batch_size": 2, "eval__pictures": 1}
+OTHERS = {name: [f"{key}={value}" for key, value in changed.items()] for name, changed in METHODS.items()}
 TRAINED = {
     "deterministic": ["train.deterministic=true"],  # first: torch 2.6 reads cuBLAS's setting only once
     "fp16": [] if crf_missing() else ["eval.is_crf=true"],
@@ -24,7 +25,8 @@ TRAINED = {
     "ram": ["dataset.cache_features=ram"],
     "disk": ["dataset.cache_features=disk"],
     "second": ["gpu_ids=[1]"],
-    **{name: [f"{key}={value}" for key, value in changed.items()] for name, changed in METHODS.items()},
+    **OTHERS,
+    **{f"deterministic_{name}": ["train.deterministic=true", *words] for name, words in OTHERS.items()},
 }
 REFINED = [] if crf_missing() else ["--crf"]  # the CRF in torch needs a device that computes
 SCALER = "torch/amp/grad_scaler.py"  # reads found_inf before the optimizer's step
@@ -85,7 +87,7 @@ def test_training__runs_to_its_end(results, folder, name):
     assert results[name]["error"] is None, results[name]["error"]
     output = folder / "output" / name
     written = {"best.ckpt", "last.ckpt", "metrics.csv", "metrics.json", "report.html"}
-    explained = set() if name in METHODS else {"explanation.png"}
+    explained = set() if name.endswith(tuple(METHODS)) else {"explanation.png"}
     assert written | explained <= {path.name for path in output.iterdir()}
     assert len(phases(results[name], TRAIN, LOGGED)) == STEPS
     refined = json.loads((output / "metrics.json").read_text())["after_crf"] is not None

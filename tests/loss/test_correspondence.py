@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -22,8 +23,11 @@ def drawn_batch(seed=0, images=IMAGES):
     return maps, {"coords1": coords1, "coords2": coords2, "perms": perms}
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("name", ["stego_a", "stego_b"])
-def test_loss__golden(golden, name):
+def test_loss__golden(golden, name, deterministic, request):
+    request.addfinalizer(partial(torch.use_deterministic_algorithms, False))
+    torch.use_deterministic_algorithms(deterministic)
     stored = golden(name)
     settings = json.loads(stored.config)
     chosen = {key: settings[key] for key in ("weights", "shifts", "pointwise", "zero_clamp", "stabilize")}

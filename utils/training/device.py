@@ -114,8 +114,9 @@ def explained_errors(options: Options) -> Iterator[None]:
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies a CPU tensor to a device without waiting for it."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    """Copies a CPU tensor to a device, to CUDA without waiting for it."""
+    cuda = device.type == "cuda"  # MPS may read the tensor after it was freed
+    return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
 
 
 def reset_peak_memory() -> None:

@@ -85,6 +85,15 @@ def follow_main_process(*_: Any) -> None:
     Thread(target=_exit_after_main_process, daemon=True).start()
 
 
+def worker_settings(workers: int) -> dict[str, Any]:
+    """A DataLoader's arguments for its workers, which are forked on Linux.
+
+    Python 3.14 would start them anew: they would import torch again, and could not import a plugin.
+    """
+    context = "fork" if workers and sys.platform == "linux" else None
+    return {"num_workers": workers, "worker_init_fn": follow_main_process, "multiprocessing_context": context}
+
+
 def worker_was_killed(error: BaseException) -> bool:
     """Whether an error comes from a DataLoader worker that was killed, or from the pipe it wrote to."""
     words = ("DataLoader worker (pid", "shared memory", "Pin memory thread exited")

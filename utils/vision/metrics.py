@@ -30,7 +30,7 @@ class ConfusionMatrix(Metric):
         flat = torch.where(valid, label * self.n_predictions + prediction, self.counts.numel())
         # unlike bincount, scatter_add_ does not wait for a GPU
         counts = flat.new_zeros(self.counts.numel() + 1).scatter_add_(0, flat, torch.ones_like(flat))[:-1]
-        counts = counts.to(self.counts.device, non_blocking=True)
+        counts = counts.to(self.counts.device, non_blocking=self.counts.is_cuda)
         self.counts = self.counts + counts.view_as(self.counts)  # not in place: may be an inference tensor
 
     def compute(self) -> Tensor:

@@ -101,7 +101,9 @@ class HP(Method):
         )
         losses = {"hp_loss": loss}
         if self.chosen.alpha:
-            view = segmenter.encode(self._view(batch.inputs, progress.step))  # (B, T, D)
+            with torch.autocast(z.device.type, enabled=False):  # which would round a blur to float16
+                view = self._view(batch.inputs, progress.step)
+            view = segmenter.encode(view)  # (B, T, D)
             branches = draws["view linear"], draws["view nonlinear"]
             other = self._project(segmenter.head(segmenter.features(view, grid), branches))
             distance = F.pairwise_distance(z, other).mean()

@@ -205,7 +205,7 @@ class _Model(_Section):
     continuous: bool = option(True, "true: the code has `dim` channels; false: one channel per class")
     dim: int = option(384, "channels of the code: D, the backbone's width; stego and hp: K, any number", ge=1)
     extra_clusters: int = option(0, "clusters beyond the number of classes", ge=0)
-    criterion_dropout: Number = option(0.1, "channel dropout of the criterion features", ge=0, le=0.99)
+    criterion_dropout: Number = option(0.1, "dropout of channels; stego, hp: also in the head", ge=0, le=0.99)
     pretrained: _Pretrained = _Pretrained()
 
 
@@ -238,7 +238,7 @@ class TrainOptions(_Section):
     valid_freq: int = option(100, "steps between validations, in addition to the end of each epoch", ge=1)
     checkpoint_every: Interval = option("15 min", "interval; each validation saves one too")
     skip_nonfinite: bool = option(False, "skip and count steps with a non-finite loss instead of stopping")
-    grad_norm: Number = option(10.0, "clips the gradient norm of the head and the projection", gt=0)
+    grad_norm: Number = option(10.0, "clips the gradient norm of the head and of PPAP's projection", gt=0)
     precision: Literal["auto", "fp16", "bf16", "fp32"] = option("auto", "auto: fp16 on CUDA, fp32 elsewhere")
     compile: bool = option(False, "torch.compile backbone and head; runs eagerly if that fails")
     deterministic: bool = option(False, "CUDA: deterministic operations only, which are slower")

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from dataset.crops import CROPS, crop_boxes
 from utils.config.options import DatasetOptions
 from utils.errors import UserError
+from utils.files import printable
 from utils.training.randomness import generator
 from utils.vision.images import open_image, open_label
 from utils.vision.labels import IGNORE, LabelSpace
@@ -72,6 +73,7 @@ class Source(ABC):
 
     def inventory(self, root: str) -> dict[str, int]:
         """Size in bytes of each file by its name below `root`; the number of items if there are no files."""
+        root = str(Path(root))  # without the "/" of a completed command line
         sizes = {path: os.path.getsize(path) for path in self._paths() if os.path.isfile(path)}
         return {path.removeprefix(f"{root}/"): size for path, size in sizes.items()} or {"items": len(self)}
 
@@ -99,8 +101,8 @@ class FileSource(Source):
         return open_image(self.images[index])
 
     def name(self, index: int) -> str:
-        """The image file; bytes that are not UTF-8 are escaped."""
-        return str(self.images[index]).encode(errors="backslashreplace").decode()
+        """The image file."""
+        return printable(self.images[index])
 
     def label_path(self, index: int) -> Path | None:
         """The label file."""

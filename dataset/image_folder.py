@@ -75,11 +75,14 @@ class ImageFolder(FileSource):
 
 def _targets(images: list[Path], folder: Path, label_folder: Path) -> list[Path | None]:
     wanted = [label_folder / image.relative_to(folder).with_suffix(".png") for image in images]
-    present = {path for path in label_folder.rglob("*.png") if not path.name.startswith(".")}
-    unused = sorted(present - set(wanted))
+    found, others = find_images(label_folder)
+    present = {path.with_suffix(".png"): path for path in found if path.suffix.lower() == ".png"}
+    if not present and (found or others):
+        print(f"{label_folder}: contains no PNG file, so images have no labels")
+    unused = sorted(present.keys() - set(wanted))
     if unused:
         message = f"{label_folder}: {len(unused)} of {len(present)} labels match no image, e.g. {unused[0]}"
         if images and len(unused) == len(present):
             raise UserError(f"{message}; a label has the path and name of its image, e.g. {wanted[0]}")
         print(message)
-    return [path if path in present else None for path in wanted]
+    return [present.get(path) for path in wanted]

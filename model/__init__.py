@@ -39,7 +39,7 @@ __all__ = [
 ]
 KEPT_OPTIONS = (
     "method", "model.", "hp.", "eval.", "dataset.res", "dataset.val_res", "dataset.interpolation",
-    "dataloader.batch_size", "train.precision",
+    "dataloader.batch_size", "train.precision", "train.frozen",
 )  # fmt: skip
 
 

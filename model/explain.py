@@ -14,7 +14,7 @@ from loss import PPAPLoss, ieee_float32
 from loss.propagation import Boundaries, propagations, select_sets
 from model.module import PPAPModule
 from utils.errors import UserError
-from utils.files import make_folder, read_json_object, write_json
+from utils.files import make_folder, printable, read_json_object, write_json
 from utils.plots.explain_figure import AMBIGUOUS, ANCHOR, NEGATIVE, POSITIVE, Explanation, draw_explanation
 from utils.training.device import hardware_settings
 from utils.training.trainer import build_trainer
@@ -56,7 +56,7 @@ def build_bank(data: Any, image: str, *, size: int, flag: str = "--explain") -> 
     count = min(size - 1, len(others))
     chosen = [others[number * len(others) // count] for number in range(count)]
     images = torch.stack([first, *(split[index].image for index in chosen)])  # (B, 3, H, W)
-    return images, [image, *(names[index] for index in chosen)]
+    return images, [printable(image), *(names[index] for index in chosen)]
 
 
 def explain_images(

@@ -20,7 +20,7 @@ from model.set_quality import patch_classes
 from utils.config.loading import as_tree
 from utils.config.options import Options
 from utils.errors import UserError
-from utils.files import make_folder, write_text
+from utils.files import make_folder, printable, write_text
 from utils.plots.explain_figure import COLOURS
 from utils.plots.report import render
 from utils.vision.images import find_images, open_image
@@ -80,7 +80,7 @@ def open_photographs(path: Path, options: Options, *, size: int) -> tuple[Tensor
     chosen = [found[number * len(found) // count] for number in range(count)]
     geometry = Geometry(options.dataset.val_res, "center", options.dataset.interpolation)
     pixels = [np.asarray(geometry(open_image(file), None)[0]) for file in chosen]  # (H, W, 3) each
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), [str(file) for file in chosen]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), list(map(printable, chosen))
 
 
 def _labels(split: Any, names: Sequence[str]) -> Tensor:

@@ -20,7 +20,7 @@ from utils.files import make_folder, write_json
 from utils.plots.figures import draw_legend
 from utils.plots.mask_files import mask_ids, renamed, result_files, write_contact_sheet, write_results
 from utils.progress import Bar
-from utils.training.device import accelerator, chosen_precision
+from utils.training.device import accelerator, chosen_precision, is_out_of_memory
 from utils.vision import crf, mean_field
 from utils.vision.crf import crf_missing, resolve_backend
 from utils.vision.images import open_image, upright_rgb
@@ -76,9 +76,11 @@ class Predictor:
             f"{crf_missing()}; or set eval.crf_backend=torch": self.crf != "pydensecrf" or not crf_missing(),
             f"tile is {tile}, must be {tiles}": not tile or (tile >= MIN_TILE * patch and tile % patch == 0),
         }
+        clusters = len(module.cluster_probe.clusters)
+        checks[f"{clusters} clusters, must be at most 256: masks have 8 bits"] = clusters <= 256
         if mistakes := [message for message, valid in checks.items() if not valid]:
             raise UserError(mistakes)
-        channels = len(module.cluster_probe.clusters)
+        channels = clusters
         if head == "linear":
             channels, assignment = labels.n_classes, range(labels.n_classes)
         self.unmatched = assignment is None
@@ -224,7 +226,9 @@ def predict_folder(
             classes = predictor(image)
         except UserError as error:
             skipped.append(str(error))
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             size = f"{image.width} x {image.height}"
             skipped.append(f"{path}: {size} pixels do not fit into memory; set --tile or a smaller --res")
         else:

@@ -119,18 +119,20 @@ def _load_timm(backbone: TimmViT, weights: str | None) -> str:
 def published_file(name: str) -> Path:
     """torch.hub's cached file of a published backbone, downloaded if necessary and checked by SHA-256."""
     path = hub_file(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
     sha256 = SHA256.get(path.name)
+    if path.is_file():  # without a lock, as the cache may be read-only
+        if sha256 not in (None, sha256_of(path)):
+            raise UserError(f"{path}: its SHA-256 is not {sha256}; delete it to download it again")
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(path):
-        if not path.is_file():
+        if not path.is_file():  # another process may have finished it
             print(f"downloading {BACKBONES[name]}", flush=True)
             try:
                 download([BACKBONES[name]], path, sha256=sha256)
             except DownloadError as error:
                 hint = f"save it as {path}, or set model.pretrained.pretrained_weights to a file"
                 raise UserError(f"download the file elsewhere and {hint}; {error.mistakes[0]}") from None
-        elif sha256 not in (None, sha256_of(path)):
-            raise UserError(f"{path}: its SHA-256 is not {sha256}; delete it to download it again")
     return path
 
 

@@ -47,6 +47,11 @@ def test_method__trains_evaluates_and_writes_masks(method, tiny_file, tmp_path):
         evaluation.main(["--checkpoint", str(folder), "--explain", "0"])
 
 
+def test_frozen__head_of_another_method_is_loaded(tiny_file, tmp_path):
+    run.main(["--opt", tiny_file(**METHODS["stego"] | {"model__dim": 24}), "--frozen", "eval.is_crf=false"])
+    load_segmenter(tmp_path / "output/tiny-frozen")
+
+
 def test_hp__needs_other_weights_than_ppap(tiny_file, tmp_path):
     """A checkpoint of another method is not loaded, whichever way round."""
     run.main(["--opt", tiny_file(), "eval.is_crf=false"])

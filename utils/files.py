@@ -103,6 +103,11 @@ def move_aside(path: Path) -> Path | None:
     return path.rename(target)
 
 
+def printable(path: Path | str) -> str:
+    """A path as text; bytes that are not UTF-8 are escaped."""
+    return str(path).encode(errors="backslashreplace").decode()
+
+
 def weights_file(name: str) -> Path:
     """Resolves a weights path, relative to the working folder or to the project."""
     return Path(name) if os.path.exists(name) else REPOSITORY / name
@@ -128,11 +133,11 @@ def exclusive(path: Path, *, advice: str | None = None) -> Iterator[None]:
     Waits for another process that holds it, or, with `advice`, raises a UserError that ends with it.
     """
     lock = path.with_name(f".{path.name}.lock")
-    holder = lock.read_text(encoding="utf-8") if lock.exists() else ""  # trying to lock may empty the file
+    holder = lock.with_suffix(".holder")  # where flock is missing, FileLock writes its own into the lock
     try:
         with FileLock(lock, timeout=-1 if advice is None else 0):
-            lock.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+            holder.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
             yield
     except Timeout:
-        user = holder or "another process"
+        user = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
         raise UserError(f"{path} is in use by {user} (lock: {lock}); wait until it ends{advice}") from None

@@ -64,7 +64,9 @@ def download(server, tmp_path):
 
 def tree(folder):
     return sorted(
-        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"
+        str(p.relative_to(folder))
+        for p in folder.rglob("*")
+        if p.is_file() and p.suffix not in (".lock", ".holder")
     )
 
 

@@ -103,6 +103,24 @@ def test_directory__links_to_folders_are_followed_and_circles_end(data_of, direc
     assert names.count("far.jpg") == 1
 
 
+def test_directory__labels_are_found_like_images(data_of, directory, tmp_path_factory, capsys):
+    """Through links and with endings in capitals; a folder without PNG files is reported."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for part, name in (("imgs", "a.jpg"), ("labels", "a.PNG")):
+        save(elsewhere / part / name, picture(0) if part == "imgs" else np.ones((SIZE[1], SIZE[0])))
+        (directory / f"{part}/val/city").symlink_to(elsewhere / part)
+    assert (data_of("directory", directory).validation_set[2].label == 1).all()
+    for path in (directory / "labels/train").iterdir():
+        path.rename(path.with_suffix(".txt"))
+    data_of("directory", directory)
+    assert f"{directory}/labels/train: contains no PNG file" in capsys.readouterr().out
+
+
+def test_inventory__does_not_depend_on_how_the_folder_is_written(data_of, directory):
+    source = data_of("directory", directory).validation_set.source
+    assert source.inventory(f"{directory}/") == source.inventory(str(directory))
+
+
 def test_directory__labels_that_fit_no_image(data_of, directory, capsys):
     save(directory / "labels/val/2_label.png", np.zeros((SIZE[1], SIZE[0])))
     assert len(data_of("directory", directory).validation_set) == 2

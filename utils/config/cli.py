@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,10 +144,15 @@ def plan_jobs(arguments: argparse.Namespace, stored: dict[str, Any] | None = Non
             load_plugins(flat, trusted=trusted)
             explored = flags.get("explore") or "0"  # photographs, or an index in the data
             reads_data = not (flags.get("images") or flags.get("export")) and explored.isdecimal()
-            options = build_options(flat, source="", check_files=reads_data)
+            restored = arguments.test or "images" in flags  # run.py --test or eval.py: from a checkpoint
+            frozen = any(flags.get(name) for name in ("explain", "explore", "measure_sets"))
+            checks = {"check_files": reads_data, "check_weights": frozen or not restored}
+            options = build_options(flat, source="", **checks)
             jobs.append(Job(options, " ".join(filter(None, setting)), arguments.test, str(base)))
         except UserError as error:
             mistakes += error.mistakes
+    names = Counter(job.options.wandb.name for job in jobs)
+    mistakes += [f"wandb.name: {n} runs would be called {name}" for name, n in names.items() if n > 1]
     if mistakes:
         raise UserError(dict.fromkeys(mistakes), f"{source} and the command line")
     return jobs

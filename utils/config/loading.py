@@ -18,6 +18,7 @@ from utils.files import REPOSITORY, read_json_object, weights_file
 
 WORDS = {bool: "true or false", int: "a whole number", float: "a number"}
 WORDS |= {list[int]: "a list of whole numbers", list[str]: "a list of strings"}
+WEIGHTS = "model.pretrained.pretrained_weights"
 FOLDERS = ("json", "json/server", "json/baselines")
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most"}
 
@@ -84,7 +85,9 @@ def load_options(path: Path, overrides: dict[str, Any] | None = None) -> Options
     return build_options(flat, source=str(path))
 
 
-def build_options(flat: dict[str, Any], *, source: str, check_files: bool = False) -> Options:
+def build_options(
+    flat: dict[str, Any], *, source: str, check_files: bool = False, check_weights: bool = True
+) -> Options:
     """Validates flat options and fills in the defaults; the error lists all mistakes in `source`."""
     valid, contradictions = {key: value for key, value in flat.items() if key in FIELDS}, []
     try:
@@ -100,7 +103,8 @@ def build_options(flat: dict[str, Any], *, source: str, check_files: bool = Fals
     mistakes = [*filter(None, mistakes), *contradictions]
     if check_files:
         defaults = {key: field.default for key, field in FIELDS.items()}
-        mistakes += missing_files(defaults | dict.fromkeys(flat) | valid)  # None: invalid
+        given = defaults | dict.fromkeys(flat) | valid  # None: invalid
+        mistakes += missing_files(given if check_weights else given | {WEIGHTS: None})
     if mistakes:
         raise UserError(mistakes, source)
     return options
@@ -136,9 +140,9 @@ def allowed(field: FieldInfo) -> str:
 
 def missing_files(flat: dict[str, Any]) -> list[str]:
     """Lists missing weights and folders; data and checkpoints are checked when they are opened."""
-    key, mistakes = "model.pretrained.pretrained_weights", []
-    if flat[key] is not None and not weights_file(flat[key]).is_file():
-        mistakes.append(f"{key} is {flat[key]}: no such file; null: the official weights")
+    mistakes = []
+    if flat[WEIGHTS] is not None and not weights_file(flat[WEIGHTS]).is_file():
+        mistakes.append(f"{WEIGHTS} is {flat[WEIGHTS]}: no such file; null: the official weights")
     name, folder = flat["dataset.data_type"], flat["dataset.data_path"]
     if folder and os.path.isfile(folder):
         mistakes.append(f"dataset.data_path is {folder}: a file, must be the folder of the data set")

@@ -1,5 +1,6 @@
 """Mask files of photographs: ids with names and colours, result folders, masks and overlays."""
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ from utils.vision.images import find_images
 from utils.vision.labels import IGNORE, LabelSpace
 
 MASK, OVERLAY, OVERLAYS = "mask.png", "overlay.jpg", "overlays"
+FILES = ("legend", "legend.png", "legend.json", "index.html")  # names that no photograph's mask may have
 MAX_OVERLAY_SIDE = 2048  # pixels; the mask keeps the full size
 OPACITY = 0.5
 CONTOUR = 255  # white; tinted segments never are
@@ -77,12 +79,16 @@ def result_files(images: Path, out: Path, *, flat: bool = False) -> dict[Path, R
     """Maps each photograph to its files in `out`, named by its path below `images` without the ending.
 
     They are <name>/mask.png and <name>/overlay.jpg, or with `flat` <name>.png and overlays/<name>.jpg, where
-    folders are joined by "_". Photographs that differ only in the ending keep it. A folder `out` below
-    `images` is not searched.
+    folders are joined by "_". Photographs that differ only in the ending keep it; names that are still taken
+    are numbered. A folder `out` below `images` is not searched.
 
     Raises:
-        UserError: there is no image, or `out` is `images`.
+        UserError: there is no image, `out` is `images`, or masks could replace photographs.
     """
+    root = (images.parent if images.is_file() else images).resolve()
+    if flat and out.resolve() in (root, *root.parents):
+        where = "contains the photographs, and --flat could replace some of them"
+        raise UserError(f"--out is {out}, which {where}; choose a folder beside them or below")
     if images.is_file():
         names = {images: Path(images.name)}
     else:
@@ -90,10 +96,15 @@ def result_files(images: Path, out: Path, *, flat: bool = False) -> dict[Path, R
     if flat:
         names = {file: Path("_".join(name.parts)) for file, name in names.items()}
     count = Counter(str(name.with_suffix("")).casefold() for name in names.values())  # as some file systems
-    files = {}
+    files, taken = {}, set(FILES)
     for file, name in names.items():
         stem = name.with_suffix("")
-        name = stem if count[str(stem).casefold()] == 1 else name
+        plain = name = stem if count[str(stem).casefold()] == 1 else name
+        for number in itertools.count(2):
+            if str(name).casefold() not in taken:
+                break
+            name = plain.with_name(f"{plain.name}-{number}")
+        taken.add(str(name).casefold())
         mask, shown = (f"{name}.png", f"{OVERLAYS}/{name}.jpg") if flat else (name / MASK, name / OVERLAY)
         files[file] = ResultFiles(out / mask, out / shown)
     return files

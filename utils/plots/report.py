@@ -62,9 +62,11 @@ def write_report(
         figures["Frozen baseline"] = frozen / "predictions.png"
         if (baseline := frozen / "metrics.json").exists():
             results.append(("frozen baseline, step", read_json_object(baseline)))
+    method = "frozen" if options["train.frozen"] else options["method"]
     page = render(
         NAME,
         options=options,
+        trained=options["training_coeff.loss"] if method == "ppap" else method,
         defaults=defaults,
         state=state,
         metrics=METRIC_TITLES,

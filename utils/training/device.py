@@ -87,6 +87,11 @@ def precision_settings(options: Options, accelerator: str) -> dict[str, Any]:
     return {"precision": {"bf16": "bf16-mixed", "fp32": "32-true"}[chosen]}
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error reports exhausted memory of a GPU or of this machine."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def explained_errors(options: Options) -> Iterator[None]:
     """Converts exhausted memory and killed workers to a UserError with advice."""
@@ -94,7 +99,7 @@ def explained_errors(options: Options) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         reason = first_line(error)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:
+        if is_out_of_memory(error):
             raise UserError(
                 f"out of memory ({reason}); lower dataloader.val_batch_size, training_coeff.chunk_size or "
                 "dataloader.batch_size (which affects the result), or set dataset.cache_features=disk"

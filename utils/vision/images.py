@@ -45,6 +45,8 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
     Transparency and metadata are dropped. Of 16-bit images the upper byte is used, as Pillow does with
     16-bit colour.
     """
+    image.getexif()  # is kept
+    image.info.pop("exif", None)  # a malformed one could not be written again
     upright = ImageOps.exif_transpose(image)
     if not upright.mode.startswith(("I", "F")):
         return Image.fromarray(np.asarray(upright.convert("RGB")))
@@ -75,7 +77,7 @@ def find_images(folder: Path, *, without: Path | None = None) -> tuple[list[Path
     Follows links; skips hidden files, hidden folders and the folder `without`.
     """
     images, videos, others, seen = [], [], Counter(), set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_folder):
         if (real := os.path.realpath(place)) in seen:  # a link to a folder above
             folders.clear()
             continue
@@ -93,6 +95,11 @@ def find_images(folder: Path, *, without: Path | None = None) -> tuple[list[Path
     skipped = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
     hint = f"; from videos, {_frames_hint(min(videos))}" if videos else ""
     return sorted(images), skipped and f"other files: {skipped}{hint}"
+
+
+def _refuse_folder(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise UserError(f"{error.filename}: the folder cannot be read ({error.strerror})")
 
 
 def _frames_hint(video: Path) -> str:

@@ -87,6 +87,19 @@ def test_jobs__sweep_names_runs_and_groups_seeds(tiny_file):
     assert (baseline.wandb.id, baseline.train.frozen) == ("abc-prop_iter=0-seed=0-frozen", True)
 
 
+def test_jobs__equal_names_are_a_mistake(tiny_file):
+    with pytest.raises(UserError, match=r"2 runs would be called tiny-lr=0\.001"):
+        jobs("--opt", tiny_file(), "optimizer.net.lr=1e-3,0.001")
+
+
+def test_weights_file__is_needed_for_training_but_not_with_a_checkpoint(tiny_file):
+    words = ["--opt", tiny_file(), "model.pretrained.pretrained_weights=gone.pth", "--checkpoint", "a.ckpt"]
+    assert len(jobs(*words, training=False)) == 1
+    for more, training in (([], True), (["--explain", "0"], False)):
+        with pytest.raises(UserError, match=r"gone\.pth: no such file"):
+            jobs(*words, *more, training=training)
+
+
 def write_variants(tmp_path, content):
     path = tmp_path / "mine.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))

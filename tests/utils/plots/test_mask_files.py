@@ -57,6 +57,21 @@ def test_flat__names_are_joined_and_distinct(tmp_path):
     assert files[tmp_path / "in/c/d.tif"].overlay == tmp_path / "out/overlays/c_d.jpg"
 
 
+def test_names__that_are_still_taken_are_numbered(tmp_path):
+    touch(tmp_path / "in", "a/b.jpg", "a_b.jpg", "a_b.jpg.png", "legend.jpg")
+    files = result_files(tmp_path / "in", tmp_path / "out", flat=True)
+    masks = sorted(each.mask.name for each in files.values())
+    assert masks == ["a_b.jpg-2.png", "a_b.jpg-3.png", "a_b.jpg.png", "legend-2.png"]
+
+
+@pytest.mark.parametrize(("images", "out"), [("in/one.png", "in"), ("in/new", "in"), ("in/new", ".")])
+def test_flat__never_replaces_a_photograph(tmp_path, images, out):
+    touch(tmp_path / "in", "one.png", "new/one.jpg")
+    with pytest.raises(UserError, match=r"--flat could replace some of them"):
+        result_files(tmp_path / images, tmp_path / out, flat=True)
+    result_files(tmp_path / images, tmp_path / out)
+
+
 def test_folders__without_an_image(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         result_files(tmp_path / "nowhere", tmp_path / "out")

@@ -92,6 +92,14 @@ def test_report__finished_run(folder):
         assert words in text
 
 
+@pytest.mark.parametrize("method", ["ppap", "stego", "frozen"])
+def test_report__names_the_method(folder, method):
+    tree = json.loads((folder / "options.json").read_text()) | {"method": method}
+    (folder / "options.json").write_text(json.dumps(tree))
+    text, _ = written(folder, state="", result=finished())
+    assert f"{'frozen features' if method == 'frozen' else method} on" in text
+
+
 def test_report__curves_are_embedded_without_gaps(folder):
     charts = charts_of(written(folder)[0])
     assert charts["Loss"]["lines"] == [{"name": "total_loss", "x": [1, 3], "y": [3.5, 2.5]}]

@@ -1,4 +1,5 @@
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -37,8 +38,10 @@ def test_open__palette_with_a_transparent_colour(tmp_path):
 
 
 def test_open__exif_orientation_is_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned a quarter clockwise to be upright
+    """Also if another tag is malformed, which Pillow cannot write again."""
+    tags = struct.pack("<HHLHH", 0x0112, 3, 1, 6, 0)  # turned a quarter clockwise to be upright
+    tags += struct.pack("<HHL4sL", 0x0128, 2, 2, b"x", 0)  # the unit of the resolution is a text
+    exif = b"Exif\0\0" + struct.pack("<2sHLH", b"II", 42, 8, 2) + tags
     Image.fromarray(GREY).save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(np.asarray(open_image(tmp_path / "turned.png"))[:, :, 0], np.rot90(GREY, -1))
 

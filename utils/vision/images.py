@@ -45,9 +45,11 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
     Transparency and metadata are dropped. Of 16-bit images the upper byte is used, as Pillow does with
     16-bit colour.
     """
-    image.getexif()  # is kept
-    image.info.pop("exif", None)  # a malformed one could not be written again
+    image.getexif()  # Pillow keeps it
+    exif = image.info.pop("exif", None)  # a malformed one could not be written again
     upright = ImageOps.exif_transpose(image)
+    if exif is not None:
+        image.info["exif"] = exif
     if not upright.mode.startswith(("I", "F")):
         return Image.fromarray(np.asarray(upright.convert("RGB")))
     values = np.asarray(upright)  # (H, W)

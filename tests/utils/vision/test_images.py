@@ -44,6 +44,9 @@ def test_open__exif_orientation_is_applied(tmp_path):
     exif = b"Exif\0\0" + struct.pack("<2sHLH", b"II", 42, 8, 2) + tags
     Image.fromarray(GREY).save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(np.asarray(open_image(tmp_path / "turned.png"))[:, :, 0], np.rot90(GREY, -1))
+    image = Image.open(tmp_path / "turned.png")
+    upright_rgb(image, "turned")
+    assert image.info["exif"] == exif
 
 
 @pytest.mark.parametrize("values", [np.full((4, 4), 1e5, np.float32), np.full((4, 4), 70000, np.int32)])

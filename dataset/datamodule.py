@@ -69,10 +69,7 @@ class SegmentationDataModule(LightningDataModule):
         self, encode: Encoder, *, backbone: Any, precision: str, device: torch.device
     ) -> SegmentationDataModule:
         """The same data with cached tokens in place of images, as `dataset.cache_features` asks."""
-        model, count = f"{backbone.digest()} {precision}", len(self.train_set)
-        batch, limit = self.options.dataloader.batch_size, self.options.train.max_steps
-        if limit is not None and limit * batch < count:  # most items would be encoded for nothing
-            print(f"a run of {limit * batch:,} items caches {count:,}: dataset.cache_features=null is faster")
+        model = f"{backbone.digest()} {precision}"
 
         def cached(items: SegmentationDataset, split: str) -> TokenDataset:
             shape = backbone.token_shape(items.geometry.res)

@@ -4,6 +4,7 @@ Later runs with the same files, geometry, label rule, weights and precision reus
 """
 
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,7 +98,7 @@ def cache_tokens(
     """
     shapes = (len(items), *shape), (len(items), items.geometry.res, items.geometry.res)
     size = int(2 * np.prod(shapes[0]) + np.prod(shapes[1]))  # bytes
-    fill = partial(_fill, items, encode, options, f"{split} tokens")
+    fill = partial(_fill, items, encode, options, split)
     if options.dataset.cache_features == "ram":
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
         place = device if free > size + KEPT_FREE else torch.device("cpu")
@@ -124,10 +125,14 @@ def cache_tokens(
 
 
 def _fill(
-    items: SegmentationDataset, encode: Encoder, options: Options, title: str, tokens: Tensor, labels: Tensor
+    items: SegmentationDataset, encode: Encoder, options: Options, split: str, tokens: Tensor, labels: Tensor
 ) -> None:
+    used = (options.train.max_steps or math.inf) * options.dataloader.batch_size
+    if split == "train" and used < len(items) and options.trained_by != "stego":  # which compares all items
+        hint = "dataset.cache_features=null may be faster"
+        print(f"train.max_steps uses {used:,} of {len(items):,} items; {hint}")
     loader = DataLoader(items, validation_batch_size(options), **worker_settings(loader_workers(options)))
-    for batch in Bar(loader, desc=title, unit="batch"):
+    for batch in Bar(loader, desc=f"{split} tokens", unit="batch"):
         tokens[batch.index] = encode(batch.image).half().to(tokens.device)
         labels[batch.index] = batch.label.to(labels.device)
 

@@ -76,8 +76,8 @@ class Predictor:
             f"{crf_missing()}; or set eval.crf_backend=torch": self.crf != "pydensecrf" or not crf_missing(),
             f"tile is {tile}, must be {tiles}": not tile or (tile >= MIN_TILE * patch and tile % patch == 0),
         }
-        clusters = len(module.cluster_probe.clusters)
-        checks[f"{clusters} clusters, must be at most 256: masks have 8 bits"] = clusters <= 256
+        clusters, fits = len(module.cluster_probe.clusters), head == "linear"
+        checks[f"{clusters} clusters, must be at most 256: masks have 8 bits"] = fits or clusters <= 256
         if mistakes := [message for message, valid in checks.items() if not valid]:
             raise UserError(mistakes)
         channels = clusters

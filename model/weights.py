@@ -21,7 +21,7 @@ from utils.training.torch_files import read_torch_file, unreadable
 NATIVE_RES = {"dino": 224, "dinov2": 518}  # pixels
 WRAPPERS = ("teacher", "target_encoder", "model", "state_dict")  # of files that hold more
 PREFIXES = r"^(module\.|backbone\.)+"  # of parameters' names
-DROPPED = ("head.", "fc.", "mask_token", "dino_head.", "ibot_head.", "decoder_")  # not of a backbone
+DROPPED = ("head.", "fc.fc", "fc.bn", "mask_token", "dino_head.", "ibot_head.", "decoder_")  # heads
 # endings of their names; other entries, such as buffers of your own backbone, may have any dtype
 PARAMETERS = ("weight", "bias", "gamma", "clusters", "cls_token", "pos_embed", "register_tokens")
 PARAMETERS += ("gamma_1", "gamma_2", "reg_token")  # timm's

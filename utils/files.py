@@ -139,5 +139,5 @@ def exclusive(path: Path, *, advice: str | None = None) -> Iterator[None]:
             holder.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
             yield
     except Timeout:
-        user = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
+        user = (holder.exists() and holder.read_text(encoding="utf-8")) or "another process"
         raise UserError(f"{path} is in use by {user} (lock: {lock}); wait until it ends{advice}") from None

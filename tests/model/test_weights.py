@@ -42,7 +42,9 @@ def load(spec, path):
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone."])
-@pytest.mark.parametrize(("wrapper", "head"), [(None, "head"), ("teacher", "head"), ("target_encoder", "fc")])
+@pytest.mark.parametrize(
+    ("wrapper", "head"), [(None, "head"), ("teacher", "head"), ("target_encoder", "fc.fc1")]
+)
 def test_load__bare_or_in_a_training_checkpoint_of_dino_or_msn(spec, tmp_path, prefix, wrapper, head):
     state = random_state(spec)
     stored = {prefix + name: value for name, value in state.items()}

@@ -49,7 +49,7 @@ def test_exclusive__names_the_holder_and_the_lock(tmp_path):
     ):
         pass
     with exclusive(path, advice=""):
-        assert (tmp_path / ".data.lock").read_text() == ""  # is FileLock's, which may note its process there
+        assert (tmp_path / ".data.lock").read_text() == ""  # it is FileLock's own file
 
 
 def test_make_folder__that_cannot_be_written(tmp_path):

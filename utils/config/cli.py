@@ -152,7 +152,8 @@ def plan_jobs(arguments: argparse.Namespace, stored: dict[str, Any] | None = Non
         except UserError as error:
             mistakes += error.mistakes
     names = Counter(job.options.wandb.name for job in jobs)
-    mistakes += [f"wandb.name: {n} runs would be called {name}" for name, n in names.items() if n > 1]
+    twice = [name for name, count in names.items() if count > 1]
+    mistakes += [f"wandb.name: several runs would be called {name}; change one" for name in twice]
     if mistakes:
         raise UserError(dict.fromkeys(mistakes), f"{source} and the command line")
     return jobs

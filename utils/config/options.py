@@ -205,7 +205,7 @@ class _Model(_Section):
     continuous: bool = option(True, "true: the code has `dim` channels; false: one channel per class")
     dim: int = option(384, "channels of the code: D, the backbone's width; stego and hp: K, any number", ge=1)
     extra_clusters: int = option(0, "clusters beyond the number of classes", ge=0)
-    criterion_dropout: Number = option(0.1, "dropout of channels; stego, hp: also in the head", ge=0, le=0.99)
+    criterion_dropout: Number = option(0.1, "dropout of features; stego, hp: in the head too", ge=0, le=0.99)
     pretrained: _Pretrained = _Pretrained()
 
 

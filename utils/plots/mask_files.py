@@ -19,7 +19,7 @@ from utils.vision.images import find_images
 from utils.vision.labels import IGNORE, LabelSpace
 
 MASK, OVERLAY, OVERLAYS = "mask.png", "overlay.jpg", "overlays"
-FILES = ("legend", "legend.png", "legend.json", "index.html")  # names that no photograph's mask may have
+FILES = ("legend.png", "legend.json", "index.html")  # names that no photograph's mask may have
 MAX_OVERLAY_SIDE = 2048  # pixels; the mask keeps the full size
 OPACITY = 0.5
 CONTOUR = 255  # white; tinted segments never are
@@ -83,12 +83,8 @@ def result_files(images: Path, out: Path, *, flat: bool = False) -> dict[Path, R
     are numbered. A folder `out` below `images` is not searched.
 
     Raises:
-        UserError: there is no image, `out` is `images`, or masks could replace photographs.
+        UserError: there is no image, `out` is `images`, or a mask would replace another file.
     """
-    root = (images.parent if images.is_file() else images).resolve()
-    if flat and out.resolve() in (root, *root.parents):
-        where = "contains the photographs, and --flat could replace some of them"
-        raise UserError(f"--out is {out}, which {where}; choose a folder beside them or below")
     if images.is_file():
         names = {images: Path(images.name)}
     else:
@@ -96,7 +92,7 @@ def result_files(images: Path, out: Path, *, flat: bool = False) -> dict[Path, R
     if flat:
         names = {file: Path("_".join(name.parts)) for file, name in names.items()}
     count = Counter(str(name.with_suffix("")).casefold() for name in names.values())  # as some file systems
-    files, taken = {}, set(FILES)
+    files, taken = {}, {*FILES, *(["legend"] if flat else [])}
     for file, name in names.items():
         stem = name.with_suffix("")
         plain = name = stem if count[str(stem).casefold()] == 1 else name
@@ -107,6 +103,8 @@ def result_files(images: Path, out: Path, *, flat: bool = False) -> dict[Path, R
         taken.add(str(name).casefold())
         mask, shown = (f"{name}.png", f"{OVERLAYS}/{name}.jpg") if flat else (name / MASK, name / OVERLAY)
         files[file] = ResultFiles(out / mask, out / shown)
+        if files[file].mask.exists() and not files[file].overlay.exists():  # an earlier result has both
+            raise UserError(f"--out is {out}, but {files[file].mask} is no mask; choose another folder")
     return files
 
 
@@ -130,15 +128,14 @@ def write_results(
     """Writes the mask, the ids (H, W) uint8 of an RGB image, and the overlay, the image in their colours."""
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
-    mask = Image.fromarray(classes)
+    mask, small = Image.fromarray(classes), image.copy()
+    small.thumbnail((MAX_OVERLAY_SIDE, MAX_OVERLAY_SIDE), Image.Resampling.BILINEAR)
+    reduced = np.asarray(mask.resize(small.size, Image.Resampling.NEAREST))
+    with replacing(files.overlay) as temporary:  # first, see `result_files`
+        overlay(small, reduced, palette).save(temporary, format="JPEG", quality=90, subsampling=0)
     mask.putpalette(np.array(palette, dtype=np.uint8).tobytes())
     with replacing(files.mask) as temporary:
         mask.save(temporary, format="PNG")
-    small = image.copy()
-    small.thumbnail((MAX_OVERLAY_SIDE, MAX_OVERLAY_SIDE), Image.Resampling.BILINEAR)
-    classes = np.asarray(Image.fromarray(classes).resize(small.size, Image.Resampling.NEAREST))
-    with replacing(files.overlay) as temporary:
-        overlay(small, classes, palette).save(temporary, format="JPEG", quality=90, subsampling=0)
 
 
 def write_contact_sheet(

@@ -89,7 +89,7 @@ class CheckpointManager(Callback):
         self._agreement.start(self.stop.signum is not None, self._due())
 
     def on_validation_start(self, *_: Any) -> None:
-        """Repeats what follows the start of the workers, which a first validation may have started."""
+        """Installs the handlers again: starting the workers of a validation may have replaced them."""
         self.stop.listen()
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:

@@ -47,9 +47,10 @@ def upright_rgb(image: Image.Image, name: str) -> Image.Image:
     """
     image.getexif()  # Pillow keeps it
     exif = image.info.pop("exif", None)  # a malformed one could not be written again
-    upright = ImageOps.exif_transpose(image)
-    if exif is not None:
-        image.info["exif"] = exif
+    try:
+        upright = ImageOps.exif_transpose(image)
+    finally:
+        image.info |= {} if exif is None else {"exif": exif}
     if not upright.mode.startswith(("I", "F")):
         return Image.fromarray(np.asarray(upright.convert("RGB")))
     values = np.asarray(upright)  # (H, W)
@@ -79,7 +80,11 @@ def find_images(folder: Path, *, without: Path | None = None) -> tuple[list[Path
     Follows links; skips hidden files, hidden folders and the folder `without`.
     """
     images, videos, others, seen = [], [], Counter(), set()
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_folder):
+
+    def count(error: OSError) -> None:
+        others["unreadable folder"] += not isinstance(error, FileNotFoundError)
+
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=count):
         if (real := os.path.realpath(place)) in seen:  # a link to a folder above
             folders.clear()
             continue
@@ -94,14 +99,9 @@ def find_images(folder: Path, *, without: Path | None = None) -> tuple[list[Path
             others[ending or "without ending"] += 1
             if ending in VIDEO_ENDINGS:
                 videos.append(path)
-    skipped = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
+    skipped = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()) if number)
     hint = f"; from videos, {_frames_hint(min(videos))}" if videos else ""
     return sorted(images), skipped and f"other files: {skipped}{hint}"
-
-
-def _refuse_folder(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise UserError(f"{error.filename}: the folder cannot be read ({error.strerror})")
 
 
 def _frames_hint(video: Path) -> str:

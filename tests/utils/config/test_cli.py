@@ -88,7 +88,7 @@ def test_jobs__sweep_names_runs_and_groups_seeds(tiny_file):
 
 
 def test_jobs__equal_names_are_a_mistake(tiny_file):
-    with pytest.raises(UserError, match=r"2 runs would be called tiny-lr=0\.001"):
+    with pytest.raises(UserError, match=r"several runs would be called tiny-lr=0\.001"):
         jobs("--opt", tiny_file(), "optimizer.net.lr=1e-3,0.001")
 
 

@@ -92,6 +92,7 @@ def wandb_server(monkeypatch):
     with WandbServer() as server:
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
         monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        monkeypatch.setattr(loggers_, "INIT_SECONDS", 120)
         yield server
         wandb.teardown()
 

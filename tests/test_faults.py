@@ -154,11 +154,12 @@ def signalled(function, signum):
     ],
 )
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signal__in_an_evaluation(whole, monkeypatch, capsys, place, name, signum):  # noqa: F811
+def test_signal__in_an_evaluation(whole, tmp_path, monkeypatch, capsys, place, name, signum):  # noqa: F811
     """Before, during and after the forward passes, and in the CRF."""
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(place, name, signalled(getattr(place, name), signum))
-    words = ["--checkpoint", str(whole), "eval.is_crf=true", "eval.crf_backend=pydensecrf"]
+    words = ["--checkpoint", str(whole), f"output_dir={tmp_path}", "eval.is_crf=true"]
+    words.append("eval.crf_backend=pydensecrf")
     exit_on_signals()
     try:
         assert guarded(lambda: evaluation.main(words)) == 128 + signum

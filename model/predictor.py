@@ -67,6 +67,7 @@ class Predictor:
         self.res = options.dataset.val_res if res is None else res
         backend = options.eval.crf_backend if crf is True else crf
         self.crf = resolve_backend(backend) if backend else False
+        channels = labels.n_classes if head == "linear" else len(module.cluster_probe.clusters)
         heads = HEADS if module.evaluator.with_linear else ("cluster",)
         tiles = f"a multiple of the patch ({patch}) from {MIN_TILE * patch}"
         checks = {
@@ -74,15 +75,13 @@ class Predictor:
             f"res is {res}, must be at least {patch}, one patch": self.res >= patch,
             f"crf is {crf}, must be true, false, pydensecrf or torch": self.crf in CRF_BACKENDS,
             f"{crf_missing()}; or set eval.crf_backend=torch": self.crf != "pydensecrf" or not crf_missing(),
+            f"{channels} clusters, must be at most 256: masks have 8 bits": channels <= 256,
             f"tile is {tile}, must be {tiles}": not tile or (tile >= MIN_TILE * patch and tile % patch == 0),
         }
-        clusters, fits = len(module.cluster_probe.clusters), head == "linear"
-        checks[f"{clusters} clusters, must be at most 256: masks have 8 bits"] = fits or clusters <= 256
         if mistakes := [message for message, valid in checks.items() if not valid]:
             raise UserError(mistakes)
-        channels = clusters
         if head == "linear":
-            channels, assignment = labels.n_classes, range(labels.n_classes)
+            assignment = range(labels.n_classes)
         self.unmatched = assignment is None
         self.names, self.palette, ids = mask_ids(labels, assignment, n_clusters=channels)
         self._ids = np.array(ids, dtype=np.uint8)  # of each channel

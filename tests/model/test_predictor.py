@@ -165,6 +165,14 @@ def test_arguments__mistakes_are_reported_together(module, checkpoint, tmp_path)
     assert load_segmenter(path)(photo(20, 20)).shape == (20, 20)
 
 
+def test_clusters__beyond_eight_bits(tmp_path):
+    module = make_module(model__extra_clusters=254, eval__extra_clusters=254)
+    path = save(module, tmp_path / "many.ckpt", assignment=None)
+    with pytest.raises(UserError, match="257 clusters, must be at most 256"):
+        load_segmenter(path)
+    assert len(load_segmenter(path, head="linear").names) == LABELS.n_classes
+
+
 def average(image):
     """A code that depends on single patches: tiles do not change it."""
     return F.avg_pool2d(image, 2)

@@ -19,7 +19,6 @@ from utils.vision.images import find_images
 from utils.vision.labels import IGNORE, LabelSpace
 
 MASK, OVERLAY, OVERLAYS = "mask.png", "overlay.jpg", "overlays"
-FILES = ("legend.png", "legend.json", "index.html")  # names that no photograph's mask may have
 MAX_OVERLAY_SIDE = 2048  # pixels; the mask keeps the full size
 OPACITY = 0.5
 CONTOUR = 255  # white; tinted segments never are
@@ -92,7 +91,7 @@ def result_files(images: Path, out: Path, *, flat: bool = False) -> dict[Path, R
     if flat:
         names = {file: Path("_".join(name.parts)) for file, name in names.items()}
     count = Counter(str(name.with_suffix("")).casefold() for name in names.values())  # as some file systems
-    files, taken = {}, {*FILES, *(["legend"] if flat else [])}
+    files, taken = {}, {"legend"} if flat else set()  # legend.png is no mask
     for file, name in names.items():
         stem = name.with_suffix("")
         plain = name = stem if count[str(stem).casefold()] == 1 else name

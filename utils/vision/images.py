@@ -82,7 +82,8 @@ def find_images(folder: Path, *, without: Path | None = None) -> tuple[list[Path
     images, videos, others, seen = [], [], Counter(), set()
 
     def count(error: OSError) -> None:
-        others["unreadable folder"] += not isinstance(error, FileNotFoundError)
+        if not isinstance(error, FileNotFoundError):
+            others["unreadable folder"] += 1
 
     for place, folders, files in os.walk(folder, followlinks=True, onerror=count):
         if (real := os.path.realpath(place)) in seen:  # a link to a folder above
@@ -99,7 +100,7 @@ def find_images(folder: Path, *, without: Path | None = None) -> tuple[list[Path
             others[ending or "without ending"] += 1
             if ending in VIDEO_ENDINGS:
                 videos.append(path)
-    skipped = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()) if number)
+    skipped = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
     hint = f"; from videos, {_frames_hint(min(videos))}" if videos else ""
     return sorted(images), skipped and f"other files: {skipped}{hint}"
 

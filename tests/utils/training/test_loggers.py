@@ -117,4 +117,8 @@ def test_wandb__continues_a_run_online(wandb_server, tmp_path, tiny_options, cap
     assert (first["tags"], first["notes"]) == (["a"], "b")
     assert json.loads(first["config"])["training_coeff"]["value"]["tau"] == 0.8
     assert "git_sha" in first["config"]
+    options = tiny_options(wandb__mode="online", wandb__id="abc")
+    (run,) = wandb_runs(build_loggers(options, tmp_path, wandb_id=id))
+    run.finish()
+    assert run.id == "abc"  # the option takes precedence
     assert "ArtifactType" not in wandb_server.asked  # a question that blocks the run if it is not answered

@@ -82,7 +82,12 @@ class Source(ABC):
 
 
 class FileSource(Source):
-    """A split of image files, and the label file of each image or None."""
+    """A split of image files, and the label file of each image or None.
+
+    `upright` applies the EXIF orientation of the images.
+    """
+
+    upright = True
 
     def __init__(self, images: Sequence[Path], targets: Sequence[Path | None], *, rule: np.ndarray) -> None:
         self.images, self.targets, self.rule = images, targets, rule
@@ -98,7 +103,7 @@ class FileSource(Source):
 
     def read_image(self, index: int) -> Image.Image:
         """Reads the image alone."""
-        return open_image(self.images[index])
+        return open_image(self.images[index], upright=self.upright)
 
     def name(self, index: int) -> str:
         """The image file."""

@@ -41,6 +41,8 @@ def labels(options: DatasetOptions) -> LabelSpace:
 class CocoStuff(FileSource):
     """One split, "train" or "val"."""
 
+    upright = False  # labels have the orientation of the stored pixels
+
     def __init__(self, options: DatasetOptions, split: str) -> None:
         root, folder = Path(options.data_path), f"{split}2017"
         listing = root / "curated" / folder / LISTS[options.data_type][split]

@@ -23,7 +23,7 @@ from utils.progress import Bar
 from utils.training.device import accelerator, chosen_precision, is_out_of_memory
 from utils.vision import crf, mean_field
 from utils.vision.crf import crf_missing, resolve_backend
-from utils.vision.images import open_image, upright_rgb
+from utils.vision.images import as_rgb, open_image
 from utils.vision.transforms import RESAMPLING, normalise, resized, to_eight_bit
 from utils.vision.upsampling import upsampled_argmax, upsampled_norm
 
@@ -97,7 +97,7 @@ class Predictor:
 
         The photograph is a file, a PIL image of any mode, or an array (H, W, 3) uint8, RGB.
         """
-        rgb = _as_rgb(image)
+        rgb = _photograph(image)
         size = rgb.height, rgb.width
         scaled = np.asarray(rgb.resize(self._network_size(rgb.size), self._resampling))  # (h', w', 3)
         height, width = scaled.shape[:2]
@@ -155,7 +155,7 @@ class Predictor:
         return torch.from_numpy(refined).to(self.device)[None]
 
 
-def _as_rgb(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
+def _photograph(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
     if isinstance(image, (str, Path)):
         return open_image(Path(image))
     if isinstance(image, np.ndarray):
@@ -167,7 +167,7 @@ def _as_rgb(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
         raise UserError(
             f"the image is of type {type(image).__name__}, must be a path, a PIL image or an array"
         )
-    return upright_rgb(image, "the image")
+    return as_rgb(image, "the image")
 
 
 def tiled_code(

@@ -31,32 +31,41 @@ def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
         raise UserError(f"{path}: not a readable {kind} ({first_line(error)}); repair or remove it") from None
 
 
-def open_image(path: Path) -> Image.Image:
-    """An image file as upright 8-bit RGB; raises a UserError if it is missing, damaged or unsupported."""
+def open_image(path: Path, *, upright: bool = True) -> Image.Image:
+    """An image file as 8-bit RGB, by default turned upright as its EXIF orientation says.
+
+    Raises:
+        UserError: it is missing, damaged or unsupported.
+    """
     if path.suffix.lower() in VIDEO_ENDINGS:
         raise UserError(f"{path}: is a video; {_frames_hint(path)}")
     with _opened(path, "image") as image:
-        return upright_rgb(image, str(path))
+        return as_rgb(image, str(path), upright=upright)
 
 
-def upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    """An image of any mode as 8-bit RGB, turned upright by its EXIF orientation; `name` is for errors.
+def as_rgb(image: Image.Image, name: str, *, upright: bool = True) -> Image.Image:
+    """An image of any mode as 8-bit RGB, by default turned by its EXIF orientation; `name` is for errors.
 
     Transparency and metadata are dropped. Of 16-bit images the upper byte is used, as Pillow does with
     16-bit colour.
     """
+    if upright:
+        image = _turned(image)
+    if not image.mode.startswith(("I", "F")):
+        return Image.fromarray(np.asarray(image.convert("RGB")))
+    values = np.asarray(image)  # (H, W)
+    if image.mode == "F" or values.min() < 0 or values.max() >= 2**16:
+        raise UserError(f"{name}: image mode is {image.mode}, must have 8 or 16 bits; convert it")
+    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+
+
+def _turned(image: Image.Image) -> Image.Image:
     image.getexif()  # Pillow keeps it
     exif = image.info.pop("exif", None)  # a malformed one could not be written again
     try:
-        upright = ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(image)
     finally:
         image.info |= {} if exif is None else {"exif": exif}
-    if not upright.mode.startswith(("I", "F")):
-        return Image.fromarray(np.asarray(upright.convert("RGB")))
-    values = np.asarray(upright)  # (H, W)
-    if upright.mode == "F" or values.min() < 0 or values.max() >= 2**16:
-        raise UserError(f"{name}: image mode is {upright.mode}, must have 8 or 16 bits; convert it")
-    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
 
 
 def open_label(path: Path, size: tuple[int, int]) -> Image.Image:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from utils.errors import UserError
-from utils.vision.images import find_images, open_image, open_label, upright_rgb
+from utils.vision.images import as_rgb, find_images, open_image, open_label
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 
@@ -45,7 +45,7 @@ def test_open__exif_orientation_is_applied(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(np.asarray(open_image(tmp_path / "turned.png"))[:, :, 0], np.rot90(GREY, -1))
     image = Image.open(tmp_path / "turned.png")
-    upright_rgb(image, "turned")
+    as_rgb(image, "turned")
     assert image.info["exif"] == exif
 
 
@@ -82,7 +82,7 @@ def test_open__drops_metadata(tmp_path):
     exif[0x0112] = 6
     Image.fromarray(GREY).save(tmp_path / "turned.jpg", exif=exif)
     opened = open_image(tmp_path / "turned.jpg")
-    assert upright_rgb(opened, "it").size == opened.size == (6, 8)
+    assert as_rgb(opened, "it").size == opened.size == (6, 8)
 
 
 def test_label__mismatch(tmp_path):

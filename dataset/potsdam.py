@@ -2,7 +2,7 @@
 
 potsdam: labelled_train.txt, labelled_test.txt, imgs/<id>.mat (key img, H x W x 4, of which the first three
 channels are used) and gt/<id>.mat (key gt). potsdamraw: imgs/ and gt/ below processed/, without lists, so
-both splits are all patches.
+both splits are all patches; those of the tiles whose labels ISPRS withheld have no gt.
 """
 
 from pathlib import Path
@@ -33,17 +33,22 @@ class Potsdam(FileSource):
         if options.data_type == "potsdamraw":
             root /= "processed"
             images = sorted(root.glob("imgs/*.mat"))
+            found = {path.name: path for path in root.glob("gt/*.mat")}
+            targets = [found.get(path.name) for path in images]
             require_files(options, images or [root / "imgs/*.mat"])
+            require_files(options, list(found.values()) or [root / "gt/*.mat"])
         else:
             listing = root / f"labelled_{'train' if split == 'train' else 'test'}.txt"
             require_files(options, [listing])
             images = [root / "imgs" / f"{name}.mat" for name in listing.read_text().split()]
-        targets = [root / "gt" / path.name for path in images]
-        require_files(options, [*images, *targets], unless=options.skip_damaged)
+            targets = [root / "gt" / path.name for path in images]
+            require_files(options, [*images, *targets], unless=options.skip_damaged)
         super().__init__(images, targets, rule=class_rule(COARSE_OF_FINE, ignored=[255]))
 
     def read(self, index: int) -> RawItem:
         """Reads a patch and its six-class label."""
+        if self.targets[index] is None:
+            return RawItem(self.read_image(index), None)
         target = _load(self.targets[index], "gt")
         target = np.where(target < 0, 255, target).astype(np.uint8)  # (H, W)
         return RawItem(self.read_image(index), Image.fromarray(target))

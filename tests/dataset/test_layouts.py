@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.io import savemat
 
 from dataset.cityscapes import OFFICIAL
@@ -70,6 +71,24 @@ def test_potsdam__six_classes_to_three(data_of, potsdam, data_type):
     assert data.validation_set.source.read(0).image.mode == "RGB"
 
 
+def test_potsdamraw__patches_without_a_label(data_of, potsdam):
+    (potsdam / "processed/gt/2_10_0_1.mat").unlink()
+    data = data_of("potsdamraw", potsdam)
+    assert data.validation_labelled
+    assert (data.validation_set[0].label != 255).any()
+    assert (data.validation_set[1].label == 255).all()
+
+
+def test_cocostuff__ignores_the_exif_orientation(data_of, coco):
+    """As published: labels have the orientation of the stored pixels."""
+    file, exif = coco / "images/train2017/000000000001.jpg", Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.fromarray(picture(1).astype(np.uint8)).save(file, exif=exif)
+    source = data_of("cocostuff27", coco).train_set.source
+    read = source.read(source.images.index(file)).image
+    assert np.array_equal(read, Image.open(file))  # Pillow does not turn it
+
+
 PREPARATION = {
     "cocostuff27": (r"Coco164kFull_Stuff_Coarse\.txt is missing", "dataset_download.py cocostuff --root"),
     "cocostuff15": (r"Coco164kFull_Stuff_Coarse_7\.txt is missing", "dataset_download.py cocostuff --root"),
@@ -99,7 +118,7 @@ def test_missing__names_the_file_and_the_command(data_of, tmp_path, data_type):
         ("cocostuff27", "coco", ["annotations/val2017/*.png"], r"0000000\.png is missing;"),
         ("cityscapes", "cityscapes", ["gtFine/val/ulm/*"], r"ulm_000000_000019_gtFine_labelIds\.png is"),
         ("potsdam", "potsdam", ["gt/2_10_0_1.mat"], r"gt/2_10_0_1\.mat is missing;"),
-        ("potsdamraw", "potsdam", ["processed/gt/*"], r"gt/2_10_0_0\.mat is missing;"),
+        ("potsdamraw", "potsdam", ["processed/gt/*"], r"processed/gt/\*\.mat is missing;"),
     ],
 )
 def test_missing__first_file_of_a_list(data_of, request, data_type, folder, files, named):

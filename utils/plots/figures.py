@@ -22,6 +22,7 @@ from utils.vision.labels import LabelSpace
 IGNORED = (0, 0, 0)
 UNMATCHED = (160, 160, 160)
 LEGEND_ROWS = 16  # per column of a legend
+MOST_NUMBERED = 60  # classes of a confusion matrix whose cells have room for a number
 
 
 def colour(classes: np.ndarray, labels: LabelSpace, *, missing: tuple[int, int, int] = IGNORED) -> np.ndarray:
@@ -34,7 +35,10 @@ def draw_predictions(path: Path, rows: Sequence[dict[str, np.ndarray]], *, label
     """Draws the pictures of each image, title -> (H, W, 3) uint8, side by side, and a legend."""
     blocks = 2 if len(rows) > 4 else 1
     lines, columns = math.ceil(len(rows) / blocks), len(rows[0])
-    size = (2 * columns * blocks, 2.05 * lines + 1)  # inches
+    named = [*zip(labels.names, labels.palette, strict=True), ("ignored", IGNORED), ("unmatched", UNMATCHED)]
+    width = 2 * columns * blocks  # inches
+    ncols = max(1, int(width / 1.45))  # of the legend
+    size = (width, 2.05 * lines + max(1, 0.4 + 0.2 * math.ceil(len(named) / ncols)))
     figure, axes = plt.subplots(lines, columns * blocks, figsize=size, squeeze=False, layout="compressed")
     for axis in axes.flat:
         axis.set_axis_off()
@@ -44,8 +48,7 @@ def draw_predictions(path: Path, rows: Sequence[dict[str, np.ndarray]], *, label
             axis.imshow(picture)
             if line == 0:
                 axis.set_title(title, fontsize=10)
-    named = [*zip(labels.names, labels.palette, strict=True), ("ignored", IGNORED), ("unmatched", UNMATCHED)]
-    _legend(figure, named, loc="outside lower center", ncols=max(1, int(size[0] / 1.45)))
+    _legend(figure, named, loc="outside lower center", ncols=ncols)
     save_figure(figure, path)
 
 
@@ -115,9 +118,10 @@ def draw_sets(path: Path, rows: Sequence[dict[str, float]], *, title: str) -> No
 def draw_confusion(path: Path, confusions: dict[str, np.ndarray], *, labels: LabelSpace) -> None:
     """Draws confusion matrices, title -> counts (C, C + 1), as heat maps in percent of the true class.
 
-    The last column, unmatched clusters, is hidden if it is empty.
+    The last column, unmatched clusters, is hidden if it is empty. Many classes get no numbers.
     """
-    side = 2.4 + 0.42 * labels.n_classes  # inches
+    numbered = labels.n_classes <= MOST_NUMBERED
+    side = 2.4 + (0.42 if numbered else 0.16) * labels.n_classes  # inches
     size = (side * len(confusions), side)
     figure, axes = plt.subplots(1, len(confusions), figsize=size, squeeze=False, layout="constrained")
     for axis, (title, counts) in zip(axes.flat, confusions.items(), strict=True):
@@ -127,7 +131,7 @@ def draw_confusion(path: Path, confusions: dict[str, np.ndarray], *, labels: Lab
         cells = np.where(share >= 0.5, np.char.mod("%.0f", share), "")  # zeros would only add clutter
         seaborn.heatmap(
             share, ax=axis, vmin=0, vmax=100, cmap="Blues", square=True, cbar=False, linewidths=0.4,
-            linecolor="0.9", annot=cells, fmt="", annot_kws={"fontsize": 8},
+            linecolor="0.9", annot=cells if numbered else None, fmt="", annot_kws={"fontsize": 8},
             xticklabels=columns, yticklabels=labels.names,
         )  # fmt: skip
         axis.tick_params(axis="x", rotation=90)

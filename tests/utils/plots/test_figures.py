@@ -22,8 +22,9 @@ def test_colour__palette_and_missing(dtype):
     assert colour(np.array([[255, 2]]), labels, missing=(1, 2, 3)).tolist() == [[[1, 2, 3], [1, 2, 3]]]
 
 
-@pytest.mark.parametrize("n_classes", [2, 27])
-def test_figures__few_and_many_classes(tmp_path, n_classes):
+@pytest.mark.filterwarnings("error")  # matplotlib warns of a legend that does not fit
+@pytest.mark.parametrize(("n_classes", "images"), [(2, 5), (27, 5), (80, 1)])
+def test_figures__few_and_many_classes(tmp_path, n_classes, images):
     """Classes without pixels are allowed, and names may contain $."""
     labels = LabelSpace.with_spread_colours(tuple(f"class {n}" for n in range(n_classes)))
     counts = np.eye(n_classes, n_classes + 1, dtype=np.int64)
@@ -34,7 +35,7 @@ def test_figures__few_and_many_classes(tmp_path, n_classes):
         tmp_path / "iou.png", {"cluster, before CRF": iou, "linear, before CRF": iou}, labels=labels
     )
     maps = {"image": np.zeros((4, 4, 3), np.uint8)}
-    draw_predictions(tmp_path / "predictions.png", [maps] * 5, labels=labels)
+    draw_predictions(tmp_path / "predictions.png", [maps] * images, labels=labels)
     legend = [{"id": n, "name": "$_$", "colour": c, "share": 0.0} for n, c in enumerate(labels.palette)]
     draw_legend(tmp_path / "legend.png", legend)
     for name in ("confusion", "iou", "predictions", "legend"):

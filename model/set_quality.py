@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from loss import ieee_float32
@@ -92,6 +91,8 @@ def set_quality(
 def patch_classes(label: Tensor, patch: int, *, n_classes: int) -> Tensor:
     """The most frequent class of each patch of labels (B, H, W) integer, (B*h*w,); `IGNORE` wins a tie."""
     channel = torch.where(label < n_classes, label.long() + 1, 0)  # ignored pixels are channel 0
-    votes = F.one_hot(channel, 1 + n_classes).permute(0, 3, 1, 2).float()  # (B, 1 + C, H, W)
-    classes = F.avg_pool2d(votes, patch).argmax(dim=1).flatten() - 1  # (B*h*w,)
+    blocks = channel.unfold(1, patch, patch).unfold(2, patch, patch)  # (B, h, w, patch, patch)
+    pixels = blocks.reshape(-1, patch**2)  # (B*h*w, patch**2)
+    votes = pixels.new_zeros(len(pixels), 1 + n_classes).scatter_add_(1, pixels, torch.ones_like(pixels))
+    classes = votes.argmax(dim=1) - 1  # (B*h*w,)
     return torch.where(classes < 0, IGNORE, classes)

@@ -215,7 +215,9 @@ def test_signal__a_second_ctrl_c_exits_at_once(tiny_file, tmp_path, start):
         process.kill()
 
 
-def test_signal__requeues_a_slurm_job(tiny_file, tmp_path, stop_in, monkeypatch):
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
+def test_signal__requeues_a_slurm_job(tiny_file, tmp_path, stop_in, monkeypatch, signum):
+    """At the time limit; a job that is cancelled is not to come back."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
     scontrol.chmod(0o755)
@@ -223,9 +225,11 @@ def test_signal__requeues_a_slurm_job(tiny_file, tmp_path, stop_in, monkeypatch)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_JOB_NAME", "ppap")
     monkeypatch.setattr("pytorch_lightning.plugins.environments.SLURMEnvironment.detect", lambda: False)
-    stopped = stop_in(2, ["--opt", tiny_file(**LONG)], signum=signal.SIGUSR1)
-    assert "SLURM job 77 is requeued" in str(stopped)
-    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    stopped = stop_in(2, ["--opt", tiny_file(**LONG)], signum=signum)
+    requeued = signum == signal.SIGUSR1
+    assert ("SLURM job 77 is requeued" in str(stopped)) == requeued
+    assert (tmp_path / "asked").exists() == requeued
+    assert not requeued or (tmp_path / "asked").read_text() == "requeue 77\n"
 
 
 def test_resume__without_validation_images(tiny_file, tmp_path, stop_in):

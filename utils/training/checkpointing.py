@@ -14,7 +14,6 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from utils.errors import UserError
 from utils.files import replacing
 from utils.training.distributed import Agreement
-from utils.training.launch import in_slurm_job
 from utils.training.loggers import wandb_runs
 from utils.training.run_dir import BEST, LAST, Progress
 from utils.training.stopping import Stopped, StopSignal, requeue, worker_was_killed
@@ -165,7 +164,7 @@ class CheckpointManager(Callback):
     def _stopped(self, trainer: Trainer) -> Stopped:
         total = trainer.estimated_stepping_batches
         message = f"at step {self._saved_step:,} of {total:,}, saved in {self.folder / LAST}"
-        if in_slurm_job() and trainer.is_global_zero:
+        if self.stop.asks_to_requeue and trainer.is_global_zero:
             message += f"; {requeue()}"
         message += "; to continue, repeat the command with --resume"
         return Stopped(message, signum=self.stop.signum or signal.SIGTERM)

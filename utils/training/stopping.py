@@ -40,6 +40,11 @@ class StopSignal:
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
+    @property
+    def asks_to_requeue(self) -> bool:
+        """Whether SLURM warned of the time limit; scancel and preemption send SIGTERM."""
+        return in_slurm_job() and self.signum == signal.SIGUSR1
+
     def listen(self) -> None:
         """Installs the handlers; without PyTorch's, a killed worker is reported where its batch is awaited.
 

@@ -14,7 +14,7 @@ from model.module import PPAPModule
 from model.predictor import Predictor
 from model.segmenter import BlockSegmenter, BranchSegmenter
 from model.weights import build_backbone, load_backbone, load_strictly, register_backbone
-from utils.config.loading import build_options, find_option_file, load_options
+from utils.config.loading import build_options, find_option_file, load_options, with_changes
 from utils.config.options import ARCHS, METHODS, Options
 from utils.config.plugins import load_plugins, report_changes
 from utils.errors import UserError
@@ -134,5 +134,6 @@ def load_segmenter(
     elif labels is None:
         count = loaded.state.get("linear_probe.classifier.bias", torch.zeros(1)).numel()
         labels = LabelSpace.with_spread_colours(tuple(f"class {index}" for index in range(count)))
+    opt = with_changes(opt, {"train.compile": False})  # photographs of each size would be compiled anew
     module = build_module(opt, labels, checkpoint=loaded)
     return Predictor(module, assignment=about.get("assignment"), **arguments)

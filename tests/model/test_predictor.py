@@ -14,7 +14,7 @@ from model.checkpoint import CHECKPOINT_ENTRY, Checkpoint, export
 from model.predictor import predict_folder, tiled_code
 from tests.conftest import TINY, needs_pydensecrf, write_tiny
 from utils.config.cli import guarded
-from utils.config.loading import as_tree, build_options
+from utils.config.loading import as_tree, build_options, with_changes
 from utils.errors import LeftOut, UserError
 from utils.vision.labels import LabelSpace
 from utils.vision.mean_field import MeanField
@@ -92,6 +92,12 @@ def test_map__is_the_evaluators_prediction(module, checkpoint, width):
     assert len(np.unique(found)) > 1
     assert np.array_equal(found, ASSIGNMENT[expected.cluster])
     assert np.array_equal(load_segmenter(checkpoint, head="linear")(image), expected.linear)
+
+
+def test_map__compiles_nothing(module, checkpoint):
+    """It would be repeated for photographs of each size."""
+    compiled = with_changes(module.options, {"train.compile": True})
+    assert not load_segmenter(checkpoint, opt=compiled).module.options.train.compile
 
 
 @pytest.mark.parametrize("backend", CRF)

@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if arguments.suggest:
         return [suggest_boundaries(job.options) for job in jobs]
     from utils.files import move_aside
-    from utils.plots.sweep import write_sweep
+    from utils.plots.report import write_sweep
     from utils.plots.tables import sweep_table
 
     planned, finished, rows, done, spent = [planned_runs(job) for job in jobs], [], [], 0, 0.0

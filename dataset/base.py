@@ -56,13 +56,9 @@ class Source(ABC):
     def name(self, index: int) -> str:
         """The image file of an item, or a name for error messages."""
 
-    def label_path(self, index: int) -> Path | None:
-        """The label file of an item, if it has one."""
-        return None
-
-    def files(self, index: int) -> tuple[str | Path | None, ...]:
-        """The files of an item."""
-        return self.name(index), self.label_path(index)
+    def files(self, index: int) -> tuple[str | Path, Path | None]:
+        """Image and label file of an item, if it has one."""
+        return self.name(index), None
 
     def digest(self) -> str:
         """SHA-256 of the label rule and of each file's name, size and modification time."""
@@ -109,11 +105,7 @@ class FileSource(Source):
         """The image file."""
         return printable(self.images[index])
 
-    def label_path(self, index: int) -> Path | None:
-        """The label file."""
-        return self.targets[index]
-
-    def files(self, index: int) -> tuple[str | Path | None, ...]:
+    def files(self, index: int) -> tuple[str | Path, Path | None]:
         """Image and label."""
         return self.images[index], self.targets[index]
 
@@ -142,7 +134,7 @@ def classes_of(label: Image.Image, source: Source, index: int) -> np.ndarray:
         listed = partial(np.array2string, threshold=9, separator=", ", formatter={"int": str})
         found, allowed = np.unique(raw[classes == INVALID]), np.flatnonzero(source.rule != INVALID)
         raise UserError(
-            f"{source.label_path(index) or source.name(index)}: the label holds {listed(found)}, must hold "
+            f"{source.files(index)[1] or source.name(index)}: the label holds {listed(found)}, must hold "
             f"only {listed(allowed)}; fix the label or the number of classes"
         )
     return classes.astype(np.uint8)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import wandb
 from pytorch_lightning import Callback, Trainer
@@ -20,9 +21,8 @@ from utils.plots.explain_figure import draw_explanation
 from utils.plots.figures import UNMATCHED, colour, write_strip
 from utils.plots.report import NAME, STRIPS, write_report
 from utils.plots.tables import STAGES
-from utils.plots.wandb_media import prediction_images
 from utils.training.loggers import attach
-from utils.vision.labels import LabelSpace
+from utils.vision.labels import IGNORE, LabelSpace
 
 PICTURES = ("predictions.png", "confusion.png", "class_iou.png", "explanation.png")
 STRIP_IMAGES = 4
@@ -69,12 +69,14 @@ class WandbImages(Callback):
         evaluation, labels, logged = module.last_evaluation, module.labels, {}
         for head, iou in class_iou(evaluation, labels.names).items():
             logged |= {f"iou_{head}/{name}": value for name, value in iou.items() if math.isfinite(value)}
-        if self.shown:
-            names, images = zip(*self.shown, strict=True)
-            maps = [class_maps(prediction, labels, evaluation) for prediction in module.last_predictions]
-            photographs = torch.stack(images).permute(0, 2, 3, 1).numpy()  # (P, H, W, 3)
-            logged["validation/predictions"] = prediction_images(names, photographs, maps=maps, labels=labels)
-        return logged
+        known, images = dict(enumerate(labels.names)) | {IGNORE: "none"}, []
+        for (name, image), prediction in zip(self.shown, module.last_predictions, strict=True):
+            maps = class_maps(prediction, labels, evaluation).items()
+            masks = {k: {"mask_data": ids.astype(np.uint8), "class_labels": known} for k, ids in maps}
+            photograph = image.permute(1, 2, 0).numpy()  # (H, W, 3)
+            images.append(wandb.Image(photograph, file_type="jpg", masks=masks, caption=name))
+        # not in a table, which would block the run while the server is unreachable
+        return logged | ({"validation/predictions": images} if images else {})
 
 
 class ReferenceImages(Callback):

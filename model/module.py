@@ -11,8 +11,8 @@ from torch import Tensor
 from loss import ieee_float32
 from model.checkpoint import CHECKPOINT_ENTRY, parse_checkpoint
 from model.evaluator import Evaluation, Evaluator, Prediction
+from model.methods import build_method
 from model.methods.base import Progress
-from model.methods.build import build_method
 from model.methods.ppap import Frozen
 from model.monitoring import NonFiniteGuard, SetWatch, Throughput
 from model.probes import ClusterProbe, LinearProbe

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.backbone import Backbone
-from model.methods.heads import TwoBranchHead
 from utils.training.distributed import own_slice, world_size
 from utils.vision.transforms import normalise
 
@@ -105,6 +104,23 @@ class BlockSegmenter(Segmenter):
 
     def _code(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.backbone.to_map(self.backbone.apply_block(self.head, tokens, grid), grid)
+
+
+class TwoBranchHead(nn.Module):
+    """Sum of a linear and a nonlinear branch of 1x1 convolutions, from D channels to a code of K channels."""
+
+    def __init__(self, dim: int, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Conv2d(dim, channels, 1)
+        self.nonlinear = nn.Sequential(nn.Conv2d(dim, dim, 1), nn.ReLU(), nn.Conv2d(dim, channels, 1))
+
+    def forward(self, features: Tensor, masks: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The code (B, K, h, w) of features (B, D, h, w).
+
+        `masks` are the channel dropout factors of the two branches, (B, D, 1, 1) each; None drops nothing.
+        """
+        first, second = (features, features) if masks is None else (features * mask for mask in masks)
+        return self.linear(first) + self.nonlinear(second)
 
 
 class BranchSegmenter(Segmenter):

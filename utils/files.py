@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import platform
 from collections.abc import Iterator
@@ -40,16 +39,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes standard JSON (NaN as null) atomically."""
-
-    def standard(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(key): standard(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [standard(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    write_text(path, json.dumps(standard(content), indent=2, ensure_ascii=False) + "\n")
+    """Writes standard JSON (NaN and infinity as null) atomically."""
+    standard = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    write_text(path, json.dumps(standard, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

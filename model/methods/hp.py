@@ -16,7 +16,6 @@ from torchvision.transforms import ColorJitter, Compose, GaussianBlur, RandomApp
 
 from loss.hidden_positive import hidden_positive_loss
 from model.methods.base import Method, MethodOutput, Progress
-from model.methods.heads import update_average
 from model.methods.pools import ReferencePools
 from model.segmenter import Segmenter, dropout_mask
 from utils.config.options import Options
@@ -133,6 +132,13 @@ class HP(Method):
             with seeded(self.seed, "colour view", step, number):
                 changed.append(COLOUR_VIEW(image))
         return torch.stack(changed) if published else normalise(255 * torch.stack(changed))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, current: nn.Module, *, momentum: float) -> None:
+    """average = momentum * average + (1 - momentum) * current, in place, for all parameters."""
+    for kept, new in zip(average.parameters(), current.parameters(), strict=True):
+        kept.lerp_(new, 1 - momentum)
 
 
 def specific_weight(step: int, total: int, warmup: int) -> float:

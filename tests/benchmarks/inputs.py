@@ -17,7 +17,7 @@ from dataset.base import Batch
 from dataset.crops import CROPS, crop_boxes, prepared_folder
 from loss import PPAPLoss
 from model.backbone import FrozenViT
-from model.methods.build import build_segmenter
+from model.methods import build_segmenter
 from model.module import PPAPModule
 from model.weights import backbone_spec
 from utils.config.loading import find_option_file, load_options

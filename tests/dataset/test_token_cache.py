@@ -78,7 +78,7 @@ def test_cache__is_not_reused_after_a_change(items, tokens_of, change):
     elif change == "rule":
         items.source.rule[0] = 2
     else:
-        path = items.source.images[0] if change == "image" else items.source.label_path(1)
+        path = items.source.images[0] if change == "image" else items.source.targets[1]
         path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(AssertionError, match="not reused"):
         tokens_of(items, forbidden, model=model)

@@ -1,4 +1,4 @@
-"""Writes report.html, a self-contained page about one run, from the files in its folder."""
+"""Writes report.html: a self-contained page about one run, from its files, or about a sweep."""
 
 import base64
 import csv
@@ -11,8 +11,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from utils.config.loading import as_tree, flatten
 from utils.config.options import FROZEN, Options
-from utils.files import read_json_object, write_text
-from utils.plots.tables import METRIC_TITLES, METRICS, STAGES, percent
+from utils.files import make_folder, read_json_object, write_json, write_text
+from utils.plots.figures import draw_sweep
+from utils.plots.tables import COST_TITLES, METRIC_TITLES, METRICS, STAGES, markdown, percent, sweep_rows
 from utils.vision.labels import LabelSpace
 
 NAME = "report.html"
@@ -34,6 +35,8 @@ CURVES = (  # title, scalars, description, whether the axis is logarithmic
     ("Throughput", ("images_per_s",), "images per second, excluding validation", False),
     ("GPU memory", ("gpu_memory_gib",), "peak, in GiB", False),
 )
+# of each run, in sweep.json
+OF_SWEEP = ("name", "step", *STAGES, "train_hours", "step_seconds", "trainable_parameters", "checkpoint")
 PICTURES = {  # title -> description; the files are predictions.png, ...; the baseline's is in its folder
     "Predictions": "Images from across the set; a matched cluster has the colour of its class.",
     "Confusion": "Before CRF; each row in percent of its true class.",
@@ -82,6 +85,23 @@ def write_report(
         strips=_strips(folder / STRIPS),
         provenance=provenance,
     )
+    write_text(folder / NAME, page)
+
+
+def write_sweep(folder: Path, results: Sequence[tuple[str, dict[str, Any]]], *, title: str) -> None:
+    """Writes the files of a sweep from (setting, result) of each run; runs are linked by their `name`."""
+    make_folder(folder)
+    runs = [{"setting": setting} | {key: result.get(key) for key in OF_SWEEP} for setting, result in results]
+    write_json(folder / "sweep.json", runs)
+    rows, header = sweep_rows(results), ["setting", "runs", *METRIC_TITLES, *COST_TITLES]
+    write_text(folder / "sweep.md", markdown(header, rows) + "\n")
+    stages = [(setting, result["before_crf"]) for setting, result in results if result["before_crf"]]
+    scored = [(setting, {name: m[name] for name in METRICS if name in m}) for setting, m in stages]
+    if scored:
+        draw_sweep(folder / "sweep.png", scored)
+    figure = embedded(folder / "sweep.png") if scored else None
+    linked = [run for run in runs if run["name"] and (folder.parent / run["name"] / NAME).exists()]
+    page = render("sweep.html", title=title, header=header, rows=rows, figure=figure, runs=linked)
     write_text(folder / NAME, page)
 
 

@@ -1,6 +1,6 @@
 """Device and precision of a run, and actionable messages for exhausted memory."""
 
-import math
+import resource
 import sys
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
@@ -15,11 +15,6 @@ from utils.config.options import Options
 from utils.errors import UserError, first_line
 from utils.training.launch import check_launch, cores
 from utils.training.stopping import worker_was_killed
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 LOSS_SCALE, GROWTH_INTERVAL = 2048.0, 1000  # as published
 
@@ -135,7 +130,5 @@ def peak_memory_gib() -> float:
     """Peak memory in GiB: on the GPU since `reset_peak_memory`, or of this process since its start."""
     if torch.cuda.is_available():
         return max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))) / 2**30
-    if resource is None:
-        return math.nan
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -156,10 +156,13 @@ class RunDir:
         stored = self.path / DATA
         if options.resume is None or options.resume_on_other_data or not stored.exists():
             return
-        if (difference := first_difference(read_json_object(stored), inventory)) is not None:
+        before, now = flatten(read_json_object(stored)), flatten(inventory)
+        if changed := sorted(before.items() ^ now.items()):
+            name = changed[0][0]
+            old, new = (f"{each[name]:,} bytes" if name in each else "no file" for each in (before, now))
             raise UserError(
-                f"{self.path}: the data changed since the run was started ({difference}); restore it, "
-                "continue knowingly with resume_on_other_data=true, or choose another wandb.name"
+                f"{self.path}: the data changed since the run was started ({name}: {old} then, {new} now); "
+                "restore it, continue knowingly with resume_on_other_data=true, or choose another wandb.name"
             )
 
 
@@ -168,20 +171,6 @@ def _progress(content: Any, path: Path) -> Progress:
         return Progress(**content["progress"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: progress is not as it was written ({first_line(error)})") from None
-
-
-def first_difference(before: dict[str, dict[str, int]], now: dict[str, dict[str, int]]) -> str | None:
-    """The first difference between two inventories of data in words, None if they are equal."""
-    for split in sorted(before.keys() | now.keys()):
-        files, found = before.get(split, {}), now.get(split, {})
-        for name in sorted(files.keys() | found.keys()):
-            if name not in found:
-                return f"{split}: {name} was removed"
-            if name not in files:
-                return f"{split}: {name} was added"
-            if files[name] != found[name]:
-                return f"{split}: {name} had {files[name]:,} bytes, has {found[name]:,}"
-    return None
 
 
 @cache

@@ -15,7 +15,6 @@ from utils.errors import Interrupted, UserError
 from utils.training.launch import in_slurm_job
 
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent ends
-CHILD_ENDED = getattr(signal, "SIGCHLD", None)  # None on Windows
 
 
 class Stopped(UserError):
@@ -51,11 +50,11 @@ class StopSignal:
         PyTorch's would raise the error at any moment, also while a checkpoint is written.
         """
         for signum in self._before:
-            signal.signal(signum, signal.SIG_DFL if signum == CHILD_ENDED else self._handle)
+            signal.signal(signum, signal.SIG_DFL if signum == signal.SIGCHLD else self._handle)
 
     def __enter__(self) -> StopSignal:
-        signals = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if in_slurm_job() else [])]
-        signals += [CHILD_ENDED] if CHILD_ENDED else []
+        signals = [signal.SIGINT, signal.SIGTERM, signal.SIGCHLD]
+        signals += [signal.SIGUSR1] if in_slurm_job() else []
         self._before = {signum: signal.getsignal(signum) for signum in signals}
         if in_slurm_job():  # the warning would end a process that does not handle it
             signal.signal(signal.SIGUSR1, self._handle)

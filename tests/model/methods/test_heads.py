@@ -3,7 +3,8 @@ import json
 
 import torch
 
-from model.methods.heads import TwoBranchHead, update_average
+from model.methods.hp import update_average
+from model.segmenter import TwoBranchHead
 
 PARTS = {"1.0": "linear", "2.0": "nonlinear.0", "2.2": "nonlinear.2"}  # published name -> ours
 

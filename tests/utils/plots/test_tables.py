@@ -1,6 +1,6 @@
 import json
 
-from utils.plots.sweep import write_sweep
+from utils.plots.report import write_sweep
 from utils.plots.tables import class_table, metrics_markdown, metrics_table, sets_table, sweep_table
 
 FOUR = {"Cluster_Accuracy": 50.0, "Cluster_mIoU": 20.0, "Linear_Accuracy": 80.0, "Linear_mIoU": 40.0}

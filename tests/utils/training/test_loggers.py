@@ -8,10 +8,8 @@ import wandb
 from tests.utils.wandb_file import WandbFile
 from tests.utils.wandb_server import WandbServer
 from utils.files import make_folder
-from utils.plots.wandb_media import prediction_images
 from utils.training import loggers as loggers_
 from utils.training.loggers import build_loggers, csv_logger, wandb_runs
-from utils.vision.labels import LabelSpace
 
 
 @pytest.fixture
@@ -99,14 +97,14 @@ def wandb_server(monkeypatch):
 
 def test_wandb__continues_a_run_online(wandb_server, tmp_path, tiny_options, capsys):
     options = tiny_options(wandb__mode="online", wandb__tags=["a"], wandb__notes="b")
-    maps, space = [{"truth": np.zeros((8, 8), int)}], LabelSpace.with_spread_colours(("road", "sky"))
+    masks = {"truth": {"mask_data": np.zeros((8, 8), np.uint8), "class_labels": {0: "road", 1: "sky"}}}
     id = None
     for steps in ((1, 2, 3), (3, 4)):  # killed after step 3, resumed from 2
         loggers = build_loggers(options, tmp_path, wandb_id=id)
         (run,), id = wandb_runs(loggers), wandb_runs(loggers)[0].id
         for step in steps:
             loggers[1].log_metrics({"iters": step, "loss": step / 3}, step=step)
-        images = prediction_images(["one"], np.zeros((1, 8, 8, 3), np.uint8), maps=maps, labels=space)
+        images = [wandb.Image(np.zeros((8, 8, 3), np.uint8), file_type="jpg", masks=masks, caption="one")]
         run.log({"iters": step, "validation/predictions": images}, step=step)
         run.finish()
         assert f"wandb: {wandb_server.address}/me/PPAP/runs/{id}" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import exit_on_signals
+from utils.errors import Interrupted, exit_on_signals
 
 if __name__ == "__main__":  # before the imports that take time
     exit_on_signals()
@@ -64,7 +64,7 @@ def train(options: Options, run_dir: RunDir) -> tuple[dict[str, float], HtmlRepo
     loggers = build_loggers(options, run_dir.path, step=progress.step, wandb_id=progress.wandb_id)
     shown = [(validation.name(index), validation[index].image) for index in indices]
     images, report = WandbImages(wandb_runs(loggers), shown), HtmlReport(run_dir.path, data.labels, shown)
-    with StopSignal() as stop, explained_errors(options):
+    with StopSignal(resumes=options.resume is not None) as stop, explained_errors(options):
         checkpoints = CheckpointManager(
             run_dir.path,
             every=options.train.checkpoint_interval,
@@ -91,12 +91,13 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
 
     from utils.training.device import peak_memory_gib, reset_peak_memory
     from utils.training.run_dir import RunDir
+    from utils.training.stopping import requeue
 
     run_dir = RunDir(options)
     with run_dir.lock():
         if options.resume is not None:
-            run_dir.check_options(options)
-            if (finished := run_dir.final_metrics()) is not None:
+            extended = run_dir.check_options(options)
+            if not extended and (finished := run_dir.final_metrics()) is not None:
                 print(f"{run_dir.path}: this run is finished")
                 return finished
         reset_peak_memory()
@@ -113,6 +114,10 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
                 artifact = run_dir.best if options.wandb.artifact else None
                 images.finish(result, folder=run_dir.path, artifact=artifact)
             run_dir.write_metrics(result)  # last: the run then counts as finished
+        except Interrupted as error:
+            if message := requeue(error.code - 128, resumes=options.resume is not None):
+                print(message)
+            raise
         finally:
             wandb.finish()  # so that the next run of a sweep gets its own
     return result

@@ -7,7 +7,7 @@ from torch.utils.data import Sampler
 
 from utils.config.options import Options
 from utils.training.distributed import own_slice, rank, world_size
-from utils.training.launch import cores
+from utils.training.launch import own_cores
 from utils.training.randomness import generator
 
 VALIDATION_BATCH = {"cpu": 8, "cuda": 32}  # on a GPU, small batches are bound by the host
@@ -21,7 +21,7 @@ def validation_batch_size(options: Options) -> int:
 
 def loader_workers(options: Options) -> int:
     """`dataloader.num_workers`, but no more than this process's share of the cores."""
-    return min(options.dataloader.num_workers, max(1, cores() // options.trainer.devices))
+    return min(options.dataloader.num_workers, own_cores(options.trainer.devices))
 
 
 class TrainBatchSampler(Sampler[list[tuple[int, int]]]):

@@ -11,7 +11,7 @@ from model.probes import ClusterProbe, LinearProbe, read_both
 from utils.config.options import Options
 from utils.progress import Bar
 from utils.training.distributed import all_gather_object
-from utils.training.launch import cores
+from utils.training.launch import own_cores
 from utils.vision.crf import CrfPool, HeadLogits, resolve_backend
 from utils.vision.mean_field import MeanField
 from utils.vision.metrics import ConfusionMatrix, Scores, score
@@ -60,8 +60,8 @@ def open_refiner(options: Options) -> AbstractContextManager[Refiner]:
     """The CRF that `eval.crf_backend` selects."""
     if resolve_backend(options.eval.crf_backend) == "torch":
         return nullcontext(MeanField())
-    share = max(1, cores() // options.trainer.devices)  # each rank of a machine has its own pool
-    return CrfPool(options.eval.crf_workers or share)
+    # each rank of a machine has its own pool
+    return CrfPool(options.eval.crf_workers or own_cores(options.trainer.devices))
 
 
 class Evaluator(nn.Module):

@@ -27,6 +27,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 TIMES = ("images_per_s", "train_hours", "peak_memory_gib", "checkpoint")
 MINUTE = 60
 STARTERS = (*launch.NUMBERS, "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS")
+STARTERS += ("SLURM_CPUS_PER_TASK",)
 CASES = [*(f"loss, {case}" for case in in_two.LOSSES), *(f"probes, {case}" for case in in_two.IGNORED)]
 
 
@@ -179,6 +180,23 @@ def test_shared_batches__each_image_once_and_equally_many_turns(monkeypatch, ima
 def test_is_first__as_torchrun_slurm_and_lightning_tell(monkeypatch, environment, first):
     launched(monkeypatch, environment)
     assert launch.is_rank_zero() is first
+    assert launch.started_by_lightning() is (environment.get("LOCAL_RANK") == "1")
+
+
+@pytest.mark.parametrize(
+    ("environment", "found", "share"),
+    [
+        ({}, 96, 12),
+        ({}, 4, 1),
+        ({"SLURM_CPUS_PER_TASK": "12"}, 12, 12),
+        ({"SLURM_CPUS_PER_TASK": "12"}, 96, 12),
+    ],
+)
+def test_own_cores__of_eight_processes(monkeypatch, environment, found, share):
+    """srun may have divided the cores, or not have bound its tasks."""
+    launched(monkeypatch, environment)
+    monkeypatch.setattr(launch, "cores", lambda: found)
+    assert launch.own_cores(8) == share
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "SLURM_PROCID"])
@@ -255,6 +273,29 @@ def signalled(module, batch, batch_idx):
 PPAPModule.training_step = signalled
 sys.exit(guarded(run.main))
 """
+
+
+STOPPED = LEAVING.replace("training_step", "validation_step").replace(
+    "module.global_step == 3", 'module.trainer.state.fn == "validate"'
+)
+
+
+@pytest.mark.slow
+def test_run__of_two_processes_is_stopped_in_its_evaluation(tmp_path):
+    """Lightning's handler would wait for the second process."""
+    path = few_steps(tmp_path)
+    (tmp_path / "stopped.py").write_text(
+        f"from utils.errors import exit_on_signals\nexit_on_signals()\n{STOPPED}"
+    )
+    plain = {name: value for name, value in os.environ.items() if name not in STARTERS}
+    words = ["--opt", path, "trainer.devices=2", "eval.is_crf=false"]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "stopped.py"), *words],
+        cwd=REPOSITORY, env=plain | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, text=True, timeout=2 * MINUTE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "interrupted" in done.stderr
 
 
 @pytest.mark.slow

@@ -41,12 +41,12 @@ class LeftOut(UserError):
 
 
 class Interrupted(SystemExit):
-    """Raised by Ctrl-C and SIGTERM; Lightning would turn a KeyboardInterrupt into exit status 1."""
+    """Raised by Ctrl-C and other signals; Lightning would turn a KeyboardInterrupt into exit status 1."""
 
 
 def exit_on_signals() -> None:
-    """Makes Ctrl-C and SIGTERM raise `Interrupted`, with exit status 130 and 143."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    """Makes Ctrl-C, SIGTERM and SIGUSR1 (SLURM's warning) raise `Interrupted`, status 128 + signal."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, _interrupt)
 
 

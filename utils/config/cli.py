@@ -22,7 +22,8 @@ from utils.config.options import Options
 from utils.config.plugins import load_plugins, with_absolute_plugins
 from utils.errors import Interrupted, UserError
 from utils.files import read_json_object
-from utils.training.launch import is_rank_zero, process_index
+from utils.training.launch import is_rank_zero, process_index, started_by_lightning
+from utils.training.stopping import end_with_parent
 
 EXPLORE = """write a page on which any patch can be the anchor: of an image, of up to 16 images of a folder,
 or for an index of the bank of --explain, with labels; --checkpoint adds clusters"""
@@ -154,6 +155,8 @@ def plan_jobs(arguments: argparse.Namespace, stored: dict[str, Any] | None = Non
     names = Counter(job.options.wandb.name for job in jobs)
     twice = [name for name, count in names.items() if count > 1]
     mistakes += [f"wandb.name: several runs would be called {name}; change one" for name in twice]
+    if len({job.options.trainer.world_size for job in jobs}) > 1:
+        mistakes.append("trainer: the runs differ in their number of processes; give each its own command")
     if mistakes:
         raise UserError(dict.fromkeys(mistakes), f"{source} and the command line")
     return jobs
@@ -206,6 +209,8 @@ def guarded(main: Callable[[], None], *, then: str = "rerun with --resume") -> i
     try:
         if not is_rank_zero():
             process = f" in process {'.'.join(map(str, process_index()))}"
+            if started_by_lightning():  # otherwise it may wait in NCCL for a main process that was killed
+                end_with_parent()
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed with the process
         main()
         sys.stdout.flush()

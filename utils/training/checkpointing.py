@@ -162,12 +162,13 @@ class CheckpointManager(Callback):
         raise self._stopped(trainer)
 
     def _stopped(self, trainer: Trainer) -> Stopped:
-        total = trainer.estimated_stepping_batches
-        message = f"at step {self._saved_step:,} of {total:,}, saved in {self.folder / LAST}"
-        if self.stop.asks_to_requeue and trainer.is_global_zero:
-            message += f"; {requeue()}"
-        message += "; to continue, repeat the command with --resume"
-        return Stopped(message, signum=self.stop.signum or signal.SIGTERM)
+        total, signum = trainer.estimated_stepping_batches, self.stop.signum or signal.SIGTERM
+        parts = [
+            f"at step {self._saved_step:,} of {total:,}, saved in {self.folder / LAST}",
+            requeue(signum, resumes=self.stop.resumes),
+            "to continue, repeat the command with --resume",
+        ]
+        return Stopped("; ".join(filter(None, parts)), signum=signum)
 
 
 def _resumable_loops(trainer: Trainer) -> dict[str, Any]:

@@ -13,6 +13,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def own_cores(devices: int) -> int:
+    """This process's share of the cores of a machine with `devices` processes."""
+    if "SLURM_CPUS_PER_TASK" in os.environ:  # the cores are divided already if srun binds its tasks
+        return min(cores(), _number("SLURM_CPUS_PER_TASK"))
+    return max(1, cores() // devices)
+
+
 def is_rank_zero() -> bool:
     """Whether this is the process that prints and writes; known before the process group exists."""
     return set(process_index()) == {0}
@@ -26,6 +33,12 @@ def process_index() -> tuple[int, ...]:
     if "SLURM_STEP_NUM_TASKS" in os.environ and "LOCAL_RANK" not in os.environ:  # srun
         return (number["SLURM_PROCID"],)
     return number["NODE_RANK"], number["LOCAL_RANK"]
+
+
+def started_by_lightning() -> bool:
+    """Whether a main process started this one, for another device of its machine."""
+    index = process_index()
+    return len(index) == 2 and index[1] > 0
 
 
 def _number(name: str) -> int:

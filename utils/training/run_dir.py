@@ -20,7 +20,7 @@ from utils.config.loading import as_tree, flatten
 from utils.config.options import Options
 from utils.config.plugins import plugin_digests, report_changes
 from utils.errors import UserError, first_line
-from utils.files import exclusive, make_folder, move_aside, read_json_object, write_json
+from utils.files import exclusive, find_checkpoints, make_folder, move_aside, read_json_object, write_json
 from utils.training.launch import cores, is_rank_zero
 from utils.training.torch_files import read_torch_file, write_torch_file
 
@@ -82,6 +82,13 @@ class RunDir:
 
         An earlier run of that name is moved aside.
         """
+        if options.checkpoint and options.trainer.world_size > 1:
+            start = find_checkpoints(options.checkpoint, options.output_dir)[0]
+            if start.parent.resolve() == self.path.resolve():
+                raise UserError(
+                    f"checkpoint is {options.checkpoint}, in {self.path}, which a new run moves aside before "
+                    "all processes have read it; choose another wandb.name"
+                )
         if not is_rank_zero():
             return
         if (earlier := move_aside(self.path)) is not None:
@@ -93,15 +100,15 @@ class RunDir:
         if damaged:
             write_json(self.path / "left_out.json", list(damaged))
 
-    def check_options(self, options: Options) -> None:
+    def check_options(self, options: Options) -> bool:
         """Raises a UserError if an option that affects the result differs from the run in this folder.
 
-        A longer run is allowed; the metrics of a finished one are then kept as metrics-<epochs>-epochs.json
-        or metrics-<steps>-steps.json.
+        A longer run is allowed, and true is returned; the metrics of a finished one are then kept as
+        metrics-<epochs>-epochs.json or metrics-<steps>-steps.json.
         """
         path, origin = self.path / "options.json", self.path / "provenance.json"
         if not path.exists():
-            return
+            return False
         if origin.exists():
             report_changes(read_json_object(origin).get("plugins", {}), origin)
         before, now = flatten(as_tree(Options())) | flatten(read_json_object(path)), flatten(as_tree(options))
@@ -114,13 +121,12 @@ class RunDir:
         if differing:
             fix = "use its options, or start a new run under another wandb.name"
             raise UserError(differing, f"{path}, the run to resume ({fix})")
-        if not is_rank_zero():
-            return
-        for key in longer:
+        for key in longer if is_rank_zero() else ():
             print(f"{self.path}: {before[key]} {LENGTHS[key]} become {now[key] or 'unlimited'}")
             if self._metrics.exists():
                 self._metrics.rename(self.path / f"metrics-{before[key]}-{LENGTHS[key]}.json")
             write_json(path, as_tree(options))
+        return bool(longer)
 
     def resume_point(self, options: Options) -> tuple[Path | None, Progress]:
         """The checkpoint to resume from and its progress: best.ckpt if last.ckpt is damaged, None if new."""

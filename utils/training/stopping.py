@@ -12,7 +12,7 @@ from threading import Thread
 from typing import Any
 
 from utils.errors import Interrupted, UserError
-from utils.training.launch import in_slurm_job
+from utils.training.launch import in_slurm_job, is_rank_zero
 
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent ends
 
@@ -29,20 +29,16 @@ class Stopped(UserError):
 
 
 class StopSignal:
-    """Records the first SIGINT, SIGTERM or, in a SLURM job, SIGUSR1; the run acts on it between two steps.
+    """Records the first SIGINT, SIGTERM or SIGUSR1 (SLURM's warning); the run acts on it between two steps.
 
-    From `listen` to the end of the block. A second Ctrl-C exits at once.
+    From `listen` to the end of the block. A second Ctrl-C exits at once. `resumes` says whether the same
+    command would continue the run.
     """
 
-    def __init__(self) -> None:
-        self.signum: int | None = None
+    def __init__(self, *, resumes: bool = False) -> None:
+        self.resumes, self.signum = resumes, None
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
-
-    @property
-    def asks_to_requeue(self) -> bool:
-        """Whether SLURM warned of the time limit; scancel and preemption send SIGTERM."""
-        return in_slurm_job() and self.signum == signal.SIGUSR1
 
     def listen(self) -> None:
         """Installs the handlers; without PyTorch's, a killed worker is reported where its batch is awaited.
@@ -53,11 +49,8 @@ class StopSignal:
             signal.signal(signum, signal.SIG_DFL if signum == signal.SIGCHLD else self._handle)
 
     def __enter__(self) -> StopSignal:
-        signals = [signal.SIGINT, signal.SIGTERM, signal.SIGCHLD]
-        signals += [signal.SIGUSR1] if in_slurm_job() else []
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
         self._before = {signum: signal.getsignal(signum) for signum in signals}
-        if in_slurm_job():  # the warning would end a process that does not handle it
-            signal.signal(signal.SIGUSR1, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -77,14 +70,19 @@ class StopSignal:
             os._exit(128 + signum)
 
 
+def end_with_parent() -> None:
+    """Makes this process end with the one that started it, even while a library holds Python's lock."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def follow_main_process(*_: Any) -> None:
     """Makes a worker end with its main process, and not before: a step in progress needs its workers.
 
     In a process group of its own, it does not get signals to that of the main process, such as Ctrl-C.
     """
     os.setpgid(0, 0)
-    if sys.platform == "linux":  # also while a library holds Python's lock
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     # also on other systems, and if the main process ended before this
     Thread(target=_exit_after_main_process, daemon=True).start()
 
@@ -109,8 +107,15 @@ def _exit_after_main_process() -> None:
     os._exit(0)
 
 
-def requeue() -> str:
-    """Asks SLURM to requeue this job; returns a message about the outcome."""
+def requeue(signum: int, *, resumes: bool) -> str:
+    """Requeues a SLURM job that was warned of its time limit, by SIGUSR1, if its command resumes the run.
+
+    Returns a message about the outcome, '' if nothing was to be done. scancel and preemption send SIGTERM.
+    """
+    if not (in_slurm_job() and signum == signal.SIGUSR1 and is_rank_zero()):
+        return ""
+    if not resumes:
+        return "the SLURM job is not requeued, as it would start anew: add resume=auto"
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 import sys
 import warnings
 from typing import Any
@@ -33,6 +34,18 @@ class ValidationSteps(Callback):
         due = step % self.valid_freq == 0 or step == trainer.num_training_batches
         due = due or trainer.global_step + 1 == trainer.max_steps
         trainer.val_check_batch = step if due else math.inf
+
+
+class OwnSignals(Callback):
+    """Keeps the program's handler of SIGTERM in an evaluation: Lightning's waits for the other ranks."""
+
+    def __init__(self) -> None:
+        self._handler = signal.getsignal(signal.SIGTERM)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Installs it again; during training, `StopSignal` handles signals."""
+        if trainer.state.fn == "validate":
+            signal.signal(signal.SIGTERM, self._handler)
 
 
 class RunBar(Callback):
@@ -122,7 +135,12 @@ def build_trainer(
         max_steps=options.train.max_steps or -1,
         deterministic=options.train.deterministic,
         logger=loggers or False,
-        callbacks=[ValidationSteps(options.train.valid_freq), RunBar(refresh_rate), *(callbacks or [])],
+        callbacks=[
+            ValidationSteps(options.train.valid_freq),
+            OwnSignals(),
+            RunBar(refresh_rate),
+            *(callbacks or []),
+        ],
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_model_summary=False,

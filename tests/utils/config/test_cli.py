@@ -87,6 +87,12 @@ def test_jobs__sweep_names_runs_and_groups_seeds(tiny_file):
     assert (baseline.wandb.id, baseline.train.frozen) == ("abc-prop_iter=0-seed=0-frozen", True)
 
 
+def test_jobs__of_different_numbers_of_processes_are_a_mistake(tiny_file):
+    """The processes of the second job would train the first one again."""
+    with pytest.raises(UserError, match="differ in their number of processes"):
+        jobs("--opt", tiny_file(), "trainer.devices=1,2")
+
+
 def test_jobs__equal_names_are_a_mistake(tiny_file):
     with pytest.raises(UserError, match=r"several runs would be called tiny-lr=0\.001"):
         jobs("--opt", tiny_file(), "optimizer.net.lr=1e-3,0.001")

@@ -38,6 +38,30 @@ def test_check_options__lists_each_difference_that_affects_the_result(tiny_optio
     assert "resume was" not in str(error.value)
 
 
+def test_check_options__each_rank_sees_that_a_run_is_extended(tiny_options, monkeypatch):
+    """Also before the first one has renamed metrics.json."""
+    run_dir = RunDir(options := tiny_options())
+    run_dir.prepare(options, [], {})
+    run_dir.write_metrics({"train_hours": 1.0})
+    assert not run_dir.check_options(options)
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "1")
+        assert run_dir.check_options(tiny_options(train__epoch=7))
+    assert run_dir.final_metrics() is not None
+    assert run_dir.check_options(tiny_options(train__epoch=7))
+    assert run_dir.final_metrics() is None
+
+
+def test_prepare__refuses_to_move_a_checkpoint_that_processes_read(tiny_options):
+    run_dir = RunDir(tiny_options())
+    run_dir.prepare(tiny_options(), [], {})
+    save(run_dir.best, 7)
+    with pytest.raises(UserError, match=r"checkpoint is tiny, in .* choose another wandb\.name"):
+        run_dir.prepare(tiny_options(checkpoint="tiny", trainer__devices=2), [], {})
+    run_dir.prepare(tiny_options(checkpoint="tiny"), [], {})
+    assert not run_dir.best.exists()
+
+
 def test_resume_point__takes_the_last_that_is_readable(tiny_options, capsys):
     run_dir = RunDir(options := tiny_options(resume="auto"))
     assert run_dir.resume_point(options) == (None, Progress())

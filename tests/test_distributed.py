@@ -185,12 +185,7 @@ def test_is_first__as_torchrun_slurm_and_lightning_tell(monkeypatch, environment
 
 @pytest.mark.parametrize(
     ("environment", "found", "share"),
-    [
-        ({}, 96, 12),
-        ({}, 4, 1),
-        ({"SLURM_CPUS_PER_TASK": "12"}, 12, 12),
-        ({"SLURM_CPUS_PER_TASK": "12"}, 96, 12),
-    ],
+    [({}, 96, 12), ({}, 4, 1), *(({"SLURM_CPUS_PER_TASK": "12"}, found, 12) for found in (12, 96))],
 )
 def test_own_cores__of_eight_processes(monkeypatch, environment, found, share):
     """srun may have divided the cores, or not have bound its tasks."""
@@ -262,6 +257,7 @@ import os, signal, sys
 import run
 from model import PPAPModule
 from utils.config.cli import guarded
+from utils.errors import exit_on_signals
 
 step = PPAPModule.training_step
 
@@ -271,22 +267,20 @@ def signalled(module, batch, batch_idx):
     return step(module, batch, batch_idx)
 
 PPAPModule.training_step = signalled
+exit_on_signals()
 sys.exit(guarded(run.main))
 """
 
 
-STOPPED = LEAVING.replace("training_step", "validation_step").replace(
-    "module.global_step == 3", 'module.trainer.state.fn == "validate"'
-)
+STOPPED = LEAVING.replace("training_step", "validation_step")
+STOPPED = STOPPED.replace("module.global_step == 3", 'module.trainer.state.fn == "validate"')
 
 
 @pytest.mark.slow
 def test_run__of_two_processes_is_stopped_in_its_evaluation(tmp_path):
     """Lightning's handler would wait for the second process."""
     path = few_steps(tmp_path)
-    (tmp_path / "stopped.py").write_text(
-        f"from utils.errors import exit_on_signals\nexit_on_signals()\n{STOPPED}"
-    )
+    (tmp_path / "stopped.py").write_text(STOPPED)
     plain = {name: value for name, value in os.environ.items() if name not in STARTERS}
     words = ["--opt", path, "trainer.devices=2", "eval.is_crf=false"]
     done = subprocess.run(

@@ -258,9 +258,10 @@ def test_signal__requeues_a_slurm_job_in_its_evaluation(tiny_file, tmp_path, ask
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     exit_on_signals()
     try:
-        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        with monkeypatch.context() as patch:
             patch.setattr(PPAPModule, "validation_step", warned)
-            run.main(words)
+            with pytest.raises(Interrupted):
+                run.main(words)
     finally:
         for each, handler in handlers.items():
             signal.signal(each, handler)

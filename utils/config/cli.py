@@ -129,7 +129,7 @@ def plan_jobs(arguments: argparse.Namespace, stored: dict[str, Any] | None = Non
     jobs = []
     for (variant, changed), *combination in itertools.product(_variants(flags), *choices.values()):
         chosen = given | dict(zip(choices, combination, strict=True))
-        chosen, changed = with_absolute_plugins(chosen, Path()), flatten(changed)
+        chosen = with_absolute_plugins(chosen, Path())
         twice = changed.keys() & chosen
         mistakes += [f"{variant}: {key} is also set by the command line; remove one" for key in twice]
         flat = stored | chosen | changed
@@ -177,7 +177,7 @@ def _variants(flags: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     variants = read_json_object(file)
     if not variants or not all(isinstance(changed, dict) for changed in variants.values()):
         raise UserError(f"{file}: must map names to objects of options, such as {{'name': {{}}}}")
-    return list(variants.items())
+    return [(name, with_absolute_plugins(flatten(tree), file.parent)) for name, tree in variants.items()]
 
 
 def parse_overrides(words: Sequence[str]) -> _Overrides:

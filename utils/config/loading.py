@@ -49,6 +49,11 @@ FIELDS: dict[str, FieldInfo] = flatten(_field_tree(Options()))
 LEGACY_KEYS = flatten(LEGACY)
 
 
+def is_option(key: str) -> bool:
+    """Whether a dotted key is an option, or one of a plugin in `own`."""
+    return key in FIELDS or key.startswith("own.")
+
+
 def find_option_file(name: str, *, beside: Path = Path(), asked: str = "--opt") -> Path:
     """Finds an option file by path or by name in json/ or its subfolders; errors name the flag `asked`."""
     folders = [root / folder for root in (Path(), REPOSITORY) for folder in FOLDERS]
@@ -89,7 +94,7 @@ def build_options(
     flat: dict[str, Any], *, source: str, check_files: bool = False, check_weights: bool = True
 ) -> Options:
     """Validates flat options and fills in the defaults; the error lists all mistakes in `source`."""
-    valid, contradictions = {key: value for key, value in flat.items() if key in FIELDS}, []
+    valid, contradictions = {key: value for key, value in flat.items() if is_option(key)}, []
     try:
         options = Options.model_validate(nest(valid))
     except ValidationError as error:  # a location is a key, and an index if the value is a list

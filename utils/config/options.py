@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     PlainSerializer,
     ValidationInfo,
     model_validator,
@@ -81,6 +82,7 @@ ModelName = Annotated[
     Text | None, AfterValidator(lambda name: None if name == "STEGO" else name)  # in published option files
 ]
 Loss = Annotated[Text, Predicate(LOSSES.__contains__), LOSSES]
+Own = Annotated[dict[str, JsonValue], "any keys of your own, such as own.gamma=3"]
 MethodName = Annotated[Text, Predicate(METHODS.__contains__), METHODS]
 
 
@@ -304,6 +306,7 @@ class Options(_Section):
     train: TrainOptions = TrainOptions()
     trainer: TrainerOptions = TrainerOptions()
     eval: _Eval = _Eval()
+    own: Own = option({}, "options of your plugins, as options.own['gamma']")
 
     @property
     def trained_by(self) -> str:
@@ -338,10 +341,11 @@ def _rules(options: Options) -> Iterator[tuple[Any, ...]]:
         yield "model.dim", fits, f"{width}, the width of {size}", *others
     if arch != "dinov2":
         yield "model.pretrained.registers", not backbone.registers, f"false {given}", "model.arch"
-    factors = {"dataset.res": patch_key, "dataset.val_res": patch_key}
+    factors = {}
+    if arch in (*PATCHES, "vit"):  # for others it is checked when the backbone is built
+        factors = {"dataset.res": patch_key, "dataset.val_res": patch_key}
     if arch == "timm":
         yield "model.name", model.name is not None, f"the name of a model {given}", "model.arch"
-        factors = {}  # checked when the model is built, which has its patch size
     else:
         yield "model.name", model.name is None, f"null {given}, or set model.arch timm", "model.arch"
     if arch == "vit":

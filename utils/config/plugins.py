@@ -30,10 +30,12 @@ def load_plugins(flat: dict[str, Any], *, trusted: bool) -> None:
         if name in _loaded:
             continue
         if not path.is_file():
-            raise UserError(f"plugins: {name}: no such file; paths in an option file are relative to it")
+            raise UserError(f"plugins: {name}: no such file; paths in a file are relative to it")
         if not trusted:
             hint = "if you trust this file, add --trust-plugins, or trust_plugins=True in Python"
             raise UserError(f"plugins: the checkpoint needs the Python file {name}; {hint}")
+        if (folder := str(path.parent)) not in sys.path:
+            sys.path.append(folder)  # last, so that no file there hides one of ours
         spec = spec_from_file_location(f"plugin_{len(_loaded)}_{path.stem}", path)
         _loaded[name] = sha256_of(path)
         module = sys.modules[spec.name] = module_from_spec(spec)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from utils.config.loading import as_tree, flatten
+from utils.config.loading import as_tree, flatten, is_option
 from utils.config.options import Options
 from utils.config.plugins import plugin_digests, report_changes
 from utils.errors import UserError, first_line
@@ -115,7 +115,7 @@ class RunDir:
         longer = [key for key in LENGTHS if (before[key] or math.inf) < (now[key] or math.inf)]
         differing = [
             f"{key} was {json.dumps(before.get(key))}, is {json.dumps(value)}"
-            for key, value in now.items()
+            for key, value in (dict.fromkeys(filter(is_option, before)) | now).items()
             if before.get(key) != value and not key.startswith((*MAY_DIFFER, *longer))
         ]
         if differing:

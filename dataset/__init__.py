@@ -19,6 +19,7 @@ DATA_SETS = {
     "directory": DataSetKind(image_folder.labels, image_folder.ImageFolder),
     "synthetic": DataSetKind(synthetic.labels, synthetic.Synthetic),
 }
+BUILT_IN = tuple(DATA_TYPES)
 
 __all__ = [
     "DATA_SETS",
@@ -55,14 +56,14 @@ def register_data_set(
     """Makes your own data set available as `dataset.data_type=<name>`.
 
     Args:
-        name: a new name.
+        name: a new name, or one of yours to replace it.
         labels: from `dataset.*` to class names and colours (at most 255).
         source: from `dataset.*` and a split, "train" or "val", to its items.
         needs_folder: whether `dataset.data_path` must name a folder.
     """
-    if name in DATA_SETS:
-        raise ValueError(f"data set {name} already exists; choose another name")
+    if name in BUILT_IN:
+        raise ValueError(f"data set {name} is built in; choose another name")
     DATA_SETS[name] = DataSetKind(labels, source)
-    DATA_TYPES.append(name)
-    if not needs_folder:
-        WITHOUT_FOLDER.add(name)
+    if name not in DATA_TYPES:
+        DATA_TYPES.append(name)
+    (WITHOUT_FOLDER.discard if needs_folder else WITHOUT_FOLDER.add)(name)

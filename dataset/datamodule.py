@@ -59,7 +59,9 @@ class SegmentationDataModule(LightningDataModule):
             geometry = Geometry(chosen.res, chosen.loader_crop_type, chosen.interpolation)
             seed = options.train.seed
             self.train_set = SegmentationDataset(source, geometry, seed, crops, kept.get("train"))
-            if (items := len(self.train_set)) < batch:
+            if (items := len(self.train_set)) == 0:
+                raise UserError(f"dataset.data_type is {chosen.data_type}: its train split is empty")
+            if items < batch:
                 raise UserError(
                     f"dataloader.batch_size is {batch}, but there are only {items} train items, and the last "
                     f"partial batch is dropped; set dataloader.batch_size={items} or less, or add images"

@@ -12,10 +12,10 @@ from model.methods import build_segmenter, register_method
 from model.methods.base import Method, MethodOutput
 from model.module import PPAPModule
 from model.predictor import Predictor
-from model.segmenter import BlockSegmenter, BranchSegmenter
+from model.segmenter import BlockSegmenter, BranchSegmenter, Segmenter
 from model.weights import build_backbone, load_backbone, load_strictly, register_backbone
 from utils.config.loading import build_options, find_option_file, load_options, with_changes
-from utils.config.options import ARCHS, METHODS, Options
+from utils.config.options import ARCHS, LOSSES, METHODS, Options
 from utils.config.plugins import load_plugins, report_changes
 from utils.errors import UserError
 from utils.training.randomness import seeded
@@ -31,6 +31,7 @@ __all__ = [
     "MethodOutput",
     "PPAPModule",
     "Predictor",
+    "Segmenter",
     "build_module",
     "load_segmenter",
     "register_backbone",
@@ -38,7 +39,7 @@ __all__ = [
     "register_method",
 ]
 KEPT_OPTIONS = (
-    "method", "model.", "hp.", "eval.", "dataset.res", "dataset.val_res", "dataset.interpolation",
+    "method", "model.", "hp.", "own.", "eval.", "dataset.res", "dataset.val_res", "dataset.interpolation",
     "dataloader.batch_size", "train.precision", "train.frozen",
 )  # fmt: skip
 
@@ -113,7 +114,8 @@ def load_segmenter(
 
     Args:
         checkpoint: a file, a folder or a run below `output_dir`.
-        opt: an option file, or options; None uses those stored in the checkpoint (published ones have none).
+        opt: an option file, such as options.json of a run, or options; None uses those stored in the
+            checkpoint (published ones have none).
         labels: classes for a published checkpoint; ours contain them. None names them class 0, class 1, ...
         trust_plugins: whether to run the Python files that the checkpoint's options name.
         arguments: `device`, `res`, `head`, `crf` and `tile` of `Predictor`.
@@ -122,13 +124,7 @@ def load_segmenter(
         opt = load_options(find_option_file(opt))
     loaded = open_checkpoint(str(checkpoint), (opt or Options()).output_dir)
     about = loaded.about
-    if opt is None:
-        flat = stored_options(loaded)
-        known = flat.get("model.arch", "dino") in ARCHS and flat.get("method", "ppap") in METHODS
-        if trust_plugins or not known:
-            load_plugins(flat, trusted=trust_plugins)
-        kept = {key: value for key, value in flat.items() if key.startswith(KEPT_OPTIONS)}
-        opt = build_options(kept, source=f"the options in {loaded.path}")
+    opt = opt or _stored_options(loaded, trust_plugins=trust_plugins)
     if about:
         labels = LabelSpace(about["class_names"], about["palette"])
     elif labels is None:
@@ -137,3 +133,16 @@ def load_segmenter(
     opt = with_changes(opt, {"train.compile": False})  # photographs of each size would be compiled anew
     module = build_module(opt, labels, checkpoint=loaded)
     return Predictor(module, assignment=about.get("assignment"), **arguments)
+
+
+def _stored_options(checkpoint: Checkpoint, *, trust_plugins: bool) -> Options:
+    """The options in a checkpoint on which predictions depend; runs its plugins if it needs them."""
+    flat = stored_options(checkpoint)
+    loss = flat.get("training_coeff.loss", "ppap")
+    known = flat.get("model.arch", "dino") in ARCHS and flat.get("method", "ppap") in METHODS
+    known = known and (loss in LOSSES or not any(name.startswith("method.") for name in checkpoint.state))
+    if trust_plugins or not known:
+        load_plugins(flat, trusted=trust_plugins)
+    sections = (*KEPT_OPTIONS, "training_coeff.") if loss in LOSSES else KEPT_OPTIONS
+    kept = {key: value for key, value in flat.items() if key.startswith(sections)}
+    return build_options(kept, source=f"the options in {checkpoint.path}")

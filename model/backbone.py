@@ -33,7 +33,7 @@ class BackboneSpec:
 
 
 class Backbone(nn.Module):
-    """A frozen ViT, always in evaluation mode.
+    """A frozen ViT, always in evaluation mode. A subclass defines `tokens` and, for HP, `attention_logits`.
 
     Attributes:
         spec: with at least `dim`, `depth` and `patch`, see `BackboneSpec`.

@@ -42,15 +42,16 @@ def register_loss(name: str, build: Callable[[Options], Callable[..., Any]]) -> 
     """Makes your own loss available as `training_coeff.loss=<name>`.
 
     Args:
-        name: an unused name.
+        name: a new name, or one of yours to replace it.
         build: takes all options, returns a function or module of z (N, D), the criterion features
             (B, D, h, w) and, if it has such a parameter, `generator`. It returns the loss, () with a
             gradient in z, or a `PPAPLossOutput`.
     """
-    if name in LOSSES:
-        raise ValueError(f"loss {name} already exists; choose another name")
+    if name == "ppap":
+        raise ValueError(f"loss {name} is built in; choose another name")
     _registered[name] = build
-    LOSSES.append(name)
+    if name not in LOSSES:
+        LOSSES.append(name)
 
 
 def build_criterion(options: Options) -> nn.Module:

@@ -51,7 +51,9 @@ class PPAPModule(LightningModule):
         super().__init__()
         self.options, self.labels, self.train_labelled = options, labels, train_labelled
         self.weights = weights
-        self.segmenter, self.method = segmenter, build_method(options, segmenter)
+        self.segmenter = segmenter
+        with seeded(options.train.seed, "method"):
+            self.method = build_method(options, segmenter)
         self.frozen = isinstance(self.method, Frozen)
         if self.frozen:
             self.segmenter.requires_grad_(False)
@@ -141,8 +143,8 @@ class PPAPModule(LightningModule):
         if not self.frozen:
             trainable = [parameter.detach() for parameter in self.segmenter.trainable()]
             tensors |= {"grad_norm": self._grad_norm, "param_norm": torch.nn.utils.get_total_norm(trainable)}
-        stacked = torch.stack([value.to(self.device, torch.float32) for value in tensors.values()])
-        self.logged = dict(zip(tensors, stacked.tolist(), strict=True))  # waits for a GPU once
+        values = [torch.as_tensor(value).to(self.device, torch.float32) for value in tensors.values()]
+        self.logged = dict(zip(tensors, torch.stack(values).tolist(), strict=True))  # waits for a GPU once
         if self.logged.pop("first_nonfinite_step"):
             self.guard.raise_if_found(self.trainer.datamodule)
         patches = world_size() * self.method.images(batch) * math.prod(self.segmenter.grid(batch.label))

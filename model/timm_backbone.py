@@ -145,9 +145,4 @@ def build_timm(options: Options) -> TimmViT:
         wrong = f"model.name is {name}, must be a plain or rotary ViT of timm ({', '.join(MODULES)})"
         similar = ", ".join(get_close_matches(name, known))
         raise UserError(f"{wrong}; similar: {similar}" if similar else wrong)
-    backbone = TimmViT(name, options.model.pretrained.depth)
-    patch, sizes = backbone.spec.patch, {key: getattr(options.dataset, key) for key in ("res", "val_res")}
-    wanted = f"must be a multiple of {patch}, the patch size of {name}"
-    if wrong := [f"dataset.{key} is {size}, {wanted}" for key, size in sizes.items() if size % patch]:
-        raise UserError(wrong)
-    return backbone
+    return TimmViT(name, options.model.pretrained.depth)

@@ -43,6 +43,7 @@ SHA256 = {  # as checked by public projects, such as finegrain's refiners; none 
     "dinov2_vitb14_pretrain.pth": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
     "dinov2_vitb14_reg4_pretrain.pth": "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
 }
+BUILT_IN = tuple(ARCHS)
 _builders: dict[str, Callable[[Options], Backbone]] = {"timm": build_timm}
 
 
@@ -50,20 +51,26 @@ def register_backbone(name: str, build: Callable[[Options], Backbone]) -> None:
     """Makes your own backbone available as `model.arch=<name>`.
 
     Args:
-        name: an unused name.
+        name: a new name, or one of yours to replace it.
         build: takes all options, returns a `FrozenViT` or another `Backbone`; if
             `model.pretrained.pretrained_weights` is set, they are loaded into it afterwards.
     """
-    if name in ARCHS:
-        raise ValueError(f"backbone {name} already exists; choose another name")
+    if name in BUILT_IN:
+        raise ValueError(f"backbone {name} is built in; choose another name")
     _builders[name] = build
-    ARCHS.append(name)
+    if name not in ARCHS:
+        ARCHS.append(name)
 
 
 def build_backbone(options: Options) -> Backbone:
     """The backbone that `model.*` describes, without its weights."""
     build = _builders.get(options.model.arch)
-    return build(options) if build else FrozenViT(backbone_spec(options))
+    backbone = build(options) if build else FrozenViT(backbone_spec(options))
+    patch, sizes = backbone.spec.patch, {key: getattr(options.dataset, key) for key in ("res", "val_res")}
+    wanted = f"must be a multiple of {patch}, the patch size of model.arch {options.model.arch}"
+    if wrong := [f"dataset.{key} is {size}, {wanted}" for key, size in sizes.items() if size % patch]:
+        raise UserError(wrong)
+    return backbone
 
 
 def backbone_spec(options: Options) -> BackboneSpec:
@@ -92,16 +99,18 @@ def load_backbone(backbone: Backbone, weights: str | None) -> str:
     """Loads a weights file, or the published weights if `weights` is None; returns what was loaded."""
     if isinstance(backbone, TimmViT):
         return _load_timm(backbone, weights)
-    if weights is None and backbone.spec.published is None:
+    published = getattr(backbone.spec, "published", None)
+    if weights is None and published is None:
         return "random weights (the backbone is untrained)"
-    path = weights_file(weights) if weights else published_file(backbone.spec.published)
-    depth = backbone.spec.depth
-    clean = clean_state(read_state(path), depth)
-    blocks = len({name.split(".")[1] for name in clean if name.startswith("blocks.")})
-    if 0 < blocks < depth:
-        allowed = f"at most {blocks}, the number of blocks in {path}"
-        raise UserError(f"model.pretrained.depth is {depth}, must be {allowed}")
-    load_strictly(backbone, clean, str(path))
+    path = weights_file(weights) if weights else published_file(published)
+    depth, state = backbone.spec.depth, read_state(path)
+    if state.keys() != backbone.state_dict().keys():
+        state = clean_state(state, depth)
+        blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+        if 0 < blocks < depth:
+            allowed = f"at most {blocks}, the number of blocks in {path}"
+            raise UserError(f"model.pretrained.depth is {depth}, must be {allowed}")
+    load_strictly(backbone, state, str(path))
     return str(path)
 
 

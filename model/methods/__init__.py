@@ -19,6 +19,7 @@ class Kind(NamedTuple):
     segmenter: Callable[..., Segmenter]
 
 
+BUILT_IN = tuple(METHODS)
 _kinds = {
     "ppap": Kind(PPAP, BlockSegmenter),
     "frozen": Kind(Frozen, BlockSegmenter),
@@ -35,15 +36,16 @@ def register_method(
     """Makes your own method available as `method=<name>`.
 
     Args:
-        name: an unused name.
+        name: a new name, or one of yours to replace it.
         method: takes all options and the network, returns a `Method`.
         segmenter: takes the backbone, `model.dim` and `compile`, returns the network: `BlockSegmenter`,
             `BranchSegmenter` or a `Segmenter` of your own.
     """
-    if name in METHODS:
-        raise ValueError(f"method {name} already exists; choose another name")
+    if name in BUILT_IN:
+        raise ValueError(f"method {name} is built in; choose another name")
     _kinds[name] = Kind(method, segmenter)
-    METHODS.append(name)
+    if name not in METHODS:
+        METHODS.append(name)
 
 
 def build_segmenter(options: Options, backbone: Backbone, code_dim: int) -> Segmenter:

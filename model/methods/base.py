@@ -27,8 +27,9 @@ class Progress(NamedTuple):
 class Method(nn.Module):
     """Trains a segmenter without labels.
 
-    Its parameters and buffers are part of a checkpoint. It gets the segmenter with each call: as a submodule,
-    the segmenter's parameters would be stored twice.
+    Its parameters and buffers are part of a checkpoint; what `__init__` draws depends on `train.seed`. With
+    several processes, losses are those of the whole batch, see `utils.training.distributed`. It gets the
+    segmenter with each call: as a submodule, the segmenter's parameters would be stored twice.
     """
 
     neighbours = 0  # nearest train images to draw one from; if any, a batch is B images, then B neighbours
@@ -59,8 +60,12 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def groups(self, segmenter: Segmenter) -> list[tuple[list[nn.Parameter], Any]]:
-        """Parameter groups of the optimizer, each with its section of `optimizer.*`; the probes' follow."""
-        return [(segmenter.trainable(), self.options.optimizer.net)]
+        """Parameter groups of the optimizer, each with its section of `optimizer.*`; the probes' follow.
+
+        By default the segmenter's, and the method's own if it has any that require a gradient.
+        """
+        own = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [(part, self.options.optimizer.net) for part in (segmenter.trainable(), own) if part]
 
     def reference_images(self, step: int, batch_idx: int) -> int:
         """How many random train images `prepare` needs before a step, from 1, `batch_idx` in its epoch."""

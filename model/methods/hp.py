@@ -48,8 +48,9 @@ class HP(Method):
 
     def groups(self, segmenter: Segmenter) -> list[tuple[list[nn.Parameter], Any]]:
         """The head, and the projection at the same rate without decay."""
-        without_decay = self.options.optimizer.net.model_copy(update={"weight_decay": 0.0})
-        return [*super().groups(segmenter), (list(self.projection.parameters()), without_decay)]
+        net = self.options.optimizer.net
+        without_decay = net.model_copy(update={"weight_decay": 0.0})
+        return [(segmenter.trainable(), net), (list(self.projection.parameters()), without_decay)]
 
     def reference_images(self, step: int, batch_idx: int) -> int:
         """The size of the pools if they are to be renewed before this step."""

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import run
 from model import build_module, load_segmenter
 from model.segmenter import BlockSegmenter
-from model.timm_backbone import TimmViT, build_timm
-from model.weights import load_backbone
+from model.timm_backbone import TimmViT
+from model.weights import build_backbone, load_backbone
 from tests.conftest import write_tiny
 from utils.config.loading import build_options
 from utils.errors import UserError
@@ -223,7 +223,7 @@ def options(tiny_options):
 )
 def test_build__mistakes(options, changes, parts):
     with pytest.raises(UserError) as error:
-        build_timm(options(**changes))
+        build_backbone(options(**changes))
     assert all(part in str(error.value) for part in parts)
 
 

@@ -95,12 +95,14 @@ class _AllGather(Function):
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:
         out = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(out, rows.contiguous())
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.14
+        gather(out, rows.contiguous())
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         own = grad.new_empty(len(grad) // world_size(), *grad.shape[1:])
-        dist.reduce_scatter_tensor(own, grad.contiguous())
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(own, grad.contiguous())
         return own

@@ -56,7 +56,7 @@ def train(options: Options, run_dir: RunDir) -> tuple[dict[str, float], HtmlRepo
     indices = spread_indices(options.eval.pictures, len(validation))
     known = {"checkpoint": start or None, "train_labelled": data.train_labelled, "pictured": indices}
     module = build_module(options, data.labels, **known)
-    inventory = data.inventory()
+    inventory = data.inventory() if is_rank_zero() else {}
     run_dir.check_data(inventory, options)
     checkpoint, progress = run_dir.resume_point(options)
     if checkpoint is None:

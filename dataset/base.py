@@ -3,8 +3,11 @@
 import hashlib
 import os
 import shlex
+import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +23,13 @@ from dataset.crops import CROPS, crop_boxes
 from utils.config.options import DatasetOptions
 from utils.errors import UserError
 from utils.files import printable
+from utils.progress import Bar
 from utils.training.randomness import generator
 from utils.vision.images import open_image, open_label
 from utils.vision.labels import IGNORE, LabelSpace
 from utils.vision.transforms import Geometry
 
+FILES = 256  # whose status a thread asks for at a time
 INVALID = -1  # in a rule: a raw label value that must not occur
 
 
@@ -63,18 +68,48 @@ class Source(ABC):
     def digest(self) -> str:
         """SHA-256 of the label rule and of each file's name, size and modification time."""
         paths = self._paths()
-        stats = [os.stat(path) for path in paths if os.path.isfile(path)]
-        files = paths, [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        files = paths, [(status.st_size, status.st_mtime_ns) for _, status in _file_status(paths)]
         return hashlib.sha256(repr((self.labelled, self.rule.tolist(), files)).encode()).hexdigest()
 
     def inventory(self, root: str) -> dict[str, int]:
         """Size in bytes of each file by its name below `root`; the number of items if there are no files."""
         root = str(Path(root))  # without the "/" of a completed command line
-        sizes = {path: os.path.getsize(path) for path in self._paths() if os.path.isfile(path)}
-        return {path.removeprefix(f"{root}/"): size for path, size in sizes.items()} or {"items": len(self)}
+        found = _file_status(self._paths())
+        sizes = {path.removeprefix(f"{root}/"): status.st_size for path, status in found}
+        return sizes or {"items": len(self)}
 
     def _paths(self) -> list[str]:
         return [str(path) for i in range(len(self)) for path in self.files(i) if path]
+
+
+def _file_status(paths: Sequence[str]) -> Iterator[tuple[str, os.stat_result]]:
+    """Those paths that are files, with their status; in threads, as a network disk takes its time."""
+
+    def status(part: Sequence[str]) -> list[tuple[str, os.stat_result]]:
+        found = []
+        for path in part:
+            with suppress(OSError):
+                found.append((path, os.stat(path)))
+        return [(path, each) for path, each in found if stat.S_ISREG(each.st_mode)]
+
+    parts = [paths[start : start + FILES] for start in range(0, len(paths), FILES)]
+    with ThreadPoolExecutor(16) as pool:
+        for found in Bar(pool.map(status, parts), total=len(parts), desc="file sizes", delay=2, leave=False):
+            yield from found
+
+
+class _Paths(Sequence):
+    """Paths or None in one array: of a list, each worker would copy the pages with the reference counts."""
+
+    def __init__(self, paths: Iterable[Path | str | None]) -> None:
+        self.names = np.array([os.fsencode(path or "") for path in paths], dtype=bytes)  # b"" for None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Path | None:
+        name = os.fsdecode(self.names[index])
+        return Path(name) if name else None
 
 
 class FileSource(Source):
@@ -85,9 +120,11 @@ class FileSource(Source):
 
     upright = True
 
-    def __init__(self, images: Sequence[Path], targets: Sequence[Path | None], *, rule: np.ndarray) -> None:
-        self.images, self.targets, self.rule = images, targets, rule
-        self.labelled = any(target is not None for target in targets)
+    def __init__(
+        self, images: Iterable[Path | str], targets: Iterable[Path | str | None], *, rule: np.ndarray
+    ) -> None:
+        self.images, self.targets, self.rule = _Paths(images), _Paths(targets), rule
+        self.labelled = bool(self.targets.names.any())
 
     def __len__(self) -> int:
         return len(self.images)
@@ -108,6 +145,10 @@ class FileSource(Source):
     def files(self, index: int) -> tuple[str | Path, Path | None]:
         """Image and label."""
         return self.images[index], self.targets[index]
+
+    def _paths(self) -> list[str]:
+        pairs = zip(self.images.names.tolist(), self.targets.names.tolist(), strict=True)
+        return [os.fsdecode(name) for pair in pairs for name in pair if name]
 
 
 class DataSetKind(NamedTuple):
@@ -142,9 +183,15 @@ def classes_of(label: Image.Image, source: Source, index: int) -> np.ndarray:
 
 def require_files(options: DatasetOptions, paths: Sequence[Path], *, unless: bool = False) -> None:
     """Raises a UserError that names the first missing file and how to download the data set."""
-    # listing each folder once is much faster than a stat per file on network disks
-    present = {path for folder in {path.parent for path in paths} for path in folder.glob("*")}
-    missing = next((path for path in paths if path not in present), None)
+    present: dict[str, set[str]] = {}  # listing a folder is faster than a stat per file on network disks
+    missing = None
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in present:
+            present[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in present[folder]:
+            missing = path
+            break
     if missing and not unless:
         name = options.data_type.rstrip("0123456789")  # cocostuff27 -> cocostuff
         raise UserError(

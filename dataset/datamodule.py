@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -179,9 +180,16 @@ def _open_train(options: DatasetOptions, kind: DataSetKind) -> tuple[Source, tup
 
 def prepared_crops(folder: Path, n_classes: int) -> FileSource:
     """Crops stored as img/train/<5*index+k>.jpg and label/train/<5*index+k>.png (class + 1, 0 = ignore)."""
-    images = sorted((folder / "img/train").glob("*.jpg"), key=lambda path: int(path.stem))
-    labels = folder / "label/train"
-    labelled = labels.is_dir()  # asked once: there are five crops an image
-    targets = [labels / f"{path.stem}.png" if labelled else None for path in images]
+    images, labels = (folder / part / "train" for part in ("img", "label"))
+    stems = _stems(images, ".jpg")
+    if labelled := labels.is_dir():  # a crop without its label is missing
+        stems &= _stems(labels, ".png")
+    ordered = sorted(stems, key=int)
+    targets = [f"{labels}/{stem}.png" if labelled else None for stem in ordered]
     rule = class_rule({class_id + 1: class_id for class_id in range(n_classes)}, ignored=[0])
-    return FileSource(images, targets, rule=rule)
+    return FileSource([f"{images}/{stem}.jpg" for stem in ordered], targets, rule=rule)
+
+
+def _stems(folder: Path, ending: str) -> set[str]:
+    names = os.listdir(folder) if folder.is_dir() else ()
+    return {name.removesuffix(ending) for name in names if name.endswith(ending)}

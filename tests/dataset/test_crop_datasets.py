@@ -124,7 +124,12 @@ def test_damaged__images_are_skipped(words, directory, data_of, capsys):
 
 
 def test_training__crops_of_other_images_are_refused(prepared, data_of):
-    """Without the whole images, the crops are used as they are."""
+    """So are those without a label. Without the whole images, the crops are used as they are."""
+    label = prepared / FOLDER / "label/train/7.png"
+    label.rename(prepared / "7.png")
+    with pytest.raises(UserError, match="19 crops, must contain 20"):
+        data_of("directory", prepared, dataset__crop_type="five")
+    (prepared / "7.png").rename(label)
     save(prepared / "imgs/train/9.jpg", picture(9))
     with pytest.raises(UserError, match="20 crops, must contain 25"):
         data_of("directory", prepared, dataset__crop_type="five")

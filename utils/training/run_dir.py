@@ -160,7 +160,7 @@ class RunDir:
     def check_data(self, inventory: dict[str, Any], options: Options) -> None:
         """Raises a UserError if a resumed run would continue on other data than it was started on."""
         stored = self.path / DATA
-        if options.resume is None or options.resume_on_other_data or not stored.exists():
+        if options.resume is None or options.resume_on_other_data or not (is_rank_zero() and stored.exists()):
             return
         before, now = flatten(read_json_object(stored)), flatten(inventory)
         if changed := sorted(before.items() ^ now.items()):

@@ -13,8 +13,7 @@ from utils.errors import UserError, first_line
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 VIDEO_ENDINGS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif"}
-
-
+MOST_KINDS = 10  # of other files that are named
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # Pillow runs Ghostscript for others
 
 
@@ -109,7 +108,9 @@ def find_images(folder: Path, *, without: Path | None = None) -> tuple[list[Path
             others[ending or "without ending"] += 1
             if ending in VIDEO_ENDINGS:
                 videos.append(path)
-    skipped = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
+    kinds = [f"{number} {kind}" for kind, number in sorted(others.most_common(MOST_KINDS))]
+    more = [f"{len(others) - MOST_KINDS} other kinds"] if len(others) > MOST_KINDS else []
+    skipped = ", ".join(kinds + more)
     hint = f"; from videos, {_frames_hint(min(videos))}" if videos else ""
     return sorted(images), skipped and f"other files: {skipped}{hint}"
 

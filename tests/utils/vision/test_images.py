@@ -103,5 +103,8 @@ def test_find__by_kind_of_file(tmp_path):
     images, skipped = find_images(tmp_path)
     assert images == [tmp_path / "a/c.png", tmp_path / "b.JPG"]
     assert skipped.startswith("other files: 1 .mp4, 1 .txt, 1 without ending; from videos, extract frames")
+    for number in range(10):
+        (tmp_path / f"scan.{number:03}").touch()
+    assert "3 other kinds" in find_images(tmp_path)[1]
     assert find_images(tmp_path, without=tmp_path / "a")[0] == [tmp_path / "b.JPG"]
     assert find_images(tmp_path / "a")[1] == ""

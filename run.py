@@ -61,6 +61,8 @@ def train(options: Options, run_dir: RunDir) -> tuple[dict[str, float], HtmlRepo
     checkpoint, progress = run_dir.resume_point(options)
     if checkpoint is None:
         run_dir.prepare(options, data.damaged, inventory)
+    else:
+        run_dir.extend(options)
     loggers = build_loggers(options, run_dir.path, step=progress.step, wandb_id=progress.wandb_id)
     shown = [(validation.name(index), validation[index].image) for index in indices]
     images, report = WandbImages(wandb_runs(loggers), shown), HtmlReport(run_dir.path, data.labels, shown)

@@ -1,5 +1,6 @@
 """Predicts class maps of photographs: `Predictor` for one photograph, `predict_folder` for files."""
 
+import hashlib
 import math
 from collections.abc import Callable
 from itertools import product
@@ -15,10 +16,19 @@ from torch.nn import functional as F
 from loss import ieee_float32
 from model.evaluator import CLUSTER_ALPHA, HEADS
 from model.module import PPAPModule
+from utils.config.loading import as_tree
 from utils.errors import LeftOut, UserError, listed
 from utils.files import make_folder, write_json
 from utils.plots.figures import draw_legend
-from utils.plots.mask_files import mask_ids, renamed, result_files, write_contact_sheet, write_results
+from utils.plots.mask_files import (
+    kept_mask,
+    mask_ids,
+    origin_of,
+    renamed,
+    result_files,
+    write_contact_sheet,
+    write_results,
+)
 from utils.progress import Bar
 from utils.training.device import accelerator, chosen_precision, is_out_of_memory
 from utils.vision import crf, mean_field
@@ -116,6 +126,14 @@ class Predictor:
         _, channels = upsampled_argmax(logits, size, extent)  # (1, H, W)
         return self._ids[channels[0].cpu().numpy()]
 
+    def digest(self) -> str:
+        """SHA-256 of all that a class map and its colours depend on, besides the photograph."""
+        settings = self.head, self.res, self.tile, self.crf, self._dtype, self._ids.tolist(), self.palette
+        digest = hashlib.sha256(repr((settings, as_tree(self.module.options))).encode())
+        for value in self.module.state_dict().values():
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def _network_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(W, H) at which the network sees a photograph: without `tile`, at most `MAX_PATCHES`."""
         width, height = resized(size, self.res)
@@ -209,6 +227,8 @@ def predict_folder(
     The folder `out` also gets overlays, legend.png, index.html, which shows them all, and legend.json, whose
     content is returned: `ids`, `images` (a count), `left_out` (messages). `names` is the value of --names.
 
+    Masks that an earlier call with the same network and settings wrote are kept.
+
     Raises:
         LeftOut: some photographs are damaged; the others have masks.
     """
@@ -218,8 +238,15 @@ def predict_folder(
     if predictor.unmatched:
         why = "trained without labels, or a published checkpoint"
         print(f"The clusters have no class names ({why}); mask values are cluster numbers.")
-    counts, done, skipped = np.zeros(len(named), dtype=np.int64), [], []
+    counts, done, skipped, kept = np.zeros(len(named), dtype=np.int64), [], [], 0
+    maker = predictor.digest()
     for path, written in Bar(files.items(), desc="masks", unit="image"):
+        origin = origin_of(path, maker)
+        if (classes := kept_mask(written, origin)) is not None:
+            kept += 1
+            counts += np.bincount(classes.ravel(), minlength=len(counts))
+            done.append(written)
+            continue
         try:
             image = open_image(path)
             classes = predictor(image)
@@ -231,7 +258,7 @@ def predict_folder(
             size = f"{image.width} x {image.height}"
             skipped.append(f"{path}: {size} pixels do not fit into memory; set --tile or a smaller --res")
         else:
-            write_results(written, image, classes, predictor.palette)
+            write_results(written, image, classes, predictor.palette, origin=origin)
             counts += np.bincount(classes.ravel(), minlength=len(counts))
             done.append(written)
     shares = (100 * counts / max(1, counts.sum())).tolist()
@@ -241,7 +268,8 @@ def predict_folder(
     write_json(out / "legend.json", result)
     draw_legend(out / "legend.png", legend)
     write_contact_sheet(out, done, legend, skipped)
-    print(f"\nresults: {out}; open {out / 'index.html'}")
+    notes = f"; {kept:,} of {len(done):,} masks were there already" if kept else ""
+    print(f"\nresults: {out}; open {out / 'index.html'}{notes}")
     if skipped:
         count = "1 image" if len(skipped) == 1 else f"{len(skipped)} images"
         raise LeftOut(

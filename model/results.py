@@ -107,6 +107,8 @@ def write_pictures(
     refined: Evaluation | None,
 ) -> None:
     """Writes confusion.npz, confusion.png and class_iou.png of the scores, and predictions.png."""
+    if plain.assignment is None:
+        labels = LabelSpace(tuple(f"cluster {k}" for k in range(labels.n_classes)), labels.palette)
     rows = []
     for prediction in predictions:
         row = {"image": prediction.image.permute(1, 2, 0).numpy()}  # (H, W, 3)

@@ -60,6 +60,9 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk has no name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -242,6 +242,28 @@ def test_images__a_damaged_one_is_skipped_with_status_1(run, tmp_path, capsys):
     assert "bad.jpg" in json.loads((tmp_path / "masks/legend.json").read_text())["left_out"][0]
 
 
+def test_images__masks_of_the_same_network_and_photograph_are_kept(run, tmp_path, capsys):
+    def times():
+        return {file: file.stat().st_mtime_ns for file in (tmp_path / "masks").rglob("mask.png")}
+
+    evaluation.main([*run, str(tmp_path / "photos")])
+    before, legend = times(), (tmp_path / "masks/legend.json").read_text()
+    evaluation.main([*run, str(tmp_path / "photos")])
+    assert "3 of 3 masks were there already" in capsys.readouterr().out
+    assert times() == before
+    assert (tmp_path / "masks/legend.json").read_text() == legend
+    photo(50, 40).save(tmp_path / "photos/a.png")  # another photograph
+    damaged = next(file for file in before if file.parent.name != "a")
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    evaluation.main([*run, str(tmp_path / "photos")])
+    assert {file.parent.name for file, time in times().items() if time != before[file]} == {
+        "a", damaged.parent.name,
+    }  # fmt: skip
+    assert "1 of 3 masks were there already" in capsys.readouterr().out
+    evaluation.main([*run, str(tmp_path / "photos"), "--res", "48"])
+    assert "there already" not in capsys.readouterr().out
+
+
 def test_photograph__as_file_picture_and_array(checkpoint, tmp_path):
     predictor = load_segmenter(checkpoint)
     pixels = np.random.default_rng(3).integers(256, size=(40, 56, 3), dtype=np.uint8)

@@ -35,7 +35,8 @@ def draw_predictions(path: Path, rows: Sequence[dict[str, np.ndarray]], *, label
     """Draws the pictures of each image, title -> (H, W, 3) uint8, side by side, and a legend."""
     blocks = 2 if len(rows) > 4 else 1
     lines, columns = math.ceil(len(rows) / blocks), len(rows[0])
-    named = [*zip(labels.names, labels.palette, strict=True), ("ignored", IGNORED), ("unmatched", UNMATCHED)]
+    named = [*zip(labels.names, labels.palette, strict=True)]
+    named += [("ignored", IGNORED), ("unmatched", UNMATCHED)] if "truth" in rows[0] else []
     width = 2 * columns * blocks  # inches
     ncols = max(1, int(width / 1.45))  # of the legend
     size = (width, 2.05 * lines + max(1, 0.4 + 0.2 * math.ceil(len(named) / ncols)))

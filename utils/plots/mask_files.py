@@ -1,5 +1,6 @@
 """Mask files of photographs: ids with names and colours, result folders, masks and overlays."""
 
+import hashlib
 import itertools
 import os
 from collections import Counter
@@ -10,6 +11,7 @@ from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
 from utils.errors import UserError
@@ -20,7 +22,9 @@ from utils.vision.labels import IGNORE, LabelSpace
 
 MASK, OVERLAY, OVERLAYS = "mask.png", "overlay.jpg", "overlays"
 MAX_OVERLAY_SIDE = 2048  # pixels; the mask keeps the full size
+ORIGIN = "Origin"  # text of a mask's PNG file: what it was made from and by
 OPACITY = 0.5
+LONGEST = 230  # bytes of a file name without numbers and endings
 CONTOUR = 255  # white; tinted segments never are
 SPECK = 2000  # a segment smaller than 1 / SPECK of the image gets no contour, which would hide it
 CONTOUR_EVERY = 600  # pixels of the shorter side per pixel of a contour's width
@@ -89,7 +93,7 @@ def result_files(images: Path, out: Path, *, flat: bool = False) -> dict[Path, R
     else:
         names = {images / name: name for name in _photographs_below(images, without=out)}
     if flat:
-        names = {file: Path("_".join(name.parts)) for file, name in names.items()}
+        names = {file: _flat(name) for file, name in names.items()}
     count = Counter(str(name.with_suffix("")).casefold() for name in names.values())  # as some file systems
     files, taken = {}, {"legend"} if flat else set()  # legend.png is no mask
     for file, name in names.items():
@@ -107,12 +111,19 @@ def result_files(images: Path, out: Path, *, flat: bool = False) -> dict[Path, R
     return files
 
 
+def _flat(name: Path) -> Path:
+    """The parts of a path joined by "_"; of a name that is too long for a file, its end."""
+    stem = os.fsencode("_".join(name.with_suffix("").parts))
+    stem = stem if len(stem) <= LONGEST else stem[-LONGEST:].decode(errors="ignore").encode()
+    return Path(os.fsdecode(stem) + name.suffix)
+
+
 def _photographs_below(images: Path, *, without: Path) -> list[Path]:
     if not images.exists():
         raise UserError(f"--images is {images}: no such file or folder")
     root = images.resolve()
     if root == without.resolve():
-        raise UserError(f"--out is {without}, the folder of the photographs; choose another, or one below it")
+        raise UserError(f"--out is {without}, the folder of the photographs; choose another")
     found, others = find_images(root, without=without.resolve())
     if not found:
         raise UserError(f"--images is {images}: it contains no image; {others}")
@@ -121,8 +132,32 @@ def _photographs_below(images: Path, *, without: Path) -> list[Path]:
     return [file.relative_to(root) for file in found]
 
 
+def origin_of(photograph: Path, maker: str) -> str:
+    """SHA-256 of what made a mask and of the photograph's size and time, '' if it is unreadable."""
+    try:
+        status = photograph.stat()
+    except OSError:
+        return ""
+    return hashlib.sha256(f"{maker} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+
+
+def kept_mask(files: ResultFiles, origin: str) -> np.ndarray | None:
+    """The mask (H, W) uint8 that was written with the same origin, if its overlay exists too."""
+    try:
+        with Image.open(files.mask, formats=["PNG"]) as mask:
+            same = origin and mask.info.get(ORIGIN) == origin and files.overlay.exists()
+            return np.asarray(mask) if same else None
+    except (OSError, SyntaxError, ValueError):  # missing or damaged
+        return None
+
+
 def write_results(
-    files: ResultFiles, image: Image.Image, classes: np.ndarray, palette: Sequence[Colour]
+    files: ResultFiles,
+    image: Image.Image,
+    classes: np.ndarray,
+    palette: Sequence[Colour],
+    *,
+    origin: str = "",
 ) -> None:
     """Writes the mask, the ids (H, W) uint8 of an RGB image, and the overlay, the image in their colours."""
     for path in files:
@@ -133,8 +168,10 @@ def write_results(
     with replacing(files.overlay) as temporary:  # first, see `result_files`
         overlay(small, reduced, palette).save(temporary, format="JPEG", quality=90, subsampling=0)
     mask.putpalette(np.array(palette, dtype=np.uint8).tobytes())
+    text = PngInfo()
+    text.add_text(ORIGIN, origin)
     with replacing(files.mask) as temporary:
-        mask.save(temporary, format="PNG")
+        mask.save(temporary, format="PNG", pnginfo=text)
 
 
 def write_contact_sheet(

@@ -38,7 +38,7 @@ CURVES = (  # title, scalars, description, whether the axis is logarithmic
 # of each run, in sweep.json
 OF_SWEEP = ("name", "step", *STAGES, "train_hours", "step_seconds", "trainable_parameters", "checkpoint")
 PICTURES = {  # title -> description; the files are predictions.png, ...; the baseline's is in its folder
-    "Predictions": "Images from across the set; a matched cluster has the colour of its class.",
+    "Predictions": "Images from across the set; with labels, a matched cluster has the colour of its class.",
     "Confusion": "Before CRF; each row in percent of its true class.",
     "Explanation": "Propagation for one anchor: similarities, sets and boundaries after t = 0..T "
     "relocations. It depends only on the frozen features and is the same throughout a run.",
@@ -74,7 +74,7 @@ def write_report(
         state=state,
         metrics=METRIC_TITLES,
         results=_results(scalars, results),
-        labelled="cluster_shares" not in result,
+        shares=result.get("cluster_shares"),
         after_crf_missing=result.get("after_crf_missing"),
         charts=_charts(scalars),
         colours=dict(zip(labels.names, labels.palette, strict=True)),

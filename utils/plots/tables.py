@@ -68,7 +68,10 @@ def _pairs(cells: Sequence[str]) -> list[str]:
 
 
 def metrics_markdown(result: dict[str, Any]) -> str:
-    """The metrics and the IoU per class of one run, in Markdown."""
+    """Metrics and IoU per class of one run, in Markdown; without labels, the sizes of the clusters."""
+    if shares := result.get("cluster_shares"):
+        rows = [[cluster, percent(share)] for cluster, share in shares.items()]
+        return markdown(["cluster", "% of the pixels"], rows) + "\n"
     rows = [[title, *_percents(result[stage])] for stage, title in STAGES.items() if result[stage]]
     header, classes = _class_rows(result)
     return "\n\n".join([markdown(["%", *METRIC_TITLES], rows), markdown(header, classes)]) + "\n"

@@ -56,6 +56,7 @@ class RunDir:
         self.path = Path(options.output_dir) / options.wandb.name
         self.best, self.last = self.path / BEST, self.path / LAST
         self._metrics = self.path / "metrics.json"
+        self._longer: dict[str, tuple[int, int | None]] = {}  # key -> value before and now
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -103,8 +104,7 @@ class RunDir:
     def check_options(self, options: Options) -> bool:
         """Raises a UserError if an option that affects the result differs from the run in this folder.
 
-        A longer run is allowed, and true is returned; the metrics of a finished one are then kept as
-        metrics-<epochs>-epochs.json or metrics-<steps>-steps.json.
+        A longer run is allowed; returns whether this is one.
         """
         path, origin = self.path / "options.json", self.path / "provenance.json"
         if not path.exists():
@@ -121,12 +121,19 @@ class RunDir:
         if differing:
             fix = "use its options, or start a new run under another wandb.name"
             raise UserError(differing, f"{path}, the run to resume ({fix})")
-        for key in longer if is_rank_zero() else ():
-            print(f"{self.path}: {before[key]} {LENGTHS[key]} become {now[key] or 'unlimited'}")
-            if self._metrics.exists():
-                self._metrics.rename(self.path / f"metrics-{before[key]}-{LENGTHS[key]}.json")
-            write_json(path, as_tree(options))
+        self._longer = {key: (before[key], now[key]) for key in longer}
         return bool(longer)
+
+    def extend(self, options: Options) -> None:
+        """Stores the options of a run that becomes longer, if that is what `check_options` has found.
+
+        The metrics of a finished run are kept as metrics-<epochs>-epochs.json or metrics-<steps>-steps.json.
+        """
+        for key, (before, now) in self._longer.items() if is_rank_zero() else ():
+            print(f"{self.path}: {before} {LENGTHS[key]} become {now or 'unlimited'}")
+            if self._metrics.exists():
+                self._metrics.rename(self.path / f"metrics-{before}-{LENGTHS[key]}.json")
+            write_json(self.path / "options.json", as_tree(options))
 
     def resume_point(self, options: Options) -> tuple[Path | None, Progress]:
         """The checkpoint to resume from and its progress: best.ckpt if last.ckpt is damaged, None if new."""

@@ -13,7 +13,9 @@ from utils.errors import UserError, first_line
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 VIDEO_ENDINGS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif"}
+Image.MAX_IMAGE_PIXELS = 2**29  # Pillow warns above it, and refuses twice as many
 MOST_KINDS = 10  # of other files that are named
+_noted: set[str] = set()
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # Pillow runs Ghostscript for others
 
 
@@ -39,6 +41,8 @@ def open_image(path: Path, *, upright: bool = True) -> Image.Image:
     if path.suffix.lower() in VIDEO_ENDINGS:
         raise UserError(f"{path}: is a video; {_frames_hint(path)}")
     with _opened(path, "image") as image:
+        if image.format == "TIFF" and image.n_frames > 1:
+            _note("pages", f"{path}: has {image.n_frames} pages, of which only the first is read")
         return as_rgb(image, str(path), upright=upright)
 
 
@@ -55,7 +59,16 @@ def as_rgb(image: Image.Image, name: str, *, upright: bool = True) -> Image.Imag
     values = np.asarray(image)  # (H, W)
     if image.mode == "F" or values.min() < 0 or values.max() >= 2**16:
         raise UserError(f"{name}: image mode is {image.mode}, must have 8 or 16 bits; convert it")
+    if values.max() < 2**14:
+        _note("dark", f"{name}: its 16-bit values are below 2^14, so it is nearly black; stretch such images")
     return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+
+
+def _note(kind: str, text: str) -> None:
+    """Prints the first note of a kind in this process."""
+    if kind not in _noted:
+        _noted.add(kind)
+        print(text, flush=True)
 
 
 def _turned(image: Image.Image) -> Image.Image:
@@ -98,6 +111,10 @@ def find_images(folder: Path, *, without: Path | None = None) -> tuple[list[Path
             folders.clear()
             continue
         seen.add(real)
+        if {"index.html", "legend.json"}.issubset(files):  # results of eval.py --images
+            others["folder of masks"] += 1
+            folders.clear()
+            continue
         # sorted, so that of two links to one folder every machine follows the same
         folders[:] = sorted(n for n in folders if not n.startswith(".") and Path(place, n) != without)
         for path in (Path(place, name) for name in files if not name.startswith(".")):

@@ -64,6 +64,15 @@ def test_names__that_are_still_taken_are_numbered(tmp_path):
     assert masks == ["a_b.jpg-2.png", "a_b.jpg-3.png", "a_b.jpg.png", "legend-2.png"]
 
 
+def test_flat__long_names_are_cut(tmp_path):
+    """A file system allows 255 bytes, endings and that of a temporary file included."""
+    names = [f"{'é' * 100}/{letter}{'字' * 60}.jpg" for letter in "ab"]
+    touch(tmp_path / "in", *names)
+    for each in result_files(tmp_path / "in", tmp_path / "out", flat=True).values():
+        write_results(each, Image.new("RGB", (4, 4)), np.zeros((4, 4), np.uint8), PALETTE)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
 @pytest.mark.parametrize("images", ["in/one.png", "in/new"])
 def test_flat__never_replaces_a_photograph(tmp_path, images):
     touch(tmp_path / "in", "one.png", "new/one.jpg")

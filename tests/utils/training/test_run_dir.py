@@ -38,18 +38,21 @@ def test_check_options__lists_each_difference_that_affects_the_result(tiny_optio
     assert "resume was" not in str(error.value)
 
 
-def test_check_options__each_rank_sees_that_a_run_is_extended(tiny_options, monkeypatch):
-    """Also before the first one has renamed metrics.json."""
+def test_check_options__sees_that_a_run_is_extended(tiny_options):
+    """Each rank does, before the first one renames metrics.json; other mistakes leave it as it is."""
     run_dir = RunDir(options := tiny_options())
     run_dir.prepare(options, [], {})
     run_dir.write_metrics({"train_hours": 1.0})
     assert not run_dir.check_options(options)
-    with monkeypatch.context() as patch:
-        patch.setenv("RANK", "1")
-        assert run_dir.check_options(tiny_options(train__epoch=7))
+    run_dir.extend(options)
+    longer = tiny_options(train__epoch=7)
+    assert run_dir.check_options(longer)
     assert run_dir.final_metrics() is not None
-    assert run_dir.check_options(tiny_options(train__epoch=7))
+    assert RunDir(options).check_options(longer)
+    run_dir.extend(longer)
     assert run_dir.final_metrics() is None
+    assert (run_dir.path / "metrics-1-epochs.json").exists()
+    assert not run_dir.check_options(longer)
 
 
 def test_prepare__refuses_to_move_a_checkpoint_that_processes_read(tiny_options):

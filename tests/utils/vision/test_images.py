@@ -96,6 +96,17 @@ def test_label__mismatch(tmp_path):
         open_label(tmp_path / "colours.png", (8, 6))
 
 
+def test_open__notes_dark_images_and_further_pages_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("utils.vision.images._noted", set())
+    dark = Image.fromarray(GREY.astype(np.uint16) * 16)  # 12 bits
+    for name in ("a.tif", "b.tif"):
+        dark.save(tmp_path / name, save_all=True, append_images=[dark])
+        open_image(tmp_path / name)
+    printed = capsys.readouterr().out
+    assert printed.count("a.tif: has 2 pages") == printed.count("a.tif: its 16-bit values are below") == 1
+    assert "b.tif" not in printed
+
+
 def test_find__by_kind_of_file(tmp_path):
     for name in ("b.JPG", "a/c.png", ".hidden.jpg", ".cache/d.png", "film.MP4", "notes.txt", "README"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -106,5 +117,8 @@ def test_find__by_kind_of_file(tmp_path):
     for number in range(10):
         (tmp_path / f"scan.{number:03}").touch()
     assert "3 other kinds" in find_images(tmp_path)[1]
+    for name in ("masks/index.html", "masks/legend.json", "masks/a/overlay.jpg"):  # of eval.py --images
+        (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / name).touch()
+    assert find_images(tmp_path / "a") == ([tmp_path / "a/c.png"], "other files: 1 folder of masks")
     assert find_images(tmp_path, without=tmp_path / "a")[0] == [tmp_path / "b.JPG"]
-    assert find_images(tmp_path / "a")[1] == ""

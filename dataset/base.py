@@ -124,7 +124,7 @@ class FileSource(Source):
         self, images: Iterable[Path | str], targets: Iterable[Path | str | None], *, rule: np.ndarray
     ) -> None:
         self.images, self.targets, self.rule = _Paths(images), _Paths(targets), rule
-        self.labelled = bool(self.targets.names.any())
+        self.labelled = any(self.targets.names.tolist())
 
     def __len__(self) -> int:
         return len(self.images)

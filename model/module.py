@@ -50,8 +50,7 @@ class PPAPModule(LightningModule):
     ) -> None:
         super().__init__()
         self.options, self.labels, self.train_labelled = options, labels, train_labelled
-        self.weights = weights
-        self.segmenter = segmenter
+        self.weights, self.segmenter = weights, segmenter
         with seeded(options.train.seed, "method"):
             self.method = build_method(options, segmenter)
         self.frozen = isinstance(self.method, Frozen)

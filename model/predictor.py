@@ -21,6 +21,7 @@ from utils.errors import LeftOut, UserError, listed
 from utils.files import make_folder, write_json
 from utils.plots.figures import draw_legend
 from utils.plots.mask_files import (
+    ResultFiles,
     kept_mask,
     mask_ids,
     origin_of,
@@ -242,25 +243,15 @@ def predict_folder(
     maker = predictor.digest()
     for path, written in Bar(files.items(), desc="masks", unit="image"):
         origin = origin_of(path, maker)
-        if (classes := kept_mask(written, origin)) is not None:
-            kept += 1
-            counts += np.bincount(classes.ravel(), minlength=len(counts))
-            done.append(written)
-            continue
+        classes = kept_mask(written, origin)  # (H, W)
+        kept += classes is not None
         try:
-            image = open_image(path)
-            classes = predictor(image)
+            classes = _segment(predictor, path, written, origin) if classes is None else classes
         except UserError as error:
             skipped.append(str(error))
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            size = f"{image.width} x {image.height}"
-            skipped.append(f"{path}: {size} pixels do not fit into memory; set --tile or a smaller --res")
-        else:
-            write_results(written, image, classes, predictor.palette, origin=origin)
-            counts += np.bincount(classes.ravel(), minlength=len(counts))
-            done.append(written)
+            continue
+        counts += np.bincount(classes.ravel(), minlength=len(counts))
+        done.append(written)
     shares = (100 * counts / max(1, counts.sum())).tolist()
     rows = enumerate(zip(named, predictor.palette, shares, strict=True))
     legend = [{"id": number, "name": n, "colour": c, "share": share} for number, (n, c, share) in rows]
@@ -276,3 +267,18 @@ def predict_folder(
             listed(f"{count} in {images} could not be read; the other {len(done)} are done", skipped)
         )
     return result
+
+
+def _segment(predictor: Predictor, path: Path, written: ResultFiles, origin: str) -> np.ndarray:
+    """Writes the mask (H, W) of a photograph; a UserError if it is damaged or does not fit into memory."""
+    image = open_image(path)
+    try:
+        classes = predictor(image)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        size = f"{image.width} x {image.height}"
+        hint = "set --tile or a smaller --res"
+        raise UserError(f"{path}: {size} pixels do not fit into memory; {hint}") from None
+    write_results(written, image, classes, predictor.palette, origin=origin)
+    return classes

@@ -37,7 +37,9 @@ EXAMPLES = """\
 # Commands import torch lazily, so that a mistyped option is reported at once.
 
 
-def train(options: Options, run_dir: RunDir) -> tuple[dict[str, float], HtmlReport, WandbImages]:
+def train(
+    options: Options, run_dir: RunDir, longer: dict[str, int]
+) -> tuple[dict[str, float], HtmlReport, WandbImages]:
     """Trains or resumes one run; returns its cost and the callbacks that report results."""
     from dataset import build_data, spread_indices
     from model import build_module
@@ -62,7 +64,7 @@ def train(options: Options, run_dir: RunDir) -> tuple[dict[str, float], HtmlRepo
     if checkpoint is None:
         run_dir.prepare(options, data.damaged, inventory)
     else:
-        run_dir.extend(options)
+        run_dir.extend(options, longer)
     loggers = build_loggers(options, run_dir.path, step=progress.step, wandb_id=progress.wandb_id)
     shown = [(validation.name(index), validation[index].image) for index in indices]
     images, report = WandbImages(wandb_runs(loggers), shown), HtmlReport(run_dir.path, data.labels, shown)
@@ -97,14 +99,15 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
 
     run_dir = RunDir(options)
     with run_dir.lock():
+        longer: dict[str, int] = {}
         if options.resume is not None:
-            extended = run_dir.check_options(options)
-            if not extended and (finished := run_dir.final_metrics()) is not None:
+            longer = run_dir.check_options(options)
+            if not longer and (finished := run_dir.final_metrics()) is not None:
                 print(f"{run_dir.path}: this run is finished")
                 return finished
         reset_peak_memory()
         try:
-            cost, report, images = train(options, run_dir)
+            cost, report, images = train(options, run_dir, longer)
             gc.collect()  # trainer and data refer to each other, and the tokens can be large
             result = evaluate(options, checkpoint=run_dir.path, folder=run_dir.path)  # best.ckpt
             result |= cost | {"peak_memory_gib": peak_memory_gib()}

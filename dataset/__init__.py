@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataset import cityscapes, cocostuff, image_folder, potsdam, synthetic
 from dataset.base import DataSetKind, FileSource, RawItem, Source, class_rule, spread_indices
 from dataset.datamodule import SegmentationDataModule
-from utils.config.options import DATA_TYPES, WITHOUT_FOLDER, DatasetOptions, Options
+from utils.config.options import DATA_TYPES, WITHOUT_FOLDER, DatasetOptions, Options, register_name
 from utils.errors import UserError
 from utils.vision.labels import LabelSpace
 
@@ -19,8 +19,6 @@ DATA_SETS = {
     "directory": DataSetKind(image_folder.labels, image_folder.ImageFolder),
     "synthetic": DataSetKind(synthetic.labels, synthetic.Synthetic),
 }
-BUILT_IN = tuple(DATA_TYPES)
-
 __all__ = [
     "DATA_SETS",
     "FileSource",
@@ -61,9 +59,6 @@ def register_data_set(
         source: from `dataset.*` and a split, "train" or "val", to its items.
         needs_folder: whether `dataset.data_path` must name a folder.
     """
-    if name in BUILT_IN:
-        raise ValueError(f"data set {name} is built in; choose another name")
+    register_name(DATA_TYPES, name)
     DATA_SETS[name] = DataSetKind(labels, source)
-    if name not in DATA_TYPES:
-        DATA_TYPES.append(name)
     (WITHOUT_FOLDER.discard if needs_folder else WITHOUT_FOLDER.add)(name)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from utils.vision.images import open_image, open_label
 from utils.vision.labels import IGNORE, LabelSpace
 from utils.vision.transforms import Geometry
 
-FILES = 256  # whose status a thread asks for at a time
+FILES = 256  # per task of a thread
 INVALID = -1  # in a rule: a raw label value that must not occur
 
 
@@ -83,14 +83,15 @@ class Source(ABC):
 
 
 def _file_status(paths: Sequence[str]) -> Iterator[tuple[str, os.stat_result]]:
-    """Those paths that are files, with their status; in threads, as a network disk takes its time."""
+    """Yields each path that is a file, with its status; in threads, as network disks are slow."""
 
     def status(part: Sequence[str]) -> list[tuple[str, os.stat_result]]:
         found = []
         for path in part:
             with suppress(OSError):
-                found.append((path, os.stat(path)))
-        return [(path, each) for path, each in found if stat.S_ISREG(each.st_mode)]
+                if stat.S_ISREG((each := os.stat(path)).st_mode):
+                    found.append((path, each))
+        return found
 
     parts = [paths[start : start + FILES] for start in range(0, len(paths), FILES)]
     with ThreadPoolExecutor(16) as pool:
@@ -99,7 +100,7 @@ def _file_status(paths: Sequence[str]) -> Iterator[tuple[str, os.stat_result]]:
 
 
 class _Paths(Sequence):
-    """Paths or None in one array: of a list, each worker would copy the pages with the reference counts."""
+    """Paths or None in one array: with a list, reference counting makes each worker copy its memory."""
 
     def __init__(self, paths: Iterable[Path | str | None]) -> None:
         self.names = np.array([os.fsencode(path or "") for path in paths], dtype=bytes)  # b"" for None
@@ -107,7 +108,9 @@ class _Paths(Sequence):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Path | None:
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
         name = os.fsdecode(self.names[index])
         return Path(name) if name else None
 

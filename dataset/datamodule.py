@@ -56,7 +56,7 @@ class SegmentationDataModule(LightningDataModule):
         self.neighbours: torch.Tensor | None = None
         if train:
             if workers < (wanted := options.dataloader.num_workers):
-                print(f"dataloader.num_workers is {wanted}; using {workers}, the number of cores")
+                print(f"dataloader.num_workers is {wanted}; using {workers}, one for each core")
             geometry = Geometry(chosen.res, chosen.loader_crop_type, chosen.interpolation)
             seed = options.train.seed
             self.train_set = SegmentationDataset(source, geometry, seed, crops, kept.get("train"))
@@ -168,12 +168,12 @@ def _open_train(options: DatasetOptions, kind: DataSetKind) -> tuple[Source, tup
     try:
         expected = CROPS * len(kind.source(options, "train"))
     except UserError:  # the whole images were removed
-        expected = len(crops)
+        expected = len(_stems(folder / "img/train", ".jpg"))
     if len(crops) != expected and not options.skip_damaged:
         raise UserError(
-            f"{folder}: contains {len(crops):,} crops, must contain {expected:,} (five per train image); "
-            "write the missing ones with: python dataset/crop_datasets.py --opt <option file> --data_path "
-            f"{shlex.quote(options.data_path)}; or remove the folder to cut them during training"
+            f"{folder}: contains {len(crops):,} crops, must contain {expected:,} (five per train image, with "
+            "their labels); write the missing ones with: python dataset/crop_datasets.py --opt <option file> "
+            f"--data_path {shlex.quote(options.data_path)}; or remove the folder to cut them during training"
         )
     return crops, None
 

@@ -35,8 +35,8 @@ class Potsdam(FileSource):
             images = sorted(root.glob("imgs/*.mat"))
             found = {path.name: path for path in root.glob("gt/*.mat")}
             targets = [found.get(path.name) for path in images]
-            require_files(options, images or [root / "imgs/*.mat"])
-            require_files(options, list(found.values()) or [root / "gt/*.mat"])
+            parts = {"imgs": images, "gt": found}
+            require_files(options, [root / f"{part}/*.mat" for part, files in parts.items() if not files])
         else:
             listing = root / f"labelled_{'train' if split == 'train' else 'test'}.txt"
             require_files(options, [listing])

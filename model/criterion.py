@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loss import PPAPLoss
-from utils.config.options import LOSSES, Options
+from utils.config.options import LOSSES, Options, register_name
 from utils.errors import UserError
 
 _registered: dict[str, Callable[[Options], Callable[..., Any]]] = {}
@@ -47,11 +47,8 @@ def register_loss(name: str, build: Callable[[Options], Callable[..., Any]]) -> 
             (B, D, h, w) and, if it has such a parameter, `generator`. It returns the loss, () with a
             gradient in z, or a `PPAPLossOutput`.
     """
-    if name == "ppap":
-        raise ValueError(f"loss {name} is built in; choose another name")
+    register_name(LOSSES, name)
     _registered[name] = build
-    if name not in LOSSES:
-        LOSSES.append(name)
 
 
 def build_criterion(options: Options) -> nn.Module:

@@ -17,6 +17,7 @@ from loss import ieee_float32
 from model.evaluator import CLUSTER_ALPHA, HEADS
 from model.module import PPAPModule
 from utils.config.loading import as_tree
+from utils.config.plugins import plugin_digests
 from utils.errors import LeftOut, UserError, listed
 from utils.files import make_folder, write_json
 from utils.plots.figures import draw_legend
@@ -130,9 +131,10 @@ class Predictor:
     def digest(self) -> str:
         """SHA-256 of all that a class map and its colours depend on, besides the photograph."""
         settings = self.head, self.res, self.tile, self.crf, self._dtype, self._ids.tolist(), self.palette
-        digest = hashlib.sha256(repr((settings, as_tree(self.module.options))).encode())
+        code = as_tree(self.module.options), sorted(plugin_digests().items())
+        digest = hashlib.sha256(repr((settings, code)).encode())
         for value in self.module.state_dict().values():
-            digest.update(value.cpu().contiguous().numpy().tobytes())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def _network_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -259,7 +261,7 @@ def predict_folder(
     write_json(out / "legend.json", result)
     draw_legend(out / "legend.png", legend)
     write_contact_sheet(out, done, legend, skipped)
-    notes = f"; {kept:,} of {len(done):,} masks were there already" if kept else ""
+    notes = f"; {kept:,} of {len(done):,} masks already existed" if kept else ""
     print(f"\nresults: {out}; open {out / 'index.html'}{notes}")
     if skipped:
         count = "1 image" if len(skipped) == 1 else f"{len(skipped)} images"

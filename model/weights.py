@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.backbone import Backbone, BackboneSpec, FrozenViT
 from model.timm_backbone import TimmViT, build_timm
-from utils.config.options import ARCHS, FULL_DEPTH, WIDTH_AND_HEADS, Options
+from utils.config.options import ARCHS, FULL_DEPTH, WIDTH_AND_HEADS, Options, register_name
 from utils.download import DownloadError, download
 from utils.errors import UserError
 from utils.files import exclusive, sha256_of, weights_file
@@ -43,7 +43,6 @@ SHA256 = {  # as checked by public projects, such as finegrain's refiners; none 
     "dinov2_vitb14_pretrain.pth": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
     "dinov2_vitb14_reg4_pretrain.pth": "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
 }
-BUILT_IN = tuple(ARCHS)
 _builders: dict[str, Callable[[Options], Backbone]] = {"timm": build_timm}
 
 
@@ -55,11 +54,8 @@ def register_backbone(name: str, build: Callable[[Options], Backbone]) -> None:
         build: takes all options, returns a `FrozenViT` or another `Backbone`; if
             `model.pretrained.pretrained_weights` is set, they are loaded into it afterwards.
     """
-    if name in BUILT_IN:
-        raise ValueError(f"backbone {name} is built in; choose another name")
+    register_name(ARCHS, name)
     _builders[name] = build
-    if name not in ARCHS:
-        ARCHS.append(name)
 
 
 def build_backbone(options: Options) -> Backbone:

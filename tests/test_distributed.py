@@ -173,6 +173,7 @@ def test_shared_batches__each_image_once_and_equally_many_turns(monkeypatch, ima
         ({"RANK": "8", "LOCAL_RANK": "0"}, False),
         ({"LOCAL_RANK": "1", "NODE_RANK": "0"}, False),
         ({"NODE_RANK": "1"}, False),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, False),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, False),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, True),
     ],
@@ -180,12 +181,19 @@ def test_shared_batches__each_image_once_and_equally_many_turns(monkeypatch, ima
 def test_is_first__as_torchrun_slurm_and_lightning_tell(monkeypatch, environment, first):
     launched(monkeypatch, environment)
     assert launch.is_rank_zero() is first
-    assert launch.started_by_lightning() is (environment.get("LOCAL_RANK") == "1")
+    assert launch.started_by_lightning() is (environment == {"LOCAL_RANK": "1", "NODE_RANK": "0"})
 
 
 @pytest.mark.parametrize(
     ("environment", "found", "share"),
-    [({}, 96, 12), ({}, 4, 1), *(({"SLURM_CPUS_PER_TASK": "12"}, found, 12) for found in (12, 96))],
+    [
+        ({}, 96, 12),
+        ({}, 4, 1),
+        ({"SLURM_CPUS_PER_TASK": "12", "SLURM_STEP_NUM_TASKS": "8"}, 12, 12),
+        ({"SLURM_CPUS_PER_TASK": "12", "SLURM_STEP_NUM_TASKS": "8"}, 96, 12),
+        ({"SLURM_CPUS_PER_TASK": "96", "SLURM_STEP_NUM_TASKS": "1"}, 96, 12),  # Lightning's first launch
+        ({"SLURM_CPUS_PER_TASK": "96", "SLURM_STEP_NUM_TASKS": "2", "RANK": "3", "LOCAL_RANK": "3"}, 96, 12),
+    ],
 )
 def test_own_cores__of_eight_processes(monkeypatch, environment, found, share):
     """srun may have divided the cores, or not have bound its tasks."""

@@ -296,15 +296,15 @@ def test_resume__on_other_data(tiny_file, tmp_path, stop_in):
     stop_in(4, [*words, f"dataset.data_path={tmp_path}/moved"])
     (tmp_path / "moved").rename(tmp_path / "photos")
     save(tmp_path / "photos/99.png", picture(99))
-    with pytest.raises(UserError, match=r"train\.99\.png: no file then, [\d,]+ bytes now.*resume_on_other"):
+    with pytest.raises(UserError, match=r"train: 99\.png: size none then, [\d,]+ now.*resume_on_other"):
         run.main(words)
     (tmp_path / "photos/99.png").rename(tmp_path / "photos/00.png")
     with (tmp_path / "photos/00.png").open("ab") as file:
         file.write(b"more")
-    with pytest.raises(UserError, match=r"train\.00\.png: [\d,]+ bytes then, [\d,]+ bytes now"):
+    with pytest.raises(UserError, match=r"train: 00\.png: size [\d,]+ then, [\d,]+ now"):
         run.main(words)
     (tmp_path / "photos/00.png").unlink()
-    with pytest.raises(UserError, match=r"train\.00\.png: [\d,]+ bytes then, no file now"):
+    with pytest.raises(UserError, match=r"train: 00\.png: size [\d,]+ then, none now"):
         run.main(words)
     save(tmp_path / "photos/00.png", picture(99))
     assert run.main([*words, "resume_on_other_data=true"])[0]["step"] == 8

@@ -9,7 +9,7 @@ from model.methods.hp import HP
 from model.methods.ppap import PPAP, Frozen
 from model.methods.stego import STEGO
 from model.segmenter import BlockSegmenter, BranchSegmenter, Segmenter
-from utils.config.options import METHODS, Options
+from utils.config.options import METHODS, Options, register_name
 
 
 class Kind(NamedTuple):
@@ -19,7 +19,6 @@ class Kind(NamedTuple):
     segmenter: Callable[..., Segmenter]
 
 
-BUILT_IN = tuple(METHODS)
 _kinds = {
     "ppap": Kind(PPAP, BlockSegmenter),
     "frozen": Kind(Frozen, BlockSegmenter),
@@ -41,11 +40,8 @@ def register_method(
         segmenter: takes the backbone, `model.dim` and `compile`, returns the network: `BlockSegmenter`,
             `BranchSegmenter` or a `Segmenter` of your own.
     """
-    if name in BUILT_IN:
-        raise ValueError(f"method {name} is built in; choose another name")
+    register_name(METHODS, name)
     _kinds[name] = Kind(method, segmenter)
-    if name not in METHODS:
-        METHODS.append(name)
 
 
 def build_segmenter(options: Options, backbone: Backbone, code_dim: int) -> Segmenter:

@@ -249,7 +249,7 @@ def test_images__masks_of_the_same_network_and_photograph_are_kept(run, tmp_path
     evaluation.main([*run, str(tmp_path / "photos")])
     before, legend = times(), (tmp_path / "masks/legend.json").read_text()
     evaluation.main([*run, str(tmp_path / "photos")])
-    assert "3 of 3 masks were there already" in capsys.readouterr().out
+    assert "3 of 3 masks already existed" in capsys.readouterr().out
     assert times() == before
     assert (tmp_path / "masks/legend.json").read_text() == legend
     photo(50, 40).save(tmp_path / "photos/a.png")  # another photograph
@@ -259,9 +259,9 @@ def test_images__masks_of_the_same_network_and_photograph_are_kept(run, tmp_path
     assert {file.parent.name for file, time in times().items() if time != before[file]} == {
         "a", damaged.parent.name,
     }  # fmt: skip
-    assert "1 of 3 masks were there already" in capsys.readouterr().out
+    assert "1 of 3 masks already existed" in capsys.readouterr().out
     evaluation.main([*run, str(tmp_path / "photos"), "--res", "48"])
-    assert "there already" not in capsys.readouterr().out
+    assert "already existed" not in capsys.readouterr().out
 
 
 def test_photograph__as_file_picture_and_array(checkpoint, tmp_path):

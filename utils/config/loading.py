@@ -94,7 +94,10 @@ def build_options(
     flat: dict[str, Any], *, source: str, check_files: bool = False, check_weights: bool = True
 ) -> Options:
     """Validates flat options and fills in the defaults; the error lists all mistakes in `source`."""
-    valid, contradictions = {key: value for key, value in flat.items() if is_option(key)}, []
+    own = [key for key in flat if f"{key}.".startswith("own.")]
+    split = {key for key in own if any(other.startswith(f"{key}.") for other in own)}  # a value and a section
+    valid = {key: value for key, value in flat.items() if is_option(key) and key not in split}
+    contradictions = []
     try:
         options = Options.model_validate(nest(valid))
     except ValidationError as error:  # a location is a key, and an index if the value is a list
@@ -117,6 +120,8 @@ def build_options(
 
 def _mistake(key: str, value: Any) -> str | None:
     shown = json.dumps(value)
+    if key.startswith("own."):
+        return f"{key} is {shown}, but other options start with {key}.; remove one"
     if key in FIELDS:
         return f"{key} is {shown}, must be {allowed(FIELDS[key])}"
     if key in LEGACY_KEYS:

@@ -43,6 +43,17 @@ LOSSES = ["ppap"]
 METHODS = ["ppap", "stego", "hp", "frozen"]
 OF_BLOCK = ("ppap", "frozen")  # methods whose head is a block of the backbone, so that model.dim is its width
 
+BUILT_IN = {*DATA_TYPES, *ARCHS, *LOSSES, *METHODS}
+
+
+def register_name(names: list[str], name: str) -> None:
+    """Adds a name to one of these lists, unless it is there; a ValueError if it is built in."""
+    if name in BUILT_IN:
+        raise ValueError(f"{name} is built in; choose another name")
+    if name not in names:
+        names.append(name)
+
+
 # Keys of the published option files that have no effect, with the only value they may have.
 LEGACY = {
     "dataset": {"num_neighbors": 7},
@@ -279,7 +290,7 @@ class _Eval(_Section):
     last_step: bool = option(False, "after training, also evaluate the last step; writes to `last/`")
     batch_size: int = option(16, "images per batch, on each device", ge=1)
     crf_backend: Literal["auto", "pydensecrf", "torch"] = option("auto", "auto: pydensecrf if installed")
-    crf_workers: int | None = option(None, "pydensecrf: processes per device; null: all cores", ge=1)
+    crf_workers: int | None = option(None, "pydensecrf: processes per device; null: its cores", ge=1)
     pictures: int = option(8, "number of validation images in predictions.png; 0: no figure", ge=0, le=64)
 
 
@@ -306,7 +317,7 @@ class Options(_Section):
     train: TrainOptions = TrainOptions()
     trainer: TrainerOptions = TrainerOptions()
     eval: _Eval = _Eval()
-    own: Own = option({}, "options of your plugins, as options.own['gamma']")
+    own: Own = option({}, "options for your plugins: options.own['gamma']")
 
     @property
     def trained_by(self) -> str:

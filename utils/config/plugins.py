@@ -1,4 +1,4 @@
-"""Runs the user's Python files (option `plugins`) that register data sets, backbones and losses."""
+"""Runs the user's Python files (option `plugins`) that register data sets, backbones, losses and methods."""
 
 import sys
 from importlib.util import module_from_spec, spec_from_file_location

@@ -22,7 +22,7 @@ from utils.vision.labels import IGNORE, LabelSpace
 
 MASK, OVERLAY, OVERLAYS = "mask.png", "overlay.jpg", "overlays"
 MAX_OVERLAY_SIDE = 2048  # pixels; the mask keeps the full size
-ORIGIN = "Origin"  # text of a mask's PNG file: what it was made from and by
+ORIGIN = "Origin"  # text in a mask's file that identifies photograph and network
 OPACITY = 0.5
 LONGEST = 230  # bytes of a file name without numbers and endings
 CONTOUR = 255  # white; tinted segments never are
@@ -133,12 +133,13 @@ def _photographs_below(images: Path, *, without: Path) -> list[Path]:
 
 
 def origin_of(photograph: Path, maker: str) -> str:
-    """SHA-256 of what made a mask and of the photograph's size and time, '' if it is unreadable."""
+    """SHA-256 of what made a mask and of the photograph's name, size and time, '' if it is unreadable."""
     try:
         status = photograph.stat()
     except OSError:
         return ""
-    return hashlib.sha256(f"{maker} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+    origin = maker, photograph.name, status.st_size, status.st_mtime_ns
+    return hashlib.sha256(repr(origin).encode()).hexdigest()
 
 
 def kept_mask(files: ResultFiles, origin: str) -> np.ndarray | None:

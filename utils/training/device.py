@@ -13,7 +13,7 @@ from torch import Tensor
 
 from utils.config.options import Options
 from utils.errors import UserError, first_line
-from utils.training.launch import check_launch, cores
+from utils.training.launch import check_launch, own_cores
 from utils.training.stopping import worker_was_killed
 
 LOSS_SCALE, GROWTH_INTERVAL = 2048.0, 1000  # as published
@@ -100,9 +100,10 @@ def explained_errors(options: Options) -> Iterator[None]:
                 "dataloader.batch_size (which affects the result), or set dataset.cache_features=disk"
             ) from error
         if isinstance(error, BrokenExecutor):
+            workers = options.eval.crf_workers or own_cores(options.trainer.devices)
             raise UserError(
                 "a process of the CRF was killed, usually because memory is full: lower eval.crf_workers "
-                f"(now {options.eval.crf_workers or cores()}), or set eval.crf_backend=torch"
+                f"(now {workers}), or set eval.crf_backend=torch"
             ) from error
         if worker_was_killed(error):
             raise UserError(

@@ -15,7 +15,8 @@ def cores() -> int:
 
 def own_cores(devices: int) -> int:
     """This process's share of the cores of a machine with `devices` processes."""
-    if "SLURM_CPUS_PER_TASK" in os.environ:  # the cores are divided already if srun binds its tasks
+    tasks = 1 if {"RANK", "LOCAL_RANK"} & os.environ.keys() else _number("SLURM_STEP_NUM_TASKS")
+    if tasks > 1 and "SLURM_CPUS_PER_TASK" in os.environ:  # srun divides the cores if it binds its tasks
         return min(cores(), _number("SLURM_CPUS_PER_TASK"))
     return max(1, cores() // devices)
 

@@ -56,7 +56,6 @@ class RunDir:
         self.path = Path(options.output_dir) / options.wandb.name
         self.best, self.last = self.path / BEST, self.path / LAST
         self._metrics = self.path / "metrics.json"
-        self._longer: dict[str, tuple[int, int | None]] = {}  # key -> value before and now
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -101,14 +100,14 @@ class RunDir:
         if damaged:
             write_json(self.path / "left_out.json", list(damaged))
 
-    def check_options(self, options: Options) -> bool:
+    def check_options(self, options: Options) -> dict[str, int]:
         """Raises a UserError if an option that affects the result differs from the run in this folder.
 
-        A longer run is allowed; returns whether this is one.
+        A longer run is allowed: returns the earlier values of `LENGTHS` that increase.
         """
         path, origin = self.path / "options.json", self.path / "provenance.json"
         if not path.exists():
-            return False
+            return {}
         if origin.exists():
             report_changes(read_json_object(origin).get("plugins", {}), origin)
         before, now = flatten(as_tree(Options())) | flatten(read_json_object(path)), flatten(as_tree(options))
@@ -121,16 +120,16 @@ class RunDir:
         if differing:
             fix = "use its options, or start a new run under another wandb.name"
             raise UserError(differing, f"{path}, the run to resume ({fix})")
-        self._longer = {key: (before[key], now[key]) for key in longer}
-        return bool(longer)
+        return {key: before[key] for key in longer}
 
-    def extend(self, options: Options) -> None:
-        """Stores the options of a run that becomes longer, if that is what `check_options` has found.
+    def extend(self, options: Options, longer: dict[str, int]) -> None:
+        """Stores the options of a run that becomes longer; `longer` is the result of `check_options`.
 
         The metrics of a finished run are kept as metrics-<epochs>-epochs.json or metrics-<steps>-steps.json.
         """
-        for key, (before, now) in self._longer.items() if is_rank_zero() else ():
-            print(f"{self.path}: {before} {LENGTHS[key]} become {now or 'unlimited'}")
+        for key, before in longer.items() if is_rank_zero() else ():
+            now = flatten(as_tree(options))[key] or "unlimited"
+            print(f"{self.path}: {before} {LENGTHS[key]} become {now}")
             if self._metrics.exists():
                 self._metrics.rename(self.path / f"metrics-{before}-{LENGTHS[key]}.json")
             write_json(self.path / "options.json", as_tree(options))
@@ -169,12 +168,15 @@ class RunDir:
         stored = self.path / DATA
         if options.resume is None or options.resume_on_other_data or not (is_rank_zero() and stored.exists()):
             return
-        before, now = flatten(read_json_object(stored)), flatten(inventory)
+        before, now = (
+            {f"{split}: {name}": f"{size:,}" for split, files in each.items() for name, size in files.items()}
+            for each in (read_json_object(stored), inventory)
+        )
         if changed := sorted(before.items() ^ now.items()):
             name = changed[0][0]
-            old, new = (f"{each[name]:,} bytes" if name in each else "no file" for each in (before, now))
+            sizes = f"size {before.get(name, 'none')} then, {now.get(name, 'none')} now"
             raise UserError(
-                f"{self.path}: the data changed since the run was started ({name}: {old} then, {new} now); "
+                f"{self.path}: the data changed since the run was started ({name}: {sizes}); "
                 "restore it, continue knowingly with resume_on_other_data=true, or choose another wandb.name"
             )
 

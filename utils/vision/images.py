@@ -111,7 +111,8 @@ def find_images(folder: Path, *, without: Path | None = None) -> tuple[list[Path
             folders.clear()
             continue
         seen.add(real)
-        if {"index.html", "legend.json"}.issubset(files):  # results of eval.py --images
+        masks = {"index.html", "legend.json"}.issubset(files)  # the results of eval.py --images
+        if masks and Path(place) != folder:
             others["folder of masks"] += 1
             folders.clear()
             continue

@@ -26,7 +26,7 @@ def made(tiny_options):
 
 def train(options, folder):
     options = with_changes(options, {"wandb.name": folder.name, "output_dir": str(folder.parent)})
-    run.train(options, RunDir(options))
+    run.train(options, RunDir(options), {})
 
 
 def first_batch(data):

@@ -28,7 +28,7 @@ from utils.progress import Bar
 from utils.training.device import upload
 from utils.training.stopping import worker_settings
 
-FORMAT = 3  # raised when tokens or labels change for the same inputs
+FORMAT = 4  # raised when tokens or labels change for the same inputs
 NAMES = ("tokens.npy", "labels.npy")
 KEPT_FREE = 16 * 2**30  # bytes of a GPU that are left to training
 Encoder = Callable[[Tensor], Tensor]  # images (B, 3, H, W) uint8 on the CPU -> tokens (B, T, D)

@@ -145,11 +145,9 @@ class HtmlReport(Callback):
         with errors_as_warnings(path):
             names, images = zip(*self.shown, strict=True)
             stacked, about = torch.stack(images), f"bank: {len(images)} images"  # (P, 3, H, W)
-            found, pictures = (
-                explain_images(module, stacked, patch=None, trainer=trainer),
-                stacked.permute(0, 2, 3, 1),
-            )
-            draw_explanation(path, found, pictures=pictures.numpy(), names=names, about=about)
+            found = explain_images(module, stacked, patch=None, trainer=trainer)
+            pictures = stacked.permute(0, 2, 3, 1).numpy()  # (P, H, W, 3)
+            draw_explanation(path, found, pictures=pictures, names=names, about=about)
 
 
 def summary_of(result: dict[str, Any]) -> dict[str, float]:

@@ -384,12 +384,8 @@ def _method_rules(options: Options) -> Iterator[tuple[Any, ...]]:
     own_loss = options.training_coeff.loss == "ppap" or method in OF_BLOCK
     yield "training_coeff.loss", own_loss, f"ppap with method {method}, which has its own loss", "method"
     compares = method in OF_BLOCK or not options.train.compare_frozen
-    yield (
-        "train.compare_frozen",
-        compares,
-        f"false with method {method}; run method=frozen by itself",
-        "method",
-    )
+    alone = f"false with method {method}; run method=frozen by itself"
+    yield "train.compare_frozen", compares, alone, "method"
     if method == "hp":
         cached = options.dataset.cache_features is not None and options.hp.alpha > 0
         yield "dataset.cache_features", not cached, "null with method hp, unless hp.alpha is 0", "method"

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before the imports that take time
     exit_on_signals()
 
 from utils.config.cli import guarded, parse_arguments, parse_overrides, plan_jobs, print_options
+from utils.config.loading import with_changes
 from utils.config.options import Options
 from utils.files import find_checkpoints
 from utils.training.launch import is_rank_zero
@@ -98,6 +99,14 @@ def require_ppap(options: Options, *, flag: str) -> None:
             raise UserError(f"{key} is {name}, must be ppap with {flag}")
 
 
+def with_any_classes(options: Options) -> Options:
+    """The options, with two classes if their number is unknown, for what depends on features alone."""
+    from dataset import known_labels
+
+    unknown = known_labels(options.dataset) is None
+    return with_changes(options, {"dataset.n_classes": 2}) if unknown else options
+
+
 def study_sets(options: Options, arguments: Namespace) -> Any:
     """--measure-sets compares the propagated sets with the labels; --explain plots those of one anchor."""
     from dataset import build_data
@@ -108,6 +117,7 @@ def study_sets(options: Options, arguments: Namespace) -> Any:
 
     flag = "--measure-sets" if arguments.measure_sets else "--explain"
     require_ppap(options, flag=flag)
+    options = options if arguments.measure_sets else with_any_classes(options)
     data, folder = build_data(options, train=False), results_folder(options)
     module = build_module(options, data.labels)
     if arguments.measure_sets:
@@ -131,7 +141,8 @@ def write_explorer(options: Options, arguments: Namespace) -> Path:
     if (loss := options.training_coeff.loss) != "ppap":
         raise UserError(f"training_coeff.loss is {loss}, must be ppap with --explore")
     page, predictor = Path(arguments.out), None
-    data = build_data(options, train=False) if arguments.explore.isdecimal() else None
+    indexed = arguments.explore.isdecimal()
+    data = build_data(with_any_classes(options), train=False) if indexed else None
     labels = data.labels if data else known_labels(options.dataset)
     if arguments.checkpoint:
         how = {"opt": options, "labels": labels, "device": device_name(options)}

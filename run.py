@@ -18,7 +18,7 @@ from utils.errors import Interrupted, exit_on_signals
 if __name__ == "__main__":  # before the imports that take time
     exit_on_signals()
 
-from eval import evaluate, require_ppap, results_folder
+from eval import evaluate, require_ppap, results_folder, with_any_classes
 from utils.config.cli import Job, guarded, parse_arguments, plan_jobs, print_options
 from utils.config.loading import with_changes
 from utils.config.options import FROZEN, Options
@@ -130,15 +130,14 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
 
 def suggest_boundaries(options: Options) -> dict[str, Any]:
     """--suggest: estimates the boundaries of propagation, without labels; returns suggest.json's content."""
-    from dataset import build_data, known_labels
+    from dataset import build_data
     from model import build_module
     from model.suggest import suggest
     from utils.plots.tables import suggestion_table
 
     require_ppap(options, flag="--suggest")
-    if known_labels(options.dataset) is None:  # features do not depend on the number of classes
-        options = with_changes(options, {"dataset.n_classes": 2})
-    data, folder = build_data(options), Path(options.output_dir) / options.wandb.name / "suggest"
+    options, folder = with_any_classes(options), Path(options.output_dir) / options.wandb.name / "suggest"
+    data = build_data(with_changes(options, {"dataloader.batch_size": options.trainer.world_size}))
     result = suggest(build_module(options, data.labels), data, folder=folder)
     print(f"\n{suggestion_table(result)}\n\nresults: {folder}")
     return result

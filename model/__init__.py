@@ -105,7 +105,7 @@ def _check_channels(options: Options, *, n_classes: int, asked: int, found: int)
 def load_segmenter(
     checkpoint: str | Path,
     *,
-    opt: str | Options | None = None,
+    opt: str | Path | Options | None = None,
     labels: LabelSpace | None = None,
     trust_plugins: bool = False,
     **arguments: Any,
@@ -120,8 +120,8 @@ def load_segmenter(
         trust_plugins: whether to run the Python files that the checkpoint's options name.
         arguments: `device`, `res`, `head`, `crf` and `tile` of `Predictor`.
     """
-    if isinstance(opt, str):
-        opt = load_options(find_option_file(opt))
+    if isinstance(opt, (str, Path)):
+        opt = load_options(find_option_file(str(opt)))
     loaded = open_checkpoint(str(checkpoint), (opt or Options()).output_dir)
     about = loaded.about
     opt = opt or _stored_options(loaded, trust_plugins=trust_plugins)

@@ -123,8 +123,11 @@ def _published_state(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
     state = {}
     for part, prefixes in PUBLISHED.items():
         for name, value in checked_state(content[part], f"{path}: {part}").items():
+            name = name.removeprefix("module.")  # of DataParallel
             prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
             state[prefixes.get(prefix, "") + name.removeprefix(prefix)] = value
+    if not any(name.startswith("segmenter.head.") for name in state):
+        raise UserError(f"{path}: has no parameter decoder.*, so it is not a checkpoint of PPAP")
     return state
 
 

@@ -1,6 +1,7 @@
 """The propagation of one anchor, step by step, computed as in the loss (eval.py --explain)."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def explain_image(
 
 def build_bank(data: Any, image: str, *, size: int, flag: str = "--explain") -> tuple[Tensor, list[str]]:
     """An image and up to `size - 1` others spread over its split, (B, 3, H, W) uint8, and their names."""
-    split = data.example_split()
+    split = replace(data.example_split(), hides_labels=True)
     names = [split.name(index) for index in range(len(split))]
     if image.isdecimal() and int(image) < len(split):
         first, image = split[int(image)].image, names[int(image)]

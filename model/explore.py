@@ -77,10 +77,19 @@ def open_photographs(path: Path, options: Options, *, size: int) -> tuple[Tensor
     count = min(size, len(found))
     if count < len(found):
         print(f"{path}: showing {count} of {len(found)} images, see dataloader.batch_size")
-    chosen = [found[number * len(found) // count] for number in range(count)]
     geometry = Geometry(options.dataset.val_res, "center", options.dataset.interpolation)
-    pixels = [np.asarray(geometry(open_image(file), None)[0]) for file in chosen]  # (H, W, 3) each
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), list(map(printable, chosen))
+    pixels, names = [], []
+    for file in (found[number * len(found) // count] for number in range(count)):
+        try:
+            pixels.append(np.asarray(geometry(open_image(file), None)[0]))  # (H, W, 3)
+            names.append(printable(file))
+        except UserError as error:
+            if not options.dataset.skip_damaged:
+                raise UserError(f"{error}; dataset.skip_damaged=true skips all damaged files") from None
+            print(f"{error}; skipped")
+    if not pixels:
+        raise UserError(f"--explore is {path}: none of its images is readable")
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), names
 
 
 def _labels(split: Any, names: Sequence[str]) -> Tensor:
@@ -106,8 +115,10 @@ def write_page(
     options: Options,
 ) -> None:
     """Writes a page of at most `MAX_BYTES` for the bank (N, D) of images (B, 3, H, W) uint8."""
-    (height, width), (count, dim) = grid, bank.shape
+    (height, width), (count, dim), chosen = grid, bank.shape, options.training_coeff
+    coarse = all(round(edge, 2) == edge for edge in (chosen.initialcrit_pos, chosen.initialcrit_amb))
     content = {
+        "step": 0.01 if coarse else 0.001,  # of the sliders of both boundaries
         "grid": grid,
         "anchor": height // 2 * width + width // 2,
         "pictures": [(Path(name).name, _jpeg(image)) for name, image in zip(names, images, strict=True)],

@@ -126,6 +126,18 @@ def test_read__a_published_part_of_the_wrong_form_is_named(tmp_path):
         read_checkpoint(tmp_path / "ckpt.pth")
 
 
+def test_read__a_published_checkpoint_of_another_method_or_of_dataparallel(tiny_options, tmp_path):
+    path = exported(build_module(tiny_options(), LABELS), tmp_path / "ckpt.pth")
+    content, expected = torch.load(path, weights_only=True), read_checkpoint(path).state
+    net = content["net_model_state_dict"]
+    torch.save(content | {"net_model_state_dict": {f"module.{name}": net[name] for name in net}}, path)
+    assert read_checkpoint(path).state.keys() == expected.keys()
+    others = {name.replace("decoder", "cluster1"): net[name] for name in net}
+    torch.save(content | {"net_model_state_dict": others}, path)
+    with pytest.raises(UserError, match=r"no parameter decoder\.\*"):
+        read_checkpoint(path)
+
+
 def test_export__writes_to_a_file_alone(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", Path(os.devnull)):

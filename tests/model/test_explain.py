@@ -145,6 +145,15 @@ def test_bank__a_file_takes_the_geometry_of_the_split(photographs, tmp_path):
     assert images[0].min() == 255
 
 
+def test_command__needs_no_number_of_classes(photographs, tiny_file, tmp_path):
+    photographs(train=0, val=3)
+    path = tiny_file(dataset__data_type="directory", dataset__data_path=str(tmp_path))
+    (found,) = evaluation.main(["--opt", path, "--explain", "1"])
+    assert found["images"] == 3
+    page = str(tmp_path / "page.html")
+    evaluation.main(["--opt", path, "--explore", "1", "--out", page])
+
+
 def test_command__writes_figures_and_numbers(tiny_file, tmp_path, capsys):
     path = tiny_file(checkpoint="nowhere", training_coeff__prop_iter=1)
     (found,) = evaluation.main(["--opt", path, "--explain", "5", "--patch", "3,0"])

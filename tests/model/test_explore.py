@@ -114,6 +114,14 @@ def test_command__photographs_without_a_data_set(photographs, tiny_file, tmp_pat
     assert list(content_of(page)["layers"]) == ["sets"]
     evaluation.main(["--opt", path, "--explore", str(photographs / "5.png"), "--out", str(page)])
     assert content_of(page)["features"]["count"] == 16
+    (photographs / "0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"0\.png: not a readable image .* dataset\.skip_damaged=true"):
+        evaluation.main(["--opt", path, "--explore", str(photographs), "--out", str(page)])
+    words = ["dataset.skip_damaged=true", "training_coeff.initialcrit_pos=0.977"]
+    evaluation.main(["--opt", path, "--explore", str(photographs), "--out", str(page), *words])
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r'data-name="(.*?)"', text) == ["1.png", "3.png", "4.png"]
+    assert 'max="1" step="0.001"' in text
 
 
 def test_command__checkpoint_adds_clusters(photographs, tmp_path):

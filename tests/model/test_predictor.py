@@ -156,7 +156,8 @@ def test_published__needs_options_and_has_cluster_numbers(module, checkpoint, tm
     export(Checkpoint(checkpoint, module.state_dict(), {}), path := tmp_path / "ckpt.pth")
     with pytest.raises(UserError, match="opt="):
         load_segmenter(path)
-    found = load_segmenter(path, opt=module.options)
+    (options := tmp_path / "options.json").write_text(json.dumps(as_tree(module.options)))
+    found = load_segmenter(path, opt=options)
     assert found.names == ["cluster 0", "cluster 1", "cluster 2"]
     assert np.array_equal(ASSIGNMENT[found(photo(50, 40))], load_segmenter(checkpoint)(photo(50, 40)))
     linear = load_segmenter(path, opt=module.options, labels=LABELS, head="linear")

@@ -21,7 +21,7 @@ def draw_suggestion(path: Path, result: dict[str, Any], curves: dict[str, np.nda
     """
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.6), layout="constrained")
     phi, psi = result["initialcrit_pos"], result["initialcrit_amb"]
-    about = f"{result['images']} images, {result['patches']:,} patches, no labels"
+    about = f"{result['images']} train items, {result['patches']:,} patches, no labels"
     figure.suptitle(rf"Suggested boundaries: $\Phi_0$ = {phi}, $\Psi_0$ = {psi}" + f"\n{about}", fontsize=13)
     _draw_similarities(axes[0, 0], result, curves)
     _draw_estimates(axes[0, 1], result, curves)

@@ -1,6 +1,7 @@
 """Reads and writes `torch.save` files: integrity-checked, without executing code, atomic."""
 
 import pickle
+import re
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -18,7 +19,7 @@ SAFE_GLOBALS = [  # published checkpoints contain them; NumPy 1 and 2 differ in 
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),
     np.dtype,
-    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
+    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_)),
 ]
 
 
@@ -43,6 +44,8 @@ def unreadable(path: Path, kind: str, error: Exception) -> UserError:
     reason = f"{type(error).__name__}: {first_line(error)}"
     if isinstance(error, pickle.UnpicklingError):
         reason = "damaged, or it contains more than tensors and plain containers"
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"it contains {found[1]}, must contain only tensors and plain containers"
     return UserError(f"{path}: not a readable {kind} ({reason}); download or write it again")
 
 

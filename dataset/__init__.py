@@ -54,7 +54,7 @@ def register_data_set(
     """Makes your own data set available as `dataset.data_type=<name>`.
 
     Args:
-        name: a new name, or one of yours to replace it.
+        name: must not be built in; registering a name again replaces it.
         labels: from `dataset.*` to class names and colours (at most 255).
         source: from `dataset.*` and a split, "train" or "val", to its items.
         needs_folder: whether `dataset.data_path` must name a folder.

@@ -30,7 +30,7 @@ from utils.vision.labels import IGNORE
 
 
 class CropWriter(Dataset):
-    """Item i writes the missing crops of an image, in a DataLoader's worker; it is what is wrong, or ""."""
+    """Item i writes the missing crops of one image, in a worker; returns an error message, or "" if none."""
 
     def __init__(self, source: Source, folder: Path, options: DatasetOptions) -> None:
         self.source, self.folder = source, folder

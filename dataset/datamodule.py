@@ -29,7 +29,7 @@ from utils.vision.transforms import Geometry
 class SegmentationDataModule(LightningDataModule):
     """Train (unless `train` is false) and validation data, opened before any weights are loaded.
 
-    Without validation images, some train images take their place, without labels: to see what is found.
+    Without validation images, a few train images, without labels, are used instead to show the clusters.
     `train_labelled` and `validation_labelled` say whether there are labels for the linear probe and metrics,
     `damaged` has an error message per skipped item.
     """

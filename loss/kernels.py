@@ -1,4 +1,4 @@
-"""What a GPU computes fast: products on tensor cores, and elementwise functions in few passes over memory."""
+"""Operations that are fast on a GPU: products on tensor cores, and fused elementwise functions."""
 
 from collections.abc import Callable
 from functools import cache, wraps
@@ -23,7 +23,7 @@ def matmul(a: Tensor, b: Tensor, *, out: Tensor | None = None, beta: float = 0, 
 def operands(rows: Tensor, products: str, *, left: bool = False) -> Tensor:
     """Unit vectors (N, D) float32 as the right or left operand of `PPAPLoss.products`.
 
-    "split" gives (N, 3 D) float16: lo.hi + hi.lo + hi.hi, as a large sum would round the small terms off.
+    "split" gives (N, 3 D) float16: lo.hi + hi.lo + hi.hi; a large sum would absorb small terms added later.
     """
     if products != "split":
         return rows.half() if products == "float16" else rows

@@ -25,7 +25,7 @@ class OwnLoss(nn.Module):
         self.drawn = any(each.name == "generator" or each.kind == each.VAR_KEYWORD for each in known)
 
     def forward(self, z: Tensor, features: Tensor, *, generator: torch.Generator) -> Any:
-        """Loss and statistics; raises a UserError if the loss is no scalar with a gradient."""
+        """Loss and statistics; raises a UserError if the loss is not a differentiable scalar."""
         found = self.loss(z, features, **({"generator": generator} if self.drawn else {}))
         # without statistics of sets
         output = SimpleNamespace(loss=found, statistics=dict) if isinstance(found, Tensor) else found
@@ -42,7 +42,7 @@ def register_loss(name: str, build: Callable[[Options], Callable[..., Any]]) -> 
     """Makes your own loss available as `training_coeff.loss=<name>`.
 
     Args:
-        name: a new name, or one of yours to replace it.
+        name: must not be built in; registering a name again replaces it.
         build: takes all options, returns a function or module of z (N, D), the criterion features
             (B, D, h, w) and, if it has such a parameter, `generator`. It returns the loss, () with a
             gradient in z, or a `PPAPLossOutput`.

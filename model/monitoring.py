@@ -11,7 +11,7 @@ from utils.errors import NotFinite, listed
 from utils.training.device import peak_memory_gib
 from utils.training.launch import is_rank_zero
 
-# Sets beyond these shares teach nothing: of the bank, and of the anchors.
+# Training learns nothing beyond these shares: of the bank, and of the anchors without a positive.
 MOST_POSITIVES, LEAST_NEGATIVES, MOST_ALONE = 0.5, 0.01, 0.5
 
 
@@ -60,8 +60,8 @@ class NonFiniteGuard:
 class SetWatch:
     """Warns if PPAP's sets are so unbalanced that training learns nothing.
 
-    Checks the means over the first ten logged steps, or a quarter of them if these are fewer: as the sets
-    depend on frozen features, they stay as they are.
+    Checks the means over the first ten logged steps, or a quarter of them if these are fewer: the sets depend
+    on frozen features and do not change later.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class SetWatch:
         problems += [f"{alone:.0%} of the anchors have no positive"] if alone > MOST_ALONE else []
         if problems and is_rank_zero():
             print(
-                f"\nwarning: training hardly learns: {', '.join(problems)} (means over {self._count} logged "
+                f"\nwarning: training will learn little: {', '.join(problems)} (over {self._count} logged "
                 "steps). Adapt training_coeff.initialcrit_pos and training_coeff.initialcrit_amb to the "
                 "backbone's similarities: run.py --suggest estimates them without labels; eval.py --explain "
                 "and, with labels, --measure-sets show the sets",

@@ -149,7 +149,7 @@ class Predictor:
         if math.prod(self.module.segmenter.grid(image)) <= MAX_PASS:
             return None
         if not self._announced:
-            print(f"images above {MAX_PASS:,} patches are tiled, above {MAX_PATCHES:,} reduced; see --tile")
+            print(f"images above {MAX_PASS:,} patches are tiled, above {MAX_PATCHES:,} shrunk; see --tile")
         self._announced = True
         return side
 
@@ -227,8 +227,8 @@ def predict_folder(
 ) -> dict[str, Any]:
     """Writes masks of one photograph or of a folder, at the paths of `result_files`.
 
-    The folder `out` also gets overlays, legend.png, index.html, which shows them all, and legend.json, whose
-    content is returned: `ids`, `images` (a count), `left_out` (messages). `names` is the value of --names.
+    The folder `out` also gets overlays, legend.png, an index.html that shows them all, and legend.json.
+    Returns legend.json's content: `ids`, `images` (a count), `left_out` (messages). `names`: see --names.
 
     Masks that an earlier call with the same network and settings wrote are kept.
 

@@ -19,7 +19,7 @@ from utils.vision.labels import IGNORE, LabelSpace
 
 
 def run_summary(module: PPAPModule, data: Any, trainer: Trainer, *, folder: Path) -> str:
-    """Five lines about a run that starts."""
+    """Five-line summary of a run, printed before training."""
     options, spec = module.options, module.segmenter.backbone.spec
     arch = " ".join(filter(None, (options.model.arch, options.model.name)))
     labels = "labels" if data.train_labelled else "no labels"
@@ -91,7 +91,7 @@ def class_maps(prediction: Prediction, labels: LabelSpace, plain: Evaluation) ->
 
 @contextmanager
 def errors_as_warnings(what: Path | str) -> Iterator[None]:
-    """Prints an error of a file that a run can do without, or of wandb, in one line."""
+    """Reports errors of optional files and of wandb as one-line warnings."""
     try:
         yield
     except Exception as error:  # of matplotlib, Pillow, wandb and the disk

@@ -86,7 +86,7 @@ class BlockOutput(NamedTuple):
 
 
 class BlockSegmenter(Segmenter):
-    """PPAP's: the head is a copy of the backbone's last block, weights included; and a projection.
+    """PPAP's network: a head that copies the backbone's last block, weights included, and a projection.
 
     Its code always has the backbone's width.
     """
@@ -124,7 +124,7 @@ class TwoBranchHead(nn.Module):
 
 
 class BranchSegmenter(Segmenter):
-    """STEGO's and HP's: a head of two branches reads the criterion features; the code has K channels."""
+    """STEGO's and HP's network: a two-branch head reads the criterion features; the code has K channels."""
 
     def __init__(self, backbone: Backbone, code_dim: int, *, compile: bool = False) -> None:
         super().__init__(backbone, code_dim=code_dim, compile=compile)

@@ -1,14 +1,14 @@
 """Suggests Phi_0, Psi_0 and a number of clusters from frozen features, without labels (run.py --suggest).
 
-*Precision* above a similarity, the share of an anchor's positives that have its class, is judged by k-means:
-the share that lies in its cluster, mean over anchors, divided by that of adjacent patches as similar. These
-have one class nine times out of ten on CamVid, so the quotient corrects for classes that consist of several
-clusters. Fine partitions understate precision, coarse ones overstate it; the mean over 24 to 40 clusters was
-within 10 points of the labels' on CamVid and on synthetic scenes. If the similarities of random patches have
-two modes, precision is at least that beyond the valley between them.
+*Precision* above a similarity, the share of an anchor's positives that have its class, is estimated with
+k-means: the share in the anchor's cluster, mean over anchors, divided by that of equally similar adjacent
+patches. Adjacent patches share a class nine times out of ten on CamVid, so the quotient corrects for classes
+that consist of several clusters. Fine partitions underestimate precision, coarse ones overestimate it; the
+mean over 24 to 40 clusters was within 10 points of the labels' on CamVid and on synthetic scenes. If the
+similarities of random patches are bimodal, the valley between the modes gives a lower bound of precision.
 
-*Recall*, the share of the pairs of one class above a similarity, is that of the pairs that partitions into 3
-to 6 clusters put together. These are compact, so it is overstated if classes are diverse.
+*Recall*, the share of same-class pairs above a similarity, is that of same-cluster pairs in partitions into
+3 to 6 clusters. These are compact, so recall is overestimated if classes are diverse.
 
 The targets, a precision and a recall of 80%, were chosen once, on train images, because they reproduce what
 was chosen with labels on CamVid, Phi_0 = 0.8 and Psi_0 = 0.3.

@@ -50,7 +50,7 @@ def register_backbone(name: str, build: Callable[[Options], Backbone]) -> None:
     """Makes your own backbone available as `model.arch=<name>`.
 
     Args:
-        name: a new name, or one of yours to replace it.
+        name: must not be built in; registering a name again replaces it.
         build: takes all options, returns a `FrozenViT` or another `Backbone`; if
             `model.pretrained.pretrained_weights` is set, they are loaded into it afterwards.
     """

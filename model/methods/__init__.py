@@ -35,7 +35,7 @@ def register_method(
     """Makes your own method available as `method=<name>`.
 
     Args:
-        name: a new name, or one of yours to replace it.
+        name: must not be built in; registering a name again replaces it.
         method: takes all options and the network, returns a `Method`.
         segmenter: takes the backbone, `model.dim` and `compile`, returns the network: `BlockSegmenter`,
             `BranchSegmenter` or a `Segmenter` of your own.

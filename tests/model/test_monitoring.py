@@ -30,4 +30,4 @@ def test_degenerate_sets__are_reported_once_after_a_quarter(found, words, capsys
 def test_degenerate_sets__all_positive_is_reported_by_a_run(tiny_file, capsys):
     words = ["training_coeff.initialcrit_pos=-1", "training_coeff.initialcrit_amb=-1", "train.print_freq=1"]
     run.main(["--opt", tiny_file(), *words, "eval.is_crf=false"])
-    assert capsys.readouterr().out.count("warning: training hardly learns") == 1
+    assert capsys.readouterr().out.count("warning: training will learn little") == 1

@@ -25,8 +25,8 @@ from utils.files import read_json_object
 from utils.training.launch import is_rank_zero, process_index, started_by_lightning
 from utils.training.stopping import end_with_parent
 
-EXPLORE = """write a page on which any patch can be the anchor: of an image, of up to 16 images of a folder,
-or for an index of the bank of --explain, with labels; --checkpoint adds clusters"""
+EXPLORE = """write an interactive page for any anchor; PATH is an image, a folder (at most 16 images shown)
+or an index as for --explain, with labels; --checkpoint adds clusters"""
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG)
 QUOTING = """must be key=value or key=a,b,c, no spaces around =; quote other values twice: 'key="a, b"'"""
 NEEDED_BY = dict.fromkeys(("flat", "res", "head", "crf", "tile", "names"), ("images",))
@@ -93,7 +93,7 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-plugins", **trust)
     command = parser.add_mutually_exclusive_group().add_argument
     command("--measure-sets", action="store_true", help="compare positives and negatives with labels")
-    command("--explain", metavar="IMAGE", **path, help="plot an anchor of an image: a file or an index")
+    command("--explain", metavar="IMAGE", **path, help="plot the propagation of an anchor; file or index")
     command("--explore", metavar="PATH", **path, help=EXPLORE)
     command("--images", metavar="PATH", **path, help="write masks of an image or of a folder")
     command("--export", metavar="FILE", **path, help="write the checkpoint in the published format")
@@ -103,7 +103,7 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     flag("--out", metavar="PATH", **path, help="folder for masks and index.html; with --explore the page")
     flag("--flat", action="store_true", help="write <name>.png instead of a folder for each image")
     flag("--res", type=int, help="pixels of the shorter side; default: dataset.val_res")
-    flag("--head", choices=("cluster", "linear"), help="default: cluster")
+    flag("--head", choices=("cluster", "linear"), help="probe to use; default: cluster")
     flag("--crf", action="store_true", help="refine masks with the CRF of eval.crf_backend")
     flag("--tile", type=int, help="split large images into overlapping tiles of this size")
     flag("--names", help='names for the legend: "0=road,1=car", or a JSON file')

@@ -150,7 +150,7 @@ class DatasetOptions(_Section):
 class _Dataloader(_Section):
     batch_size: int = option(64, "images per training step, summed over all devices", ge=1)
     val_batch_size: int | None = option(
-        None, "images per validation batch of training, on each device; null: 8, on CUDA 32", ge=1
+        None, "images per device and batch in validations during training; null: 8, or 32 on CUDA", ge=1
     )
     num_workers: int = option(8, "data loading processes per device; does not change results", ge=0)
 
@@ -161,10 +161,10 @@ class _Coefficients(_Section):
     prop_iter: int = option(2, "T, number of propagation steps", ge=0)
     sigma_pos: Number = option(3.0, "damping of the Phi update; inf keeps Phi fixed", gt=0)
     sigma_amb: Number = option(3.0, "damping of the Psi update; inf keeps Psi fixed", gt=0)
-    trainpatchsplit: int = option(16, "a group of s patches gives s // trainpatchsplit anchors", ge=1)
+    trainpatchsplit: int = option(16, "patches per anchor; a group has at least one anchor", ge=1)
     tau: Number = option(0.8, "temperature", gt=0, le=1e6)
     loss: Loss = option("ppap", "loss")
-    group_size: int = option(784, "consecutive patches that anchors are drawn from together", ge=1)
+    group_size: int = option(784, "consecutive patches per group, which has its own anchors", ge=1)
     chunk_size: int | None = option(None, "anchors per block of similarities; null: automatic", ge=1)
     similarity_dtype: Literal["float32", "float16"] = option("float32", "dtype of the similarities' operands")
     products: Literal["float32", "split", "float16"] = option(
@@ -173,15 +173,15 @@ class _Coefficients(_Section):
 
 
 class _Stego(_Section):
-    weight_self: Number = option(0.67, "lambda of an image and itself; published: pos_intra_weight")
-    weight_knn: Number = option(0.25, "lambda of an image and a neighbour; published: pos_inter_weight")
-    weight_rand: Number = option(0.63, "lambda of an image and random ones; published: neg_inter_weight")
-    shift_self: Number = option(0.08, "b of an image and itself; published: pos_intra_shift")
-    shift_knn: Number = option(0.02, "b of an image and a neighbour; published: pos_inter_shift")
-    shift_rand: Number = option(0.66, "b of an image and random ones; published: neg_inter_shift")
+    weight_self: Number = option(0.67, "lambda of self pairs; published as pos_intra_weight")
+    weight_knn: Number = option(0.25, "lambda of neighbour pairs; published as pos_inter_weight")
+    weight_rand: Number = option(0.63, "lambda of random pairs; published as neg_inter_weight")
+    shift_self: Number = option(0.08, "b of self pairs; published as pos_intra_shift")
+    shift_knn: Number = option(0.02, "b of neighbour pairs; published as pos_inter_shift")
+    shift_rand: Number = option(0.66, "b of random pairs; published as neg_inter_shift")
     pointwise: bool = option(True, "centre the correspondences of each point")
     zero_clamp: bool = option(True, "clamp negative correspondences of the code to 0")
-    stabilize: bool = option(False, "clamp correspondences of the code to at most 0.8; published: stabalize")
+    stabilize: bool = option(False, "clamp correspondences of the code to at most 0.8 (stabalize)")
     feature_samples: int = option(11, "S, samples per side: S x S points of each image", ge=1)
     neg_samples: int = option(5, "number of random images for each image", ge=1)
     num_neighbors: int = option(7, "number of nearest neighbours to draw from", ge=1)
@@ -191,14 +191,14 @@ class _Stego(_Section):
 
 
 class _HP(_Section):
-    rho: Number = option(0.02, "probability that a patch is in the denominators", gt=0, le=1)
-    alpha: Number = option(0.05, "weight of the consistency of two colour views; 0: no second view", ge=0)
+    rho: Number = option(0.02, "probability that a patch is added to the denominators", gt=0, le=1)
+    alpha: Number = option(0.05, "weight of the consistency loss; 0: no second colour view", ge=0)
     pool_size: int = option(2048, "M, entries of the reference pools, a multiple of the batch size", ge=1)
-    ema_m: Number = option(0.99, "momentum of the averaged head", ge=0, le=1)
-    warmup: int = option(1000, "steps before task-specific positives count", ge=0)
+    ema_m: Number = option(0.99, "momentum of the EMA of the head", ge=0, le=1)
+    warmup: int = option(1000, "steps before task-specific positives are used", ge=0)
     renew_interval: int = option(100, "steps between renewals of the task-specific pool", ge=1)
     reweighting: bool = option(True, "weight anchors by their number of positives")
-    published_colour: bool = option(False, "change the colours of normalised images, clamped to [0, 1]")
+    published_colour: bool = option(False, "jitter colours after normalisation, then clamp to [0, 1]")
 
 
 class _Pretrained(_Section):
@@ -208,7 +208,7 @@ class _Pretrained(_Section):
     depth: int | None = option(None, "use only the first `depth` blocks; null: all (vit: 4)", ge=2)
     dim: int | None = option(None, "vit: width; null: model.dim", ge=1)
     heads: int = option(3, "vit: number of attention heads", ge=1)
-    native_res: int | None = option(None, "vit: pixels of the position embedding; null: res", ge=1)
+    native_res: int | None = option(None, "vit: image size of the position embedding; null: res", ge=1)
     pretrained_weights: PathName | None = option(None, "local weights file; null: the official weights")
 
 
@@ -218,12 +218,12 @@ class _Model(_Section):
     continuous: bool = option(True, "true: the code has `dim` channels; false: one channel per class")
     dim: int = option(384, "channels of the code: D, the backbone's width; stego and hp: K, any number", ge=1)
     extra_clusters: int = option(0, "clusters beyond the number of classes", ge=0)
-    criterion_dropout: Number = option(0.1, "dropout of features; stego, hp: in the head too", ge=0, le=0.99)
+    criterion_dropout: Number = option(0.1, "channel dropout of f; stego, hp: of the head too", ge=0, le=0.99)
     pretrained: _Pretrained = _Pretrained()
 
 
 class _ProbeOptimizer(_Section):
-    name: Literal["adam", "adamw"] = option("adam", "adam: no weight decay")
+    name: Literal["adam", "adamw"] = option("adam", "optimizer; adam ignores weight_decay")
     lr: Number = option(1e-3, "learning rate, constant", ge=0, le=1e6)
     weight_decay: Number = option(0.0, "decoupled weight decay, also of biases and norms", ge=0, le=1e6)
 
@@ -233,7 +233,7 @@ class _ClusterOptimizer(_ProbeOptimizer):
 
 
 class _NetOptimizer(_ProbeOptimizer):
-    name: Literal["adam", "adamw"] = option("adamw", "adam: no weight decay")
+    name: Literal["adam", "adamw"] = option("adamw", "optimizer; adam ignores weight_decay")
 
 
 class _Optimizers(_Section):
@@ -249,11 +249,11 @@ class TrainOptions(_Section):
     max_steps: int | None = option(None, "stop after this many steps; null: after the epochs", ge=1)
     print_freq: int = option(25, "steps between logged scalars", ge=1)
     valid_freq: int = option(100, "steps between validations, in addition to the end of each epoch", ge=1)
-    checkpoint_every: Interval = option("15 min", "interval; each validation saves one too")
+    checkpoint_every: Interval = option("15 min", "checkpoint interval; each validation also saves one")
     skip_nonfinite: bool = option(False, "skip and count steps with a non-finite loss instead of stopping")
-    grad_norm: Number = option(10.0, "clips the gradient norm of the head and of PPAP's projection", gt=0)
+    grad_norm: Number = option(10.0, "maximum gradient norm of the head and PPAP's projection", gt=0)
     precision: Literal["auto", "fp16", "bf16", "fp32"] = option("auto", "auto: fp16 on CUDA, fp32 elsewhere")
-    compile: bool = option(False, "torch.compile backbone and head; runs eagerly if that fails")
+    compile: bool = option(False, "apply torch.compile to backbone and head; eager if that fails")
     deterministic: bool = option(False, "CUDA: deterministic operations only, which are slower")
     seed: int = option(0, "random seed", ge=0, le=2**32 - 1)
     frozen: bool = option(False, "the same as `method=frozen` (`--frozen`)")
@@ -298,14 +298,14 @@ class Options(_Section):
     """All options of a run."""
 
     method: MethodName = option("ppap", "training method; frozen: baseline, the head is never updated")
-    gpu_ids: list[int] = option([0], "CUDA devices; [0]: the first `trainer.devices`")
-    output_dir: PathName = option("./output/", "folder that holds the runs' folders")
+    gpu_ids: list[int] = option([0], "CUDA device indices; [0]: the first `trainer.devices` GPUs")
+    output_dir: PathName = option("./output/", "parent folder of all runs")
     checkpoint: PathName = option("", "checkpoint file, folder or name of a run (`--checkpoint`)")
     plugins: list[str] = option(
         [], "your own Python files that register data sets, backbones, losses or methods"
     )
     resume: Literal["auto", None] = option(None, "auto: continue from the last checkpoint (`--resume`)")
-    resume_on_other_data: bool = option(False, "continue a run whose data changed since it was stopped")
+    resume_on_other_data: bool = option(False, "resume even if the data changed since the run was started")
     wandb: WandbOptions = WandbOptions()
     dataset: DatasetOptions = DatasetOptions()
     dataloader: _Dataloader = _Dataloader()

@@ -22,7 +22,7 @@ def load_plugins(flat: dict[str, Any], *, trusted: bool) -> None:
     """Runs the plugins of flat options, each file once in a process.
 
     Raises:
-        UserError: a file is missing, or would have to run although nobody asked for it.
+        UserError: a file is missing or not trusted.
     """
     names = flat.get("plugins", [])
     for name in names if isinstance(names, list) else ():
@@ -30,7 +30,7 @@ def load_plugins(flat: dict[str, Any], *, trusted: bool) -> None:
         if name in _loaded:
             continue
         if not path.is_file():
-            raise UserError(f"plugins: {name}: no such file; paths in a file are relative to it")
+            raise UserError(f"plugins: {name}: no such file; paths in an option file are relative to it")
         if not trusted:
             hint = "if you trust this file, add --trust-plugins, or trust_plugins=True in Python"
             raise UserError(f"plugins: the checkpoint needs the Python file {name}; {hint}")

@@ -152,11 +152,11 @@ def suggestion_table(result: dict[str, Any]) -> str:
     rows = [[str(t), *(percent(row[key]) for key in keys)] for t, row in enumerate(result["shares"])]
     precision, recall = percent(result["precision"]), percent(result["recall"])
     lines = [
-        f"percent of a batch's patches; {result['images']} images, no labels",
+        f"percent of a batch's patches; {result['images']} train items, no labels",
         text_table(["t", *keys], rows),
         "",
         f"Phi_0 = {result['initialcrit_pos']}: about {precision}% of the positives have the anchor's class",
-        f"Psi_0 = {result['initialcrit_amb']}: about {recall}% of the pairs of one class are more similar",
+        f"Psi_0 = {result['initialcrit_amb']}: about {recall}% of the pairs of one class are above it",
         f"number of clusters: {clusters or 'none of 2 to 64 is clearly stable'}",
         *(f"warning: {warning}" for warning in result["warnings"]),
         f"add to the command line:\n  {result['words']}",

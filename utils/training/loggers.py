@@ -72,9 +72,9 @@ def csv_logger(folder: Path, *, step: int) -> CSVLogger:
         rows = [row for row in _logged_rows(path) if int(row["step"]) <= step]
     except FileNotFoundError:
         if step:
-            print(f"{path} is gone; logging starts anew")
+            print(f"{path} is missing; starting a new one")
     except (ValueError, KeyError, csv.Error):
-        print(f"{path} is not as it was written: moved to {move_aside(path)}; logging starts anew")
+        print(f"{path} is malformed: moved to {move_aside(path)}; starting a new one")
     logger = CSVLogger(folder.parent, name=folder.name, version="")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning warns that it replaces the file

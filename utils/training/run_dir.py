@@ -119,7 +119,7 @@ class RunDir:
         ]
         if differing:
             fix = "use its options, or start a new run under another wandb.name"
-            raise UserError(differing, f"{path}, the run to resume ({fix})")
+            raise UserError(differing, f"the command line, compared with {path} ({fix})")
         return {key: before[key] for key in longer}
 
     def extend(self, options: Options, longer: dict[str, int]) -> None:
@@ -177,7 +177,7 @@ class RunDir:
             sizes = f"size {before.get(name, 'none')} then, {now.get(name, 'none')} now"
             raise UserError(
                 f"{self.path}: the data changed since the run was started ({name}: {sizes}); "
-                "restore it, continue knowingly with resume_on_other_data=true, or choose another wandb.name"
+                "restore it, set resume_on_other_data=true to continue anyway, or choose another wandb.name"
             )
 
 
@@ -185,7 +185,7 @@ def _progress(content: Any, path: Path) -> Progress:
     try:
         return Progress(**content["progress"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: progress is not as it was written ({first_line(error)})") from None
+        raise UserError(f"{path}: the entry progress is invalid ({first_line(error)})") from None
 
 
 @cache

@@ -41,9 +41,10 @@ class StopSignal:
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """Installs the handlers; without PyTorch's, a killed worker is reported where its batch is awaited.
+        """Installs the handlers and resets PyTorch's SIGCHLD handler.
 
-        PyTorch's would raise the error at any moment, also while a checkpoint is written.
+        PyTorch's would raise whenever a worker is killed, even while a checkpoint is written; without it, the
+        error is raised when the worker's batch is awaited.
         """
         for signum in self._before:
             signal.signal(signum, signal.SIG_DFL if signum == signal.SIGCHLD else self._handle)

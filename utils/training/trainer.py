@@ -20,7 +20,7 @@ BAR = "{desc} {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 class ValidationSteps(Callback):
     """Validates every `valid_freq` steps of an epoch, at its end and at the end of the run.
 
-    Lightning's integer `val_check_interval` may not exceed the epoch, and skips an end it does not divide.
+    Lightning's integer `val_check_interval` may not exceed the epoch, and skips its end if it is no multiple.
     """
 
     def __init__(self, valid_freq: int) -> None:
@@ -64,7 +64,7 @@ class RunBar(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Shows loss and best score every `refresh_rate` steps; newer ones would have to be waited for."""
+        """Shows loss and best score every `refresh_rate` steps; newer values would need a GPU sync."""
         if trainer.global_step % self.refresh_rate == 0 or trainer.global_step == self._bar.total:
             self._show(trainer, pl_module)
 

@@ -60,7 +60,7 @@ def test_csv__that_was_edited_is_moved_aside(tmp_path, capsys, edited):
         assert [row["loss"] for row in csv.DictReader(file)] == ["0.25"]
     path.unlink()
     csv_logger(tmp_path, step=2)
-    assert f"{path} is gone" in capsys.readouterr().out
+    assert f"{path} is missing" in capsys.readouterr().out
 
 
 def test_wandb__without_login_is_recorded_offline(logged_out, tmp_path, tiny_options, capsys):

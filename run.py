@@ -6,6 +6,7 @@ options -> data -> network -> loss and probes -> best checkpoint -> metrics befo
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import Interrupted, exit_on_signals
+from utils.errors import Interrupted, UserError, exit_on_signals
 
 if __name__ == "__main__":  # before the imports that take time
     exit_on_signals()
@@ -91,9 +92,8 @@ def train(
 
 def train_and_evaluate(options: Options) -> dict[str, Any]:
     """One run from data to metrics.json and report.html; returns the content of metrics.json."""
-    import wandb
-
     from utils.training.device import peak_memory_gib, reset_peak_memory
+    from utils.training.loggers import finish_wandb
     from utils.training.run_dir import RunDir
     from utils.training.stopping import requeue
 
@@ -124,7 +124,7 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
                 print(message)
             raise
         finally:
-            wandb.finish()  # so that the next run of a sweep gets its own
+            finish_wandb(options)  # so that the next run of a sweep gets its own
     return result
 
 
@@ -190,6 +190,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
     planned, finished, rows, done, spent = [planned_runs(job) for job in jobs], [], [], 0, 0.0
     total = sum(map(len, planned))
+    if total > 1 and "WANDB_RUN_ID" in os.environ:  # as in a trial of `wandb agent`
+        fix = "unset it or, for a run and its baseline, set train.compare_frozen=false"
+        raise UserError(f"WANDB_RUN_ID is set, so wandb would merge the {total} runs of this command; {fix}")
     for job, runs in zip(jobs, planned, strict=True):
         results = {}
         for options in runs:

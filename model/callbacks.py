@@ -21,7 +21,7 @@ from utils.plots.explain_figure import draw_explanation
 from utils.plots.figures import UNMATCHED, colour, write_strip
 from utils.plots.report import NAME, STRIPS, write_report
 from utils.plots.tables import STAGES
-from utils.training.loggers import attach
+from utils.training.loggers import attach, wandb_step
 from utils.vision.labels import IGNORE, LabelSpace
 
 PICTURES = ("predictions.png", "confusion.png", "class_iou.png", "explanation.png")
@@ -48,7 +48,8 @@ class WandbImages(Callback):
                 if pl_module.improved:
                     run.summary.update(summary_of({"step": step, "before_crf": metrics}))
                 # with the run's step: wandb would count a call without one as a step, and drop the next point
-                run.log(self._validation(pl_module) | {"iters": step}, step=step)
+                row = self._validation(pl_module) | {"iters": step}
+                run.log(row, step=wandb_step(step, validation=True))
 
     def finish(self, result: dict[str, Any], *, folder: Path, artifact: Path | None) -> None:
         """Sends the content of metrics.json, pictures, files and, if given, a checkpoint as an artifact."""

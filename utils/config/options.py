@@ -72,6 +72,14 @@ def _is_folder_name(name: str) -> bool:
     return short and name not in ("", ".", "..", TOKENS_FOLDER) and not set(name) & set("/\\\0")
 
 
+def _are_tags(tags: list[str] | None) -> bool:
+    return tags is None or all(0 < len(tag) <= 64 for tag in tags)
+
+
+def _is_run_id(run_id: str | None) -> bool:
+    return run_id is None or not set(run_id) & set("/:;,#?'")
+
+
 def _is_interval(every: str | None) -> bool:
     return every is None or bool(re.fullmatch(r"(?=.*[1-9])\d+((\.\d+)? *(m|min|minutes?))?", every))
 
@@ -86,6 +94,10 @@ Number = Annotated[
     PlainSerializer(lambda value: str(value) if math.isinf(value) else value, when_used="json"),
 ]
 FolderName = Annotated[Text, Predicate(_is_folder_name), 'a folder name of at most 200 bytes, not "tokens"']
+# wandb's own rules
+Project = Annotated[Text, Predicate(lambda name: not set(name) & set("/\\#?%:")), "a name without /\\#?%:"]
+Tags = Annotated[list[str] | None, Predicate(_are_tags), "a list of strings of 1 to 64 characters or null"]
+RunId = Annotated[Text | None, Predicate(_is_run_id), "a string without /:;,#?' or null"]
 Interval = Annotated[Text | None, Predicate(_is_interval), 'steps (500), minutes ("15 min") or null']
 Arch = Annotated[Text, Predicate(ARCHS.__contains__), ARCHS]
 DataType = Annotated[Text, Predicate(DATA_TYPES.__contains__), DATA_TYPES]
@@ -117,13 +129,13 @@ class _Section(BaseModel):
 class WandbOptions(_Section):
     """Run name and logging to wandb."""
 
-    project: Text = option("PPAP", "wandb project")
+    project: Project = option("PPAP", "wandb project")
     entity: Text | None = option(None, "wandb user or team; null: your default entity")
     name: FolderName = option("ppap", "name of the run and of its folder in `output_dir`")
     mode: Literal["online", "offline", "disabled"] = option("online", "wandb mode; `--debug` sets disabled")
-    tags: list[str] | None = option(None, "wandb tags")
+    tags: Tags = option(None, "wandb tags")
     notes: Text | None = option(None, "wandb notes")
-    id: Text | None = option(None, "online: id of the wandb run to resume; null: a new run")
+    id: RunId = option(None, "online: id of the wandb run to resume; null: a new run")
     artifact: bool = option(False, "upload best.ckpt as an artifact")
 
 

@@ -20,6 +20,7 @@ from utils.files import move_aside
 from utils.training.launch import is_rank_zero
 from utils.training.run_dir import provenance
 
+LESS_THAN_ONLINE = {"offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 INIT_SECONDS, FINISH_SECONDS = 20, 600  # timeouts for wandb to reach its server, and to finish uploading
 
 
@@ -29,7 +30,15 @@ class StepWandbLogger(WandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Adds a point."""
-        self.experiment.log(dict(metrics), step=step)
+        self.experiment.log(dict(metrics), step=wandb_step(step, validation="valid_loss" in metrics))
+
+
+def wandb_step(step: int, *, validation: bool) -> int:
+    """wandb's own step, of which it ignores repeated ones: a validation that a stop cut off is not one.
+
+    The third after each training step is that of the final pictures, so that an extended run loses no point.
+    """
+    return 3 * step + validation
 
 
 def build_loggers(
@@ -38,11 +47,13 @@ def build_loggers(
     """metrics.csv and, if enabled, wandb on rank zero; no loggers on the other ranks.
 
     wandb never blocks a run: without login or network the run is recorded offline. `step` and `wandb_id` are
-    those of the resumed run; `wandb.id` takes precedence.
+    those of the resumed run; `wandb.id` takes precedence. WANDB_MODE and `wandb offline` restrict "online".
     """
     if not is_rank_zero():
         return []
     mode, run_id = options.wandb.mode, options.wandb.id or wandb_id
+    if mode == "online":
+        mode = LESS_THAN_ONLINE.get(wandb.setup().settings.mode, mode)
     loggers: list[Logger] = [csv_logger(folder, step=step)]
     if mode == "online":
         problem = "not logged in (wandb login)"
@@ -58,7 +69,8 @@ def build_loggers(
     if mode == "disabled":
         return loggers
     offline = _start_wandb(options, folder, run_id, mode="offline")
-    print(f"wandb: upload with: wandb sync {Path(offline.experiment.dir).parent}")
+    parts = Path(offline.experiment.dir).parent.with_name(f"offline-run-*-{offline.experiment.id}")
+    print(f"wandb: upload with: wandb sync {parts}")  # also those before a resume
     return [*loggers, offline]
 
 
@@ -107,6 +119,7 @@ def _start_wandb(options: Options, folder: Path, run_id: str | None, *, mode: st
         resume="allow" if run_id is not None and mode == "online" else None,
         reinit="finish_previous",
         config=as_tree(options) | provenance(),
+        job_type=options.trained_by,
         mode=mode,
         dir=str(folder),
         settings=wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, silent=True),
@@ -115,6 +128,16 @@ def _start_wandb(options: Options, folder: Path, run_id: str | None, *, mode: st
     run.define_metric("*", step_metric="iters")
     attach(run, folder, ["options.json", "provenance.json"])
     return StepWandbLogger(experiment=run)
+
+
+def finish_wandb(options: Options) -> None:
+    """Ends this run in wandb, which may still have to upload it."""
+    if options.wandb.mode == "disabled" or wandb.run is None:
+        return
+    if not wandb.run.offline:
+        folder = Path(wandb.run.dir).parent
+        print(f"wandb: uploading; if this fails: wandb sync --include-online {folder}", flush=True)
+    wandb.finish()
 
 
 def attach(run: wandb.Run, folder: Path, names: Sequence[str]) -> None:

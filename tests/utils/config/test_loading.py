@@ -93,7 +93,7 @@ TOGETHER = [
     ("train.frozen", "yes", 'is "yes", must be true or false'),
     ("gpu_ids", 3, "is 3, must be a list of whole numbers"),
     ("dataloader.batch_size", "64", 'is "64", must be a whole number, at least 1'),
-    ("wandb.tags", [1], "is [1], must be a list of strings or null"),
+    ("wandb.tags", [1], "is [1], must be a list of strings of 1 to 64 characters or null"),
     ("dataset.res", 225, "is 225, must be a multiple of model.pretrained.dino_patch_size (8)"),
 ]
 REPORTED_ONCE = [

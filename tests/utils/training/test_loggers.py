@@ -9,7 +9,7 @@ from tests.utils.wandb_file import WandbFile
 from tests.utils.wandb_server import WandbServer
 from utils.files import make_folder
 from utils.training import loggers as loggers_
-from utils.training.loggers import build_loggers, csv_logger, wandb_runs
+from utils.training.loggers import build_loggers, csv_logger, finish_wandb, wandb_runs, wandb_step
 
 
 @pytest.fixture
@@ -84,6 +84,18 @@ def test_wandb__without_network_is_recorded_offline(monkeypatch, tmp_path, tiny_
     assert list(tmp_path.rglob("run-*.wandb"))
 
 
+@pytest.mark.parametrize(("machine", "files"), [("offline", 1), ("disabled", 0)])
+def test_wandb__mode_of_the_machine_restricts_online(monkeypatch, tmp_path, tiny_options, machine, files):
+    wandb.teardown()  # which has read the mode
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_MODE", machine)
+    options = tiny_options(wandb__mode="online")
+    assert len(build_loggers(options, tmp_path)) == 1 + files
+    finish_wandb(options)
+    wandb.teardown()
+    assert len(list(tmp_path.rglob("offline-run-*/run-*.wandb"))) == files
+
+
 @pytest.fixture
 def wandb_server(monkeypatch):
     wandb.teardown()  # which has read the address
@@ -99,17 +111,22 @@ def test_wandb__continues_a_run_online(wandb_server, tmp_path, tiny_options, cap
     options = tiny_options(wandb__mode="online", wandb__tags=["a"], wandb__notes="b")
     masks = {"truth": {"mask_data": np.zeros((8, 8), np.uint8), "class_labels": {0: "road", 1: "sky"}}}
     id = None
-    for steps in ((1, 2, 3), (3, 4)):  # killed after step 3, resumed from 2
+    for steps, validations in (((1, 2, 3), ()), ((3, 4), (3, 4))):  # stopped in the validation after step 3
         loggers = build_loggers(options, tmp_path, wandb_id=id)
         (run,), id = wandb_runs(loggers), wandb_runs(loggers)[0].id
         for step in steps:
             loggers[1].log_metrics({"iters": step, "loss": step / 3}, step=step)
-        images = [wandb.Image(np.zeros((8, 8, 3), np.uint8), file_type="jpg", masks=masks, caption="one")]
-        run.log({"iters": step, "validation/predictions": images}, step=step)
-        run.finish()
-        assert f"wandb: {wandb_server.address}/me/PPAP/runs/{id}" in capsys.readouterr().out
+            if step in validations:
+                images = [wandb.Image(np.zeros((8, 8, 3), np.uint8), file_type="jpg", masks=masks)]
+                row = {"iters": step, "validation/predictions": images}
+                run.log(row, step=wandb_step(step, validation=True))
+        finish_wandb(options)
+        printed = capsys.readouterr().out
+        assert f"wandb: {wandb_server.address}/me/PPAP/runs/{id}" in printed
+        assert f"wandb sync --include-online {tmp_path}/wandb/run-" in printed
     rows = wandb_server.history(id)
-    assert [(row["iters"], row["loss"]) for row in rows] == [(step, step / 3) for step in (1, 2, 3, 4)]
+    losses = [(row["iters"], row["loss"]) for row in rows if "loss" in row]
+    assert losses == [(step, step / 3) for step in (1, 2, 3, 4)]
     assert [row["iters"] for row in rows if "validation/predictions" in row] == [3, 4]
     first = wandb_server.given[0]
     assert (first["tags"], first["notes"]) == (["a"], "b")

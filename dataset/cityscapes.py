@@ -26,7 +26,7 @@ class Cityscapes(FileSource):
 
     def __init__(self, options: DatasetOptions, split: str) -> None:
         folder, label_folder = (Path(options.data_path, name, split) for name in ("leftImg8bit", "gtFine"))
-        images = sorted(folder.glob("*/*_leftImg8bit.png"))
+        images = sorted(folder.glob("*/[!.]*_leftImg8bit.png"))
         require_files(options, images or [folder / "<city>/*_leftImg8bit.png"])
         names = [path.name.replace("_leftImg8bit", "_gtFine_labelIds") for path in images]
         targets = [label_folder / path.parent.name / name for path, name in zip(images, names, strict=True)]

@@ -54,9 +54,13 @@ class CropWriter(Dataset):
             return str(error)
         for k, box in enumerate(crop_boxes(raw.image.size, self.ratio, self.kind, index)):
             for path in self._paths(CROPS * index + k):
-                with replacing(path) as temporary:
-                    whole, kind = (label, "PNG") if path.suffix == ".png" else (raw.image, "JPEG")
-                    whole.crop(box).save(temporary, kind)
+                whole, kind = (label, "PNG") if path.suffix == ".png" else (raw.image, "JPEG")
+                try:
+                    with replacing(path) as temporary:
+                        whole.crop(box).save(temporary, kind)
+                except OSError as error:  # torch would not pass on what it holds
+                    why = f"cannot be written ({error.strerror or error}); free some space and run it again"
+                    raise UserError(f"{path}: {why}") from None
         return ""
 
     def _paths(self, number: int) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,16 +166,19 @@ def _open_train(options: DatasetOptions, kind: DataSetKind) -> tuple[Source, tup
     if not folder.is_dir():
         return kind.source(options, "train"), (ratio, crop_type)
     crops = prepared_crops(folder, kind.labels(options).n_classes)
-    try:
-        expected = CROPS * len(kind.source(options, "train"))
-    except UserError:  # the whole images were removed
-        expected = len(_stems(folder / "img/train", ".jpg"))
+    whole = None
+    with suppress(UserError):  # the whole images may be removed
+        whole = kind.source(options, "train")
+    expected = len(_stems(folder / "img/train", ".jpg")) if whole is None else CROPS * len(whole)
     if len(crops) != expected and not options.skip_damaged:
         raise UserError(
             f"{folder}: contains {len(crops):,} crops, must contain {expected:,} (five per train image, with "
             "their labels); write the missing ones with: python dataset/crop_datasets.py --opt <option file> "
-            f"--data_path {shlex.quote(options.data_path)}; or remove the folder to cut them during training"
+            f"--data_path {shlex.quote(options.data_path)}; or remove the folder, also if images were added "
+            "or removed: the crops are then cut during training"
         )
+    if whole is not None and whole.labelled and not crops.labelled:
+        raise UserError(f"{folder}: its crops have no labels, but the images do; remove it, or write it anew")
     return crops, None
 
 
@@ -192,4 +196,4 @@ def prepared_crops(folder: Path, n_classes: int) -> FileSource:
 
 def _stems(folder: Path, ending: str) -> set[str]:
     names = os.listdir(folder) if folder.is_dir() else ()
-    return {name.removesuffix(ending) for name in names if name.endswith(ending)}
+    return {stem for name in names if name.endswith(ending) and (stem := name.removesuffix(ending)).isdigit()}

@@ -68,6 +68,15 @@ def _stego(name: str, size: int, *wanted: str) -> tuple[File]:
     return (File(f"{name}.zip", STEGO, size, wanted=wanted),)
 
 
+UNPACKING = ".unpacking"  # ends the name of a file that exists while an archive is unpacked
+PUBLISHED = {  # number of images
+    ("cocostuff27", "val"): 2175,
+    ("cityscapes", "train"): 2975,
+    ("cityscapes", "val"): 500,
+    ("potsdam", "train"): 4545,
+    ("potsdam", "val"): 855,
+}
+
 # The exact sizes and SHA-256 are those in torchvision's prototype data sets. The size of the labels is from
 # COCO-Stuff's page, those of STEGO's archives are estimated from the number of pixels.
 SPLITS = ("train2017", "val2017")
@@ -127,6 +136,8 @@ def main(argv: Sequence[str] | None = None, *, targets: Mapping[str, Target] = T
         print(target.account.format(root=shlex.quote(str(root))))
         return
     try:
+        if any(root.glob(f".*{UNPACKING}")):
+            raise UserError("an archive was unpacked in part")
         lines = _check(target, root)
     except UserError:
         _obtain(target, root, mirror=arguments.mirror, keep=arguments.keep_archives)
@@ -147,8 +158,10 @@ def _check(target: Target, root: Path) -> list[str]:
     for data_type in target.data_types:
         options = DatasetOptions(data_type=data_type, data_path=str(root))
         for split in ("train", "val"):
-            source = DATA_SETS[data_type].source(options, split)
-            lines.append(f"  {data_type}, {split}: {len(source):,} images")
+            count = len(DATA_SETS[data_type].source(options, split))
+            published = PUBLISHED.get((data_type, split), count)
+            note = "" if count == published else f"; the published data set has {published:,}"
+            lines.append(f"  {data_type}, {split}: {count:,} images{note}")
     return lines
 
 
@@ -181,7 +194,9 @@ def _obtain_file(file: File, root: Path, *, mirror: str, keep: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         download(file.urls(mirror), path, sha256=file.sha256, size=file.size if file.sha256 else None)
     if file.wanted:
+        (started := path.with_name(f".{path.name}{UNPACKING}")).touch()
         extract(path, root / file.into, file.wanted)
+        started.unlink()
         if not keep:
             path.unlink()
 

@@ -16,8 +16,10 @@ from utils.errors import UserError
 from utils.vision.images import IMAGE_ENDINGS, find_images
 from utils.vision.labels import LabelSpace
 
+LABEL_FOLDERS = ("annotations", "gt", "label", "labels", "mask", "masks")
 
-class _ClassesFile(BaseModel, strict=True):
+
+class _ClassesFile(BaseModel, strict=True, extra="forbid"):
     n_classes: int | None = Field(None, ge=2, le=255)
     classes: list[str] | None = None
     ignore: int = Field(255, ge=0, le=255)
@@ -66,14 +68,22 @@ class ImageFolder(FileSource):
             raise UserError(f"dataset.data_path is {root}: {message}" + (skipped and f"; {skipped}"))
         if skipped:
             print(f"{folder}: skipped {skipped}")
+        for name in LABEL_FOLDERS if plain else ():
+            if (root / name).is_dir():
+                print(f"{root / name}: is trained on as photographs; labels belong into labels/train")
         ignore, n_classes = _read_classes(options).ignore, labels(options).n_classes
         if ignore < n_classes:
-            raise UserError(f"{root}/classes.json: ignore is {ignore}, a class id (0 to {n_classes - 1})")
+            fix = "renumber the labels from 0, or register a data set of your own"
+            raise UserError(
+                f"{root}/classes.json: ignore is {ignore}, a class id (0 to {n_classes - 1}); {fix}"
+            )
         rule = class_rule({class_id: class_id for class_id in range(n_classes)}, ignored=[ignore])
         super().__init__(images, _targets(images, folder, root / "labels" / split), rule=rule)
 
 
 def _targets(images: list[Path], folder: Path, label_folder: Path) -> list[Path | None]:
+    if images and label_folder.parent.is_dir() and not label_folder.is_dir():
+        print(f"{label_folder}: no such folder, so the images in {folder} have no labels")
     wanted = [label_folder / image.relative_to(folder).with_suffix(".png") for image in images]
     found, others = find_images(label_folder)
     present = {path.with_suffix(".png"): path for path in found if path.suffix.lower() == ".png"}

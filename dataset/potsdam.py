@@ -32,7 +32,7 @@ class Potsdam(FileSource):
         root = Path(options.data_path)
         if options.data_type == "potsdamraw":
             root /= "processed"
-            images = sorted(root.glob("imgs/*.mat"))
+            images = sorted(root.glob("imgs/[!.]*.mat"))
             found = {path.name: path for path in root.glob("gt/*.mat")}
             targets = [found.get(path.name) for path in images]
             parts = {"imgs": images, "gt": found}

@@ -83,6 +83,8 @@ def _copy(response: requests.Response, part: Path, start: int, size: int | None)
     """Writes the response body to the partial file, starting at byte `start`."""
     if not response.ok:
         raise DownloadError(f"HTTP {response.status_code} {response.reason}")
+    if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+        raise DownloadError(f"the server or a proxy compresses the file ({encoding})")
     if "text/html" in response.headers.get("Content-Type", ""):
         raise DownloadError("the server sent a web page instead of the file")
     length = response.headers.get("Content-Length")
@@ -127,6 +129,9 @@ def extract(archive: Path, folder: Path, wanted: Sequence[str]) -> None:
                 target, member.filename = folder / match[1], match[1]
                 if not target.exists() or target.stat().st_size != member.file_size:
                     opened.extract(member, folder)
+    except OSError as error:
+        error.filename = error.filename or str(target)  # a full disk has no name
+        raise
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         if target is not None:
             target.unlink(missing_ok=True)

@@ -138,6 +138,26 @@ def test_training__crops_of_other_images_are_refused(prepared, data_of):
     assert len(data_of("directory", prepared, dataset__crop_type="five").train_set) == 20
 
 
+def test_training__crops_that_lack_labels_and_files_of_other_programs(words, directory, data_of):
+    (directory / "labels").rename(directory / "later")
+    main(words(directory))
+    (directory / FOLDER / "img/train/._0.jpg").touch()  # of macOS
+    assert not data_of("directory", directory, dataset__crop_type="five").train_labelled
+    (directory / "later").rename(directory / "labels")
+    with pytest.raises(UserError, match="its crops have no labels, but the images do"):
+        data_of("directory", directory, dataset__crop_type="five")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_full_disk__names_the_file(words, directory, monkeypatch, workers):
+    def full(image, file, *_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(UserError, match=r"0\.png: cannot be written \(No space left on device\)"):
+        main(words(directory, workers=workers))
+
+
 def test_dry_run__writes_nothing(words, directory, capsys):
     before = contents(directory)
     main([*words(directory, "--dry-run")])

@@ -114,6 +114,29 @@ def test_stopped_run__downloads_only_what_is_missing(download, server, tmp_path)
     assert server.bodies() == ["train2017.zip"]
 
 
+def test_stopped_run__unpacks_the_rest_of_an_archive(download, tmp_path, monkeypatch, capsys):
+    """Of which enough is there to train on."""
+    root, source = tmp_path / "data", miniatures.make_cityscapes(tmp_path / "source")
+    root.mkdir()
+    for kind in ("leftImg8bit", "gtFine"):
+        zipped(root / f"{kind}_trainvaltest.zip", source / kind, below=f"{kind}/")
+    plain = zipfile.ZipFile.extract
+
+    def full(archive, member, folder):
+        plain(archive, member, folder)
+        if "val" in member.filename and "leftImg8bit/" in member.filename:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "extract", full)
+    with pytest.raises(OSError, match="No space") as error:
+        download("cityscapes")
+    assert error.value.filename.startswith(f"{root}/leftImg8bit/val/")
+    monkeypatch.undo()
+    download("cityscapes")
+    assert "cityscapes, val: 2 images; the published data set has 500" in capsys.readouterr().out
+    assert tree(root) == tree(source)
+
+
 def test_fallback__published_archive(download, server, tmp_path, capsys):
     del server.pages["train2017.zip"]
     download("cocostuff")

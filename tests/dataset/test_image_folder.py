@@ -47,6 +47,7 @@ def test_directory__class_count_from_the_options(data_of, directory):
         ({"classes": [1, 1]}, "classes.0 is 1"),
         ({"n_classes": 3, "ignore": -1}, "ignore is -1"),
         ({"n_classes": 3, "ignore": 0}, "ignore is 0"),
+        ({"n_classes": 3, "ignore_index": 0}, "ignore_index is 0"),
     ],
 )
 def test_directory__classes_json_is_checked(data_of, directory, about, word):
@@ -114,6 +115,16 @@ def test_directory__labels_are_found_like_images(data_of, directory, tmp_path_fa
         path.rename(path.with_suffix(".txt"))
     data_of("directory", directory)
     assert f"{directory}/labels/train: contains no PNG file" in capsys.readouterr().out
+
+
+def test_directory__labels_where_none_are_expected_are_reported(data_of, tmp_path, directory, capsys):
+    save(tmp_path / "plain/images/a.jpg", picture(0))
+    save(tmp_path / "plain/masks/a.png", np.ones((SIZE[1], SIZE[0])))
+    data_of("directory", tmp_path / "plain", dataset__n_classes=3)
+    assert f"{tmp_path}/plain/masks: is trained on as photographs" in capsys.readouterr().out
+    (directory / "labels/val").rename(directory / "labels/validation")
+    assert not data_of("directory", directory).validation_labelled
+    assert f"{directory}/labels/val: no such folder" in capsys.readouterr().out
 
 
 def test_inventory__does_not_depend_on_how_the_folder_is_written(data_of, directory):

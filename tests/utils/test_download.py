@@ -99,6 +99,7 @@ def test_download__killed_before_the_rename(get, tmp_path, known):
         (Fault(), {"size": 7}, "has 512,002 bytes, must have 7"),
         (Fault(), {"sha256": "00"}, "its SHA-256 is [0-9a-f]{64}, must be 00"),
         (Fault(status=404), {}, "HTTP 404 Not Found"),
+        (Fault(encoding="gzip"), {}, r"compresses the file \(gzip\)"),
         (Fault(swap=Page(b"please log in", kind="text/html; charset=utf-8")), {}, "sent a web page"),
     ],
 )

@@ -103,7 +103,8 @@ def with_any_classes(options: Options) -> Options:
     """The options, with two classes if their number is unknown, for what depends on features alone."""
     from dataset import known_labels
 
-    unknown = known_labels(options.dataset) is None
+    chosen = options.dataset
+    unknown = chosen.n_classes is None and not chosen.class_names and known_labels(chosen) is None
     return with_changes(options, {"dataset.n_classes": 2}) if unknown else options
 
 
@@ -143,12 +144,12 @@ def write_explorer(options: Options, arguments: Namespace) -> Path:
     page, predictor = Path(arguments.out), None
     indexed = arguments.explore.isdecimal()
     data = build_data(with_any_classes(options), train=False) if indexed else None
-    labels = data.labels if data else known_labels(options.dataset)
+    labels = known_labels(options.dataset)
     if arguments.checkpoint:
         how = {"opt": options, "labels": labels, "device": device_name(options)}
         predictor = load_segmenter(options.checkpoint, **how)
     module = predictor.module if predictor else build_module(options, labels or NO_CLASSES)
-    explore(module, data, arguments.explore, page=page, predictor=predictor)
+    explore(module, data, arguments.explore, page=page, labels=labels, predictor=predictor)
     return page
 
 

@@ -190,9 +190,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
     planned, finished, rows, done, spent = [planned_runs(job) for job in jobs], [], [], 0, 0.0
     total = sum(map(len, planned))
-    if total > 1 and "WANDB_RUN_ID" in os.environ:  # as in a trial of `wandb agent`
-        fix = "unset it or, for a run and its baseline, set train.compare_frozen=false"
-        raise UserError(f"WANDB_RUN_ID is set, so wandb would merge the {total} runs of this command; {fix}")
+    check_run_id(jobs, planned)
     for job, runs in zip(jobs, planned, strict=True):
         results = {}
         for options in runs:
@@ -214,6 +212,19 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if len(jobs) > 1:
         print(f"\n{sweep_table(rows)}\n\nreport: {folder / 'report.html'}")
     return finished
+
+
+def check_run_id(jobs: Sequence[Job], planned: Sequence[Sequence[Options]]) -> None:
+    """Raises a UserError if wandb would merge several runs, as WANDB_RUN_ID is set (by `wandb agent`)."""
+    logged = [
+        options.wandb.name
+        for job, runs in zip(jobs, planned, strict=True)
+        for options in runs
+        if not job.evaluate_only and options.wandb.mode != "disabled" and options.wandb.id is None
+    ]
+    if len(logged) > 1 and os.environ.get("WANDB_RUN_ID"):
+        fix = "unset it or, for a run and its baseline, set train.compare_frozen=false"
+        raise UserError(f"WANDB_RUN_ID is set, so wandb would merge the runs {', '.join(logged)}; {fix}")
 
 
 def closing_words(job: Job, results: dict[str, dict[str, Any]], *, alone: bool) -> str:

@@ -58,9 +58,10 @@ class CropWriter(Dataset):
                 try:
                     with replacing(path) as temporary:
                         whole.crop(box).save(temporary, kind)
-                except OSError as error:  # torch would not pass on what it holds
-                    why = f"cannot be written ({error.strerror or error}); free some space and run it again"
-                    raise UserError(f"{path}: {why}") from None
+                except OSError as error:  # torch rebuilds a worker's error from its text alone
+                    fix = "free some space or check its permissions, then run the same command again"
+                    why = f"cannot be written ({error.strerror or error})"
+                    raise UserError(f"{path}: {why}; {fix}") from None
         return ""
 
     def _paths(self, number: int) -> list[Path]:

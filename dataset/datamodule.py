@@ -170,15 +170,20 @@ def _open_train(options: DatasetOptions, kind: DataSetKind) -> tuple[Source, tup
     with suppress(UserError):  # the whole images may be removed
         whole = kind.source(options, "train")
     expected = len(_stems(folder / "img/train", ".jpg")) if whole is None else CROPS * len(whole)
+    command = "python dataset/crop_datasets.py --opt <option file> --data_path " + shlex.quote(
+        options.data_path
+    )
     if len(crops) != expected and not options.skip_damaged:
         raise UserError(
             f"{folder}: contains {len(crops):,} crops, must contain {expected:,} (five per train image, with "
-            "their labels); write the missing ones with: python dataset/crop_datasets.py --opt <option file> "
-            f"--data_path {shlex.quote(options.data_path)}; or remove the folder, also if images were added "
-            "or removed: the crops are then cut during training"
+            f"their labels); write the missing ones with: {command}; if images were added or removed, remove "
+            "the folder instead: without it, crops are cut during training"
         )
     if whole is not None and whole.labelled and not crops.labelled:
-        raise UserError(f"{folder}: its crops have no labels, but the images do; remove it, or write it anew")
+        raise UserError(
+            f"{folder}: its crops have no labels, but the images do; write them with: {command}; or remove "
+            "the folder"
+        )
     return crops, None
 
 

@@ -141,6 +141,9 @@ def main(argv: Sequence[str] | None = None, *, targets: Mapping[str, Target] = T
         lines = _check(target, root)
     except UserError:
         _obtain(target, root, mirror=arguments.mirror, keep=arguments.keep_archives)
+        if left := sorted(root.glob(f".*{UNPACKING}")):  # of another plan
+            fix = "delete what it was unpacked into and this file, then run the same command again"
+            raise UserError(f"{left[0]}: its archive was unpacked only in part; {fix}") from None
         try:
             lines = _check(target, root)
         except UserError as error:
@@ -186,15 +189,20 @@ def _obtain(target: Target, root: Path, *, mirror: str, keep: bool) -> None:
 
 def _obtain_file(file: File, root: Path, *, mirror: str, keep: bool) -> None:
     path = root / file.name
+    started = path.with_name(f".{path.name}{UNPACKING}")
     if not path.is_file():
-        if file.wanted and all((root / file.into / name).exists() for name in file.wanted):
+        if (
+            file.wanted
+            and not started.exists()
+            and all((root / file.into / name).exists() for name in file.wanted)
+        ):
             return
         if not file.urls(mirror):
             raise DownloadError(f"{path}: is missing and cannot be downloaded without an account")
         path.parent.mkdir(parents=True, exist_ok=True)
         download(file.urls(mirror), path, sha256=file.sha256, size=file.size if file.sha256 else None)
     if file.wanted:
-        (started := path.with_name(f".{path.name}{UNPACKING}")).touch()
+        started.touch()
         extract(path, root / file.into, file.wanted)
         started.unlink()
         if not keep:

@@ -68,9 +68,10 @@ class ImageFolder(FileSource):
             raise UserError(f"dataset.data_path is {root}: {message}" + (skipped and f"; {skipped}"))
         if skipped:
             print(f"{folder}: skipped {skipped}")
-        for name in LABEL_FOLDERS if plain else ():
+        for name in LABEL_FOLDERS if plain and split == "train" else ():
             if (root / name).is_dir():
-                print(f"{root / name}: is trained on as photographs; labels belong into labels/train")
+                hint = "if they are labels, move the photographs to imgs/train and the labels to labels/train"
+                print(f"{root / name}: its images are trained on as photographs; {hint}")
         ignore, n_classes = _read_classes(options).ignore, labels(options).n_classes
         if ignore < n_classes:
             fix = "renumber the labels from 0, or register a data set of your own"

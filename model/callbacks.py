@@ -58,7 +58,8 @@ class WandbImages(Callback):
                 run.summary.update(summary_of(result))
                 existing = [folder / name for name in PICTURES if (folder / name).exists()]
                 pictures = {path.stem: wandb.Image(str(path)) for path in existing}
-                run.log(pictures | {"iters": result["step"]}, step=run.step + 1)
+                free = run.step + (run.step % 3 < 2)  # see `wandb_step`
+                run.log(pictures | {"iters": result["step"]}, step=free)
                 attach(run, folder, ("metrics.json", NAME))
                 if artifact is not None:
                     name = re.sub(r"[^\w.-]+", "_", f"{run.id}-best")

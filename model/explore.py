@@ -24,6 +24,7 @@ from utils.files import make_folder, printable, write_text
 from utils.plots.explain_figure import COLOURS
 from utils.plots.report import render
 from utils.vision.images import find_images, open_image
+from utils.vision.labels import LabelSpace
 from utils.vision.transforms import Geometry
 
 MAX_IMAGES, MAX_BYTES = 16, 8_000_000
@@ -35,7 +36,13 @@ COEFFICIENTS = ("initialcrit_pos", "initialcrit_amb", "prop_iter", "sigma_pos", 
 
 
 def explore(
-    module: PPAPModule, data: Any, source: str, *, page: Path, predictor: Predictor | None = None
+    module: PPAPModule,
+    data: Any,
+    source: str,
+    *,
+    page: Path,
+    labels: LabelSpace | None = None,
+    predictor: Predictor | None = None,
 ) -> None:
     """Writes the page: all frozen features, and as further layers the labels and clusters that are known.
 
@@ -43,6 +50,7 @@ def explore(
         data: the data of an evaluation; None if `source` is a photograph or a folder.
         source: a photograph, a folder, or the index of a validation image, see `build_bank`.
         page: the file to write.
+        labels: the classes of the data, or None if they are unknown.
         predictor: source of the clusters, or None.
     """
     if page.is_dir():
@@ -55,9 +63,9 @@ def explore(
         images, names = open_photographs(Path(source), options, size=size)
     else:
         images, names = build_bank(data, source, size=size, flag="--explore")
-        maps = _labels(data.example_split(), names)
-        if (maps < data.labels.n_classes).any():
-            layers["labels"] = _layer(maps, data.labels.names, data.labels.palette, patch=patch)
+        maps = _labels(data.example_split(), names) if labels is not None else None
+        if maps is not None and (maps < labels.n_classes).any():
+            layers["labels"] = _layer(maps, labels.names, labels.palette, patch=patch)
     if predictor is not None:
         maps = [torch.from_numpy(predictor(image.permute(1, 2, 0).numpy())) for image in images]
         layers["clusters"] = _layer(torch.stack(maps), predictor.names, predictor.palette, patch=patch)

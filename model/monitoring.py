@@ -11,7 +11,7 @@ from utils.errors import NotFinite, listed
 from utils.training.device import peak_memory_gib
 from utils.training.launch import is_rank_zero
 
-# Training learns nothing beyond these shares: of the bank, and of the anchors without a positive.
+# Training learns little beyond these limits: shares of the bank, and of anchors without a positive.
 MOST_POSITIVES, LEAST_NEGATIVES, MOST_ALONE = 0.5, 0.01, 0.5
 
 
@@ -58,7 +58,7 @@ class NonFiniteGuard:
 
 
 class SetWatch:
-    """Warns if PPAP's sets are so unbalanced that training learns nothing.
+    """Warns if PPAP's sets are so unbalanced that training learns little.
 
     Checks the means over the first ten logged steps, or a quarter of them if these are fewer: the sets depend
     on frozen features and do not change later.

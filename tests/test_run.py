@@ -155,8 +155,9 @@ def test_sweep__one_table_over_seeds(tiny_file, tmp_path, capsys, monkeypatch):
 
 def test_wandb_run_id__is_that_of_one_run(tiny_file, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "agent1")
-    with pytest.raises(UserError, match="would merge the 2 runs"):
-        run.main(["--opt", tiny_file(), "train.compare_frozen=true"])
+    path = tiny_file(wandb__mode="offline")
+    with pytest.raises(UserError, match="would merge the runs tiny-frozen, tiny; unset it"):
+        run.main(["--opt", path, "train.compare_frozen=true"])
 
 
 def test_last_step__is_evaluated_beside_the_best(tiny_file, tmp_path, capsys):

@@ -130,7 +130,7 @@ def extract(archive: Path, folder: Path, wanted: Sequence[str]) -> None:
                 if not target.exists() or target.stat().st_size != member.file_size:
                     opened.extract(member, folder)
     except OSError as error:
-        error.filename = error.filename or str(target)  # a full disk has no name
+        error.filename = error.filename or str(target or archive)  # a full disk has no name
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         if target is not None:

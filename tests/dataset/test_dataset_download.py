@@ -135,6 +135,13 @@ def test_stopped_run__unpacks_the_rest_of_an_archive(download, tmp_path, monkeyp
     download("cityscapes")
     assert "cityscapes, val: 2 images; the published data set has 500" in capsys.readouterr().out
     assert tree(root) == tree(source)
+    (root / "leftImg8bit_trainvaltest.zip").write_bytes(b"cut")
+    (root / ".leftImg8bit_trainvaltest.zip.unpacking").touch()
+    with pytest.raises(UserError, match="delete it and run"):
+        download("cityscapes")
+    (root / "leftImg8bit_trainvaltest.zip").unlink()
+    with pytest.raises(UserError, match="cannot be downloaded without an account"):
+        download("cityscapes")
 
 
 def test_fallback__published_archive(download, server, tmp_path, capsys):

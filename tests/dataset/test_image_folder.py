@@ -121,7 +121,7 @@ def test_directory__labels_where_none_are_expected_are_reported(data_of, tmp_pat
     save(tmp_path / "plain/images/a.jpg", picture(0))
     save(tmp_path / "plain/masks/a.png", np.ones((SIZE[1], SIZE[0])))
     data_of("directory", tmp_path / "plain", dataset__n_classes=3)
-    assert f"{tmp_path}/plain/masks: is trained on as photographs" in capsys.readouterr().out
+    assert f"{tmp_path}/plain/masks: its images are trained on" in capsys.readouterr().out
     (directory / "labels/val").rename(directory / "labels/validation")
     assert not data_of("directory", directory).validation_labelled
     assert f"{directory}/labels/val: no such folder" in capsys.readouterr().out

@@ -12,7 +12,7 @@ import eval as evaluation
 from dataset import build_data
 from loss.propagation import Boundaries, propagate, select_sets
 from model.explain import build_bank, explain
-from tests.dataset.files import picture, save
+from tests.dataset.files import SIZE, picture, save
 from utils.errors import UserError
 from utils.plots.explain_figure import AMBIGUOUS, ANCHOR, NEGATIVE, POSITIVE
 
@@ -147,6 +147,8 @@ def test_bank__a_file_takes_the_geometry_of_the_split(photographs, tmp_path):
 
 def test_command__needs_no_number_of_classes(photographs, tiny_file, tmp_path):
     photographs(train=0, val=3)
+    for number in range(3):  # of classes that are unknown
+        save(tmp_path / f"labels/val/{number}.png", np.full((SIZE[1], SIZE[0]), 7))
     path = tiny_file(dataset__data_type="directory", dataset__data_path=str(tmp_path))
     (found,) = evaluation.main(["--opt", path, "--explain", "1"])
     assert found["images"] == 3

@@ -72,12 +72,16 @@ def _is_folder_name(name: str) -> bool:
     return short and name not in ("", ".", "..", TOKENS_FOLDER) and not set(name) & set("/\\\0")
 
 
+def _is_project(name: str) -> bool:
+    return len(name) <= 128 and not set(name) & set("/\\#?%:")
+
+
 def _are_tags(tags: list[str] | None) -> bool:
     return tags is None or all(0 < len(tag) <= 64 for tag in tags)
 
 
 def _is_run_id(run_id: str | None) -> bool:
-    return run_id is None or not set(run_id) & set("/:;,#?'")
+    return run_id is None or (run_id == run_id.strip() != "" and not set(run_id) & set("/:;,#?'"))
 
 
 def _is_interval(every: str | None) -> bool:
@@ -95,7 +99,7 @@ Number = Annotated[
 ]
 FolderName = Annotated[Text, Predicate(_is_folder_name), 'a folder name of at most 200 bytes, not "tokens"']
 # wandb's own rules
-Project = Annotated[Text, Predicate(lambda name: not set(name) & set("/\\#?%:")), "a name without /\\#?%:"]
+Project = Annotated[Text, Predicate(_is_project), "a name of at most 128 characters without /\\#?%:"]
 Tags = Annotated[list[str] | None, Predicate(_are_tags), "a list of strings of 1 to 64 characters or null"]
 RunId = Annotated[Text | None, Predicate(_is_run_id), "a string without /:;,#?' or null"]
 Interval = Annotated[Text | None, Predicate(_is_interval), 'steps (500), minutes ("15 min") or null']

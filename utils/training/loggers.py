@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shlex
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -34,9 +35,10 @@ class StepWandbLogger(WandbLogger):
 
 
 def wandb_step(step: int, *, validation: bool) -> int:
-    """wandb's own step, of which it ignores repeated ones: a validation that a stop cut off is not one.
+    """The step given to wandb, which drops rows of earlier steps.
 
-    The third after each training step is that of the final pictures, so that an extended run loses no point.
+    A validation has its own, in case a stop cuts it off. 3 * step + 2 is left for the final pictures, so that
+    extending a run loses no point.
     """
     return 3 * step + validation
 
@@ -69,8 +71,8 @@ def build_loggers(
     if mode == "disabled":
         return loggers
     offline = _start_wandb(options, folder, run_id, mode="offline")
-    parts = Path(offline.experiment.dir).parent.with_name(f"offline-run-*-{offline.experiment.id}")
-    print(f"wandb: upload with: wandb sync {parts}")  # also those before a resume
+    parts = shlex.quote(str(Path(offline.experiment.dir).parent.parent))  # also those before a resume
+    print(f"wandb: upload with: wandb sync {parts}/offline-run-*-{offline.experiment.id}")
     return [*loggers, offline]
 
 
@@ -131,11 +133,11 @@ def _start_wandb(options: Options, folder: Path, run_id: str | None, *, mode: st
 
 
 def finish_wandb(options: Options) -> None:
-    """Ends this run in wandb, which may still have to upload it."""
+    """Finishes this process's wandb run, which may first have to upload it."""
     if options.wandb.mode == "disabled" or wandb.run is None:
         return
     if not wandb.run.offline:
-        folder = Path(wandb.run.dir).parent
+        folder = shlex.quote(str(Path(wandb.run.dir).parent))
         print(f"wandb: uploading; if this fails: wandb sync --include-online {folder}", flush=True)
     wandb.finish()
 

@@ -20,7 +20,7 @@ BAR = "{desc} {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 class ValidationSteps(Callback):
     """Validates every `valid_freq` steps of an epoch, at its end and at the end of the run.
 
-    Lightning's integer `val_check_interval` may not exceed the epoch, and skips its end if it is no multiple.
+    Lightning's integer `val_check_interval` may not exceed the epoch, and skips an end it does not divide.
     """
 
     def __init__(self, valid_freq: int) -> None:

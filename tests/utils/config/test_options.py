@@ -47,7 +47,7 @@ def test_run_name__must_be_a_folder_name_of_200_bytes(tiny_options, name):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("project", "a/b"), ("tags", ["x" * 65]), ("tags", [""]), ("id", "a:b")]
+    ("key", "value"), [("project", "a/b"), ("tags", ["x" * 65]), ("tags", [""]), ("id", "a:b"), ("id", "")]
 )
 def test_wandb__own_rules_are_checked(tiny_options, key, value):
     with pytest.raises(UserError, match=rf"wandb\.{key} is .*must be a"):

@@ -85,12 +85,15 @@ def test_wandb__without_network_is_recorded_offline(monkeypatch, tmp_path, tiny_
 
 
 @pytest.mark.parametrize(("machine", "files"), [("offline", 1), ("disabled", 0)])
-def test_wandb__mode_of_the_machine_restricts_online(monkeypatch, tmp_path, tiny_options, machine, files):
+def test_wandb__mode_of_the_machine_restricts_online(
+    monkeypatch, tmp_path, tiny_options, capsys, machine, files
+):
     wandb.teardown()  # which has read the mode
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setenv("WANDB_MODE", machine)
     options = tiny_options(wandb__mode="online")
     assert len(build_loggers(options, tmp_path)) == 1 + files
+    assert "recording offline" not in capsys.readouterr().out  # as after a failure
     finish_wandb(options)
     wandb.teardown()
     assert len(list(tmp_path.rglob("offline-run-*/run-*.wandb"))) == files

@@ -117,8 +117,10 @@ class SegmentationDataModule(LightningDataModule):
         """The validation split; without one, the train split at its geometry."""
         if not self.validation_set.hides_labels:
             return self.validation_set
-        train = self.kind.source(self.options.dataset, "train")
-        return SegmentationDataset(train, self.validation_set.geometry)
+        train, kept = self.kind.source(self.options.dataset, "train"), {}
+        if self.options.dataset.skip_damaged:  # whole images, also if there are prepared crops
+            kept, _ = sound_items({"train": train}, skip=True, workers=loader_workers(self.options))
+        return SegmentationDataset(train, self.validation_set.geometry, kept=kept.get("train"))
 
     def train_dataloader(self) -> DataLoader:
         """The batches of an epoch; a resumed run starts with the step that follows the last trained one."""

@@ -156,6 +156,15 @@ def test_command__needs_no_number_of_classes(photographs, tiny_file, tmp_path):
     evaluation.main(["--opt", path, "--explore", "1", "--out", page])
 
 
+def test_command__skips_damaged_train_images(photographs, tiny_file, tmp_path):
+    photographs(train=4, val=0)
+    (tmp_path / "imgs/train/0.png").write_bytes(b"no image")
+    chosen = {"dataset__data_type": "directory", "dataset__data_path": str(tmp_path)}
+    (found,) = evaluation.main(["--opt", tiny_file(**chosen, dataset__skip_damaged=True), "--explain", "0"])
+    assert found["image"].endswith("1.png")
+    assert found["images"] == 3
+
+
 def test_command__writes_figures_and_numbers(tiny_file, tmp_path, capsys):
     path = tiny_file(checkpoint="nowhere", training_coeff__prop_iter=1)
     (found,) = evaluation.main(["--opt", path, "--explain", "5", "--patch", "3,0"])

@@ -57,6 +57,9 @@ def build_loggers(
     if mode == "online":
         mode = LESS_THAN_ONLINE.get(wandb.setup().settings.mode, mode)
     loggers: list[Logger] = [csv_logger(folder, step=step)]
+    if mode == "online" and _has_unsynced_parts(folder, run_id):
+        print("wandb: recording offline, as earlier parts of this run are not synced yet")
+        mode = "offline"
     if mode == "online":
         problem = "not logged in (wandb login)"
         server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
@@ -74,6 +77,11 @@ def build_loggers(
     parts = shlex.quote(str(Path(offline.experiment.dir).parent.parent))  # also those before a resume
     print(f"wandb: upload with: wandb sync {parts}/offline-run-*-{offline.experiment.id}")
     return [*loggers, offline]
+
+
+def _has_unsynced_parts(folder: Path, run_id: str | None) -> bool:
+    parts = folder.glob(f"wandb/offline-run-*-{run_id}")
+    return any(not list(part.glob("*.synced")) for part in parts)
 
 
 def csv_logger(folder: Path, *, step: int) -> CSVLogger:

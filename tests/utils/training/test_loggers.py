@@ -1,5 +1,6 @@
 import csv
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -97,6 +98,18 @@ def test_wandb__mode_of_the_machine_restricts_online(
     finish_wandb(options)
     wandb.teardown()
     assert len(list(tmp_path.rglob("offline-run-*/run-*.wandb"))) == files
+
+
+def test_wandb__stays_offline_until_earlier_parts_are_synced(monkeypatch, tmp_path, tiny_options, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    (part := tmp_path / "wandb/offline-run-20260101_000000-abc").mkdir(parents=True)
+    started, logger = [], Mock(experiment=Mock(dir="run/files", id="abc"))
+    monkeypatch.setattr(loggers_, "_start_wandb", lambda *_, mode: started.append(mode) or logger)
+    for _ in range(2):
+        build_loggers(tiny_options(wandb__mode="online"), tmp_path, wandb_id="abc")
+        (part / "run-abc.wandb.synced").touch()
+    assert started == ["offline", "online"]
+    assert capsys.readouterr().out.count("are not synced yet") == 1
 
 
 @pytest.fixture

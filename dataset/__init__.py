@@ -19,6 +19,7 @@ DATA_SETS = {
     "directory": DataSetKind(image_folder.labels, image_folder.ImageFolder),
     "synthetic": DataSetKind(synthetic.labels, synthetic.Synthetic),
 }
+
 __all__ = [
     "DATA_SETS",
     "FileSource",

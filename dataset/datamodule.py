@@ -172,9 +172,8 @@ def _open_train(options: DatasetOptions, kind: DataSetKind) -> tuple[Source, tup
     with suppress(UserError):  # the whole images may be removed
         whole = kind.source(options, "train")
     expected = len(_stems(folder / "img/train", ".jpg")) if whole is None else CROPS * len(whole)
-    command = "python dataset/crop_datasets.py --opt <option file> --data_path " + shlex.quote(
-        options.data_path
-    )
+    quoted = shlex.quote(options.data_path)
+    command = f"python dataset/crop_datasets.py --opt <option file> --data_path {quoted}"
     if len(crops) != expected and not options.skip_damaged:
         raise UserError(
             f"{folder}: contains {len(crops):,} crops, must contain {expected:,} (five per train image, with "

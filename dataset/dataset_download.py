@@ -9,6 +9,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,15 +136,15 @@ def main(argv: Sequence[str] | None = None, *, targets: Mapping[str, Target] = T
                 print("".join(f"    {url}\n" for url in file.urls(arguments.mirror)), end="")
         print(target.account.format(root=shlex.quote(str(root))))
         return
-    try:
-        if any(root.glob(f".*{UNPACKING}")):
-            raise UserError("an archive was unpacked in part")
-        lines = _check(target, root)
-    except UserError:
+    lines: list[str] = []
+    if not any(root.glob(f".*{UNPACKING}")):
+        with suppress(UserError):
+            lines = _check(target, root)
+    if not lines:
         _obtain(target, root, mirror=arguments.mirror, keep=arguments.keep_archives)
         if left := sorted(root.glob(f".*{UNPACKING}")):  # of another plan
             fix = "delete what it was unpacked into and this file, then run the same command again"
-            raise UserError(f"{left[0]}: its archive was unpacked only in part; {fix}") from None
+            raise UserError(f"{left[0]}: its archive was unpacked only in part; {fix}")
         try:
             lines = _check(target, root)
         except UserError as error:
@@ -191,11 +192,8 @@ def _obtain_file(file: File, root: Path, *, mirror: str, keep: bool) -> None:
     path = root / file.name
     started = path.with_name(f".{path.name}{UNPACKING}")
     if not path.is_file():
-        if (
-            file.wanted
-            and not started.exists()
-            and all((root / file.into / name).exists() for name in file.wanted)
-        ):
+        unpacked = all((root / file.into / name).exists() for name in file.wanted)
+        if file.wanted and unpacked and not started.exists():
             return
         if not file.urls(mirror):
             raise DownloadError(f"{path}: is missing and cannot be downloaded without an account")

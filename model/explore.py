@@ -63,9 +63,10 @@ def explore(
         images, names = open_photographs(Path(source), options, size=size)
     else:
         images, names = build_bank(data, source, size=size, flag="--explore")
-        maps = _labels(data.example_split(), names) if labels is not None else None
-        if maps is not None and (maps < labels.n_classes).any():
-            layers["labels"] = _layer(maps, labels.names, labels.palette, patch=patch)
+        if labels is not None:
+            maps = _labels(data.example_split(), names)
+            if (maps < labels.n_classes).any():
+                layers["labels"] = _layer(maps, labels.names, labels.palette, patch=patch)
     if predictor is not None:
         maps = [torch.from_numpy(predictor(image.permute(1, 2, 0).numpy())) for image in images]
         layers["clusters"] = _layer(torch.stack(maps), predictor.names, predictor.palette, patch=patch)

@@ -13,14 +13,9 @@ STAGES = {"before_crf": "before CRF", "after_crf": "after CRF"}
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns; all but the first are right-aligned."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = []
-    for first, *others in (header, rule, *rows):
-        cells = [first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """A Markdown table; all columns but the first are right-aligned."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
 def percent(value: float | None) -> str:
@@ -94,12 +89,19 @@ def _class_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def sweep_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """Mean and sample standard deviation over the runs (seeds) of each setting, from (setting, result)."""
-    header, rows = ["accuracy / mIoU, %", "runs", "clusters", "linear probe"], sweep_rows(results)
-    table = text_table(header, [[*row[:2], *_pairs(row[2:])] for row in rows])
-    costs = {row[0].rsplit(", ", 1)[0]: row[-2:] for row in rows if row[-1] != "-"}  # by setting
-    if len({parameters for _, parameters in costs.values()}) < 2:
-        return table
-    return f"{table}\n\n{text_table(['', *COST_TITLES], [[name, *cost] for name, cost in costs.items()])}"
+    rows = [[*row[:2], *_pairs(row[2:])] for row in sweep_rows(results)]
+    table = text_table(["accuracy / mIoU, %", "runs", "clusters", "linear probe"], rows)
+    costs = [[setting, *_cost(group)] for setting, group in _by_setting(results).items()]
+    costs = [row for row in costs if row[-1] != "-"]  # the last step of a run has none
+    differ = len({parameters for *_, parameters in costs}) > 1
+    return f"{table}\n\n{text_table(['', *COST_TITLES], costs)}" if differ else table
+
+
+def _by_setting(results: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for setting, result in results:
+        groups.setdefault(setting or "all", []).append(result)
+    return groups
 
 
 def sweep_rows(results: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]:
@@ -108,13 +110,11 @@ def sweep_rows(results: Sequence[tuple[str, dict[str, Any]]]) -> list[list[str]]
     The cost is the mean of the seconds of a step, and the trainable parameters of the method.
     """
     rows = []
-    for setting in dict.fromkeys(setting for setting, _ in results):
-        group = [result for other, result in results if other == setting]
+    for setting, group in _by_setting(results).items():
         for stage, title in STAGES.items():
-            metrics = [result[stage] for result in group if result[stage]]
-            cells = [_mean_and_deviation([each.get(name) for each in metrics]) for name in METRICS]
-            row = [f"{setting or 'all'}, {title}", str(len(group)), *cells, *_cost(group)]
-            rows += [row] if metrics else []
+            if metrics := [result[stage] for result in group if result[stage]]:
+                cells = [_mean_and_deviation([each.get(name) for each in metrics]) for name in METRICS]
+                rows.append([f"{setting}, {title}", str(len(group)), *cells, *_cost(group)])
     return rows
 
 

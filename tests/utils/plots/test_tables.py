@@ -48,8 +48,8 @@ def test_class_table__before_and_after_crf_and_missing_values():
 
 def test_metrics_markdown__has_both_tables():
     text = metrics_markdown(result())
-    assert "| before CRF |             50.0 |" in text
-    assert "| sky    |    10.0 |   30.0 |" in text
+    assert "| before CRF | 50.0 |" in text
+    assert "| sky | 10.0 | 30.0 |" in text
 
 
 def test_sweep_table__mean_and_sample_deviation_over_seeds():

@@ -77,12 +77,9 @@ def sha256_of(path: Path) -> str:
 
 
 def make_folder(path: Path, *, named_by: str = "output_dir") -> Path:
-    """Creates a folder if necessary; raises a UserError naming the option `named_by` if it is read-only."""
+    """Creates a folder if necessary; raises a UserError naming the option `named_by` if it cannot."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another {named_by}") from None
     return path

@@ -6,7 +6,6 @@ options -> data -> network -> loss and probes -> best checkpoint -> metrics befo
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import Interrupted, UserError, exit_on_signals
+from utils.errors import Interrupted, exit_on_signals
 
 if __name__ == "__main__":  # before the imports that take time
     exit_on_signals()
@@ -145,10 +144,8 @@ def suggest_boundaries(options: Options) -> dict[str, Any]:
 
 def as_baseline(options: Options) -> Options:
     """The frozen baseline of a run, under its own name."""
-    names = {"wandb.name": options.wandb.name + FROZEN}
-    if options.wandb.id is not None:
-        names["wandb.id"] = options.wandb.id + FROZEN
-    return with_changes(options, {"train.frozen": True, **names})
+    name, run_id = options.wandb.name + FROZEN, options.wandb.id and options.wandb.id + FROZEN
+    return with_changes(options, {"train.frozen": True, "wandb.name": name, "wandb.id": run_id})
 
 
 def planned_runs(job: Job) -> list[Options]:
@@ -188,19 +185,16 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     from utils.plots.report import write_sweep
     from utils.plots.tables import sweep_table
 
-    planned, finished, rows, done, spent = [planned_runs(job) for job in jobs], [], [], 0, 0.0
-    total = sum(map(len, planned))
-    check_run_id(jobs, planned)
+    planned, finished, rows, done = [planned_runs(job) for job in jobs], [], [], 0
+    total, began = sum(map(len, planned)), time.monotonic()
     for job, runs in zip(jobs, planned, strict=True):
         results = {}
         for options in runs:
-            left, began = spent / max(1, done) * (total - done), time.monotonic()
+            left = (time.monotonic() - began) / max(1, done) * (total - done)
             place = f", run {done + 1} of {total}" + (f", about {duration(left)} left" if done else "")
             print(f"\n{options.wandb.name}: {trained_with(options)}{place if total > 1 else ''}")
-            results[options.wandb.name] = result = run_one(options, evaluate_only=job.evaluate_only)
+            results[options.wandb.name] = run_one(options, evaluate_only=job.evaluate_only)
             done += 1
-            # of a run that was finished before, the time it took then
-            spent += max(time.monotonic() - began, 3600 * result.get("train_hours", 0))
         print(closing_words(job, results, alone=len(jobs) == 1))
         finished.append(list(results.values())[-1])
         rows += sweep_results(job, results)
@@ -212,19 +206,6 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if len(jobs) > 1:
         print(f"\n{sweep_table(rows)}\n\nreport: {folder / 'report.html'}")
     return finished
-
-
-def check_run_id(jobs: Sequence[Job], planned: Sequence[Sequence[Options]]) -> None:
-    """Raises a UserError if wandb would merge several runs, as WANDB_RUN_ID is set (by `wandb agent`)."""
-    logged = [
-        options.wandb.name
-        for job, runs in zip(jobs, planned, strict=True)
-        for options in runs
-        if not job.evaluate_only and options.wandb.mode != "disabled" and options.wandb.id is None
-    ]
-    if len(logged) > 1 and os.environ.get("WANDB_RUN_ID"):
-        fix = "unset it or, for a run and its baseline, set train.compare_frozen=false"
-        raise UserError(f"WANDB_RUN_ID is set, so wandb would merge the runs {', '.join(logged)}; {fix}")
 
 
 def closing_words(job: Job, results: dict[str, dict[str, Any]], *, alone: bool) -> str:

@@ -153,13 +153,6 @@ def test_sweep__one_table_over_seeds(tiny_file, tmp_path, capsys, monkeypatch):
         assert len(list((tmp_path / f"output/tiny-whole-seed={seed}").rglob("run-*.wandb"))) == 1
 
 
-def test_wandb_run_id__is_that_of_one_run(tiny_file, monkeypatch):
-    monkeypatch.setenv("WANDB_RUN_ID", "agent1")
-    path = tiny_file(wandb__mode="offline")
-    with pytest.raises(UserError, match="would merge the runs tiny-frozen, tiny; unset it"):
-        run.main(["--opt", path, "train.compare_frozen=true"])
-
-
 def test_last_step__is_evaluated_beside_the_best(tiny_file, tmp_path, capsys):
     path = tiny_file(train__epoch=2, eval__last_step=True, eval__is_crf=False)
     (result,) = run.main(["--opt", path])

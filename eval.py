@@ -19,7 +19,6 @@ if __name__ == "__main__":  # before the imports that take time
 from utils.config.cli import guarded, parse_arguments, parse_overrides, plan_jobs, print_options
 from utils.config.loading import with_changes
 from utils.config.options import Options
-from utils.files import find_checkpoints
 from utils.training.launch import is_rank_zero
 from utils.vision.crf import crf_missing
 from utils.vision.labels import LabelSpace
@@ -53,8 +52,8 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
     from utils.training.device import explained_errors, hardware_settings
     from utils.training.trainer import build_trainer
 
-    data = build_data(options, train=False)
     stored = open_checkpoint(str(checkpoint), options.output_dir)
+    data = build_data(options, train=False)
     make_folder(folder)
     missing = _why_no_crf(options, labelled=data.validation_labelled)
     pictured = spread_indices(options.eval.pictures, len(data.validation_set))
@@ -185,7 +184,8 @@ def _stored_options(arguments: Namespace) -> dict[str, Any]:
     """The flat options in --checkpoint."""
     from model.checkpoint import open_checkpoint, stored_options
 
-    (output_dir,) = parse_overrides(arguments.overrides).choices.get("output_dir", [Options().output_dir])
+    choices, _ = parse_overrides(arguments.overrides)
+    (output_dir,) = choices.get("output_dir", [Options().output_dir])
     return stored_options(open_checkpoint(arguments.checkpoint, output_dir))
 
 
@@ -207,8 +207,6 @@ def main(argv: Sequence[str] | None = None) -> list[Any]:
         return [write_masks(job.options, arguments) for job in jobs]
     from utils.plots.tables import class_table, metrics_table, sweep_table
 
-    for job in jobs:  # fail before the first evaluation starts
-        find_checkpoints(job.options.checkpoint, job.options.output_dir)
     results = []
     for job in jobs:
         folder = results_folder(job.options)

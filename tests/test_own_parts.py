@@ -163,9 +163,6 @@ def test_own_options__are_swept_and_compared_on_resume(tiny_file, tiny_options):
     run_dir = RunDir(planned[0].options)
     run_dir.prepare(planned[0].options, [], {})
     run_dir.check_options(planned[0].options)
-    for words in (["own.name.first=a"], ["own=3", "own.x=1"]):
-        with pytest.raises(UserError, match=r"own(\.name)? is .*, but other options start with own|own is 3"):
-            jobs("--opt", tiny_file(own__name="a"), *words)
     for changed in (planned[1].options, tiny_options()):
         with pytest.raises(UserError, match=r"own\.weight was 1, is (2\.5|null)"):
             run_dir.check_options(changed)

@@ -78,7 +78,7 @@ def test_commands__parse(line, tmp_path, monkeypatch):
     (tmp_path / "w.pth").touch()
     line = re.sub(r"<[a-z]+>", str(tmp_path), line.replace("<weights>", str(tmp_path / "w.pth")))
     program, *words = shlex.split(line)
-    monkeypatch.setattr("utils.config.loading.missing_files", lambda options: [])
+    monkeypatch.setattr("utils.config.cli.missing_files", lambda *_, **__: [])
     assert plan_jobs(parse_arguments(words, description="", examples="", training=program == "run.py"))
 
 

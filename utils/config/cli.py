@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 
-from utils.config.loading import FIELDS, as_tree, build_options, find_option_file, flatten, read_option_file
+from utils.config.loading import (
+    FIELDS,
+    as_tree,
+    build_options,
+    find_option_file,
+    flatten,
+    missing_files,
+    read_option_file,
+)
 from utils.config.options import Options
 from utils.config.plugins import load_plugins, with_absolute_plugins
 from utils.errors import Interrupted, UserError
@@ -29,8 +36,8 @@ EXPLORE = """write an interactive page for any anchor; PATH is an image, a folde
 or an index as for --explain, with labels; --checkpoint adds clusters"""
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG)
 QUOTING = """must be key=value or key=a,b,c, no spaces around =; quote other values twice: 'key="a, b"'"""
-NEEDED_BY = dict.fromkeys(("flat", "res", "head", "crf", "tile", "names"), ("images",))
-NEEDED_BY |= {"out": ("images", "explore"), "patch": ("explain",)}
+NEEDS = dict.fromkeys(("flat", "res", "head", "crf", "tile", "names"), "images")  # flags that need another
+NEEDS |= {"images": "out", "explore": "out", "patch": "explain"}
 
 
 class Job(NamedTuple):
@@ -40,11 +47,6 @@ class Job(NamedTuple):
     setting: str  # the variant and the swept values without the seed; '' if there is neither
     evaluate_only: bool  # --test
     base: str  # wandb.name without the sweep's suffix
-
-
-class _Overrides(NamedTuple):
-    choices: dict[str, list[Any]]  # more than one value if the key is swept
-    mistakes: list[str]
 
 
 def parse_arguments(
@@ -75,12 +77,9 @@ def parse_arguments(
     parser.add_argument("overrides", nargs="*", help="key=value, or key=a,b,c for a sweep")
     arguments = parser.parse_intermixed_args(argv)
     given = {name for name, value in vars(arguments).items() if value not in (None, False)}
-    for name in given & NEEDED_BY.keys():
-        if not given.intersection(NEEDED_BY[name]):
-            parser.error(f"--{name} is only allowed with --{' or --'.join(NEEDED_BY[name])}")
-    for name, written in {"images": "the folder", "explore": "the page"}.items():
-        if name in given and "out" not in given:
-            parser.error(f"--{name} needs --out, {written} to write")
+    for name in given & NEEDS.keys():
+        if NEEDS[name] not in given:
+            parser.error(f"--{name} needs --{NEEDS[name]}")
     if arguments.opt is None and (training or arguments.checkpoint is None):
         missing = "--opt is missing: name an option file, such as --opt demo.json"
         parser.error(missing if training else f"{missing}, or a checkpoint of this project with --checkpoint")
@@ -91,6 +90,7 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     path = {"type": os.path.expanduser}
     trust = {"action": "store_true", "help": "run the plugins that a checkpoint names"}
     parser.add_argument("--trust-plugins", **trust)
+    parser.set_defaults(test=True)
     command = parser.add_mutually_exclusive_group().add_argument
     command("--measure-sets", action="store_true", help="compare positives and negatives with labels")
     command("--explain", metavar="IMAGE", **path, help="plot the propagation of an anchor; file or index")
@@ -143,18 +143,12 @@ def plan_jobs(arguments: argparse.Namespace, stored: dict[str, Any] | None = Non
                 flat[key] = re.sub(r"[^\w.=+-]+", "_", f"{flat[key]}{suffix}")
         try:
             load_plugins(flat, trusted=trusted)
-            explored = flags.get("explore") or "0"  # photographs, or an index in the data
-            reads_data = not (flags.get("images") or flags.get("export")) and explored.isdecimal()
-            restored = arguments.test or "images" in flags  # run.py --test or eval.py: from a checkpoint
-            frozen = any(flags.get(name) for name in ("explain", "explore", "measure_sets"))
-            checks = {"check_files": reads_data, "check_weights": frozen or not restored}
-            options = build_options(flat, source="", **checks)
+            options = build_options(flat, source="")
             jobs.append(Job(options, " ".join(filter(None, setting)), arguments.test, str(base)))
         except UserError as error:
             mistakes += error.mistakes
-    names = Counter(job.options.wandb.name for job in jobs)
-    twice = [name for name, count in names.items() if count > 1]
-    mistakes += [f"wandb.name: several runs would be called {name}; change one" for name in twice]
+        if not any(flags.get(name) for name in ("images", "explore", "export")):  # they need no data set
+            mistakes += missing_files(flat, weights=not arguments.test)
     if len({job.options.trainer.world_size for job in jobs}) > 1:
         mistakes.append("trainer: the runs differ in their number of processes; give each its own command")
     if mistakes:
@@ -180,8 +174,11 @@ def _variants(flags: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(name, with_absolute_plugins(flatten(tree), file.parent)) for name, tree in variants.items()]
 
 
-def parse_overrides(words: Sequence[str]) -> _Overrides:
-    """Reads overrides with Hydra's parser: `key=value`, and the sweeps `key=1,2` and `key=range(1,4)`."""
+def parse_overrides(words: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
+    """Reads `key=value`, and the sweeps `key=1,2` and `key=range(1,4)`, with Hydra's parser.
+
+    Returns the values of each key, more than one if it is swept, and the mistakes.
+    """
     choices, mistakes = {}, []
     parser = OverridesParser.create()
     for word in words:
@@ -198,7 +195,7 @@ def parse_overrides(words: Sequence[str]) -> _Overrides:
             choices[key] = values
         except (HydraException, ValueError):
             mistakes.append(f"{word}: {QUOTING}")
-    return _Overrides(choices, mistakes)
+    return choices, mistakes
 
 
 def guarded(main: Callable[[], None], *, then: str = "rerun with --resume") -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from utils.config.options import LEGACY, REMOVED_KEYS, WITHOUT_FOLDER, Options
+from utils.config.options import DATA_TYPES, LEGACY, REMOVED_KEYS, WITHOUT_FOLDER, Options
 from utils.config.plugins import load_plugins, with_absolute_plugins
 from utils.errors import UserError, closest
 from utils.files import REPOSITORY, read_json_object, weights_file
@@ -90,13 +90,9 @@ def load_options(path: Path, overrides: dict[str, Any] | None = None) -> Options
     return build_options(flat, source=str(path))
 
 
-def build_options(
-    flat: dict[str, Any], *, source: str, check_files: bool = False, check_weights: bool = True
-) -> Options:
+def build_options(flat: dict[str, Any], *, source: str) -> Options:
     """Validates flat options and fills in the defaults; the error lists all mistakes in `source`."""
-    own = [key for key in flat if f"{key}.".startswith("own.")]
-    split = {key for key in own if any(other.startswith(f"{key}.") for other in own)}  # a value and a section
-    valid = {key: value for key, value in flat.items() if is_option(key) and key not in split}
+    valid = {key: value for key, value in flat.items() if is_option(key)}
     contradictions = []
     try:
         options = Options.model_validate(nest(valid))
@@ -106,22 +102,15 @@ def build_options(
         try:
             Options.model_validate(nest(valid), context=failed)
         except ValidationError as error:
-            contradictions = error.errors()[0]["ctx"]["error"].mistakes
+            contradictions = error.errors()[0]["ctx"]["mistakes"]
     mistakes = [_mistake(key, value) for key, value in flat.items() if key not in valid]
-    mistakes = [*filter(None, mistakes), *contradictions]
-    if check_files:
-        defaults = {key: field.default for key, field in FIELDS.items()}
-        given = defaults | dict.fromkeys(flat) | valid  # None: invalid
-        mistakes += missing_files(given if check_weights else given | {WEIGHTS: None})
-    if mistakes:
+    if mistakes := [*filter(None, mistakes), *contradictions]:
         raise UserError(mistakes, source)
     return options
 
 
 def _mistake(key: str, value: Any) -> str | None:
     shown = json.dumps(value)
-    if key.startswith("own."):
-        return f"{key} is {shown}, but other options start with {key}.; remove one"
     if key in FIELDS:
         return f"{key} is {shown}, must be {allowed(FIELDS[key])}"
     if key in LEGACY_KEYS:
@@ -148,19 +137,18 @@ def allowed(field: FieldInfo) -> str:
     return ", ".join(words) + (" or null" if NoneType in kinds else "")
 
 
-def missing_files(flat: dict[str, Any]) -> list[str]:
-    """Lists missing weights and folders; data and checkpoints are checked when they are opened."""
+def missing_files(flat: dict[str, Any], *, weights: bool) -> list[str]:
+    """Lists a missing data folder and, with `weights`, a missing weights file of flat options."""
+    keys = ("dataset.data_type", "dataset.data_path", WEIGHTS)
+    given = (flat.get(key, FIELDS[key].default) or "" for key in keys)
+    name, folder, file = (os.path.expanduser(str(value)) for value in given)
     mistakes = []
-    if flat[WEIGHTS] is not None and not weights_file(flat[WEIGHTS]).is_file():
-        mistakes.append(f"{WEIGHTS} is {flat[WEIGHTS]}: no such file; null: the official weights")
-    name, folder = flat["dataset.data_type"], flat["dataset.data_path"]
-    if folder and os.path.isfile(folder):
-        mistakes.append(f"dataset.data_path is {folder}: a file, must be the folder of the data set")
-    if name not in (None, *WITHOUT_FOLDER):
-        if not folder:
-            mistakes.append(f"dataset.data_path is not set: name the {name} folder with --data_path")
-        elif not os.path.exists(folder):
-            mistakes.append(f"dataset.data_path is {folder}: no such folder")
+    if weights and file and not weights_file(file).is_file():
+        mistakes.append(f"{WEIGHTS} is {file}: no such file; null: the official weights")
+    if name in DATA_TYPES and name not in WITHOUT_FOLDER and not os.path.isdir(folder):
+        problem = "a file, must be the folder of the data set" if os.path.exists(folder) else "no such folder"
+        unset = f"not set: name the {name} folder with --data_path"
+        mistakes.append(f"dataset.data_path is {f'{folder}: {problem}' if folder else unset}")
     return mistakes
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Annotated, Any, Literal
 
-from annotated_types import Not, Predicate
+from annotated_types import Predicate
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -23,6 +23,7 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )  # fmt: skip
+from pydantic_core import PydanticCustomError
 
 from utils.files import TOKENS_FOLDER
 
@@ -72,18 +73,6 @@ def _is_folder_name(name: str) -> bool:
     return short and name not in ("", ".", "..", TOKENS_FOLDER) and not set(name) & set("/\\\0")
 
 
-def _is_project(name: str) -> bool:
-    return len(name) <= 128 and not set(name) & set("/\\#?%:")
-
-
-def _are_tags(tags: list[str] | None) -> bool:
-    return tags is None or all(0 < len(tag) <= 64 for tag in tags)
-
-
-def _is_run_id(run_id: str | None) -> bool:
-    return run_id is None or (run_id == run_id.strip() != "" and not set(run_id) & set("/:;,#?'"))
-
-
 def _is_interval(every: str | None) -> bool:
     return every is None or bool(re.fullmatch(r"(?=.*[1-9])\d+((\.\d+)? *(m|min|minutes?))?", every))
 
@@ -94,14 +83,9 @@ PathName = Annotated[Text, AfterValidator(os.path.expanduser)]
 Number = Annotated[
     float,
     BeforeValidator(lambda value: float(value) if value in ("inf", "-inf") else value),
-    Not(math.isnan),
     PlainSerializer(lambda value: str(value) if math.isinf(value) else value, when_used="json"),
 ]
 FolderName = Annotated[Text, Predicate(_is_folder_name), 'a folder name of at most 200 bytes, not "tokens"']
-# wandb's own rules
-Project = Annotated[Text, Predicate(_is_project), "a name of at most 128 characters without /\\#?%:"]
-Tags = Annotated[list[str] | None, Predicate(_are_tags), "a list of strings of 1 to 64 characters or null"]
-RunId = Annotated[Text | None, Predicate(_is_run_id), "a string without /:;,#?' or null"]
 Interval = Annotated[Text | None, Predicate(_is_interval), 'steps (500), minutes ("15 min") or null']
 Arch = Annotated[Text, Predicate(ARCHS.__contains__), ARCHS]
 DataType = Annotated[Text, Predicate(DATA_TYPES.__contains__), DATA_TYPES]
@@ -118,14 +102,6 @@ def option(default: Any, description: str, **bounds: float) -> Any:
     return Field(default, description=description, **bounds)
 
 
-class Contradictions(ValueError):
-    """Options that are valid by themselves, but not together."""
-
-    def __init__(self, mistakes: list[str]) -> None:
-        super().__init__("; ".join(mistakes))
-        self.mistakes = mistakes
-
-
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
@@ -133,13 +109,13 @@ class _Section(BaseModel):
 class WandbOptions(_Section):
     """Run name and logging to wandb."""
 
-    project: Project = option("PPAP", "wandb project")
+    project: Text = option("PPAP", "wandb project")
     entity: Text | None = option(None, "wandb user or team; null: your default entity")
     name: FolderName = option("ppap", "name of the run and of its folder in `output_dir`")
     mode: Literal["online", "offline", "disabled"] = option("online", "wandb mode; `--debug` sets disabled")
-    tags: Tags = option(None, "wandb tags")
+    tags: list[str] | None = option(None, "wandb tags")
     notes: Text | None = option(None, "wandb notes")
-    id: RunId = option(None, "online: id of the wandb run to resume; null: a new run")
+    id: Text | None = option(None, "online: id of the wandb run to resume; null: a new run")
     artifact: bool = option(False, "upload best.ckpt as an artifact")
 
 
@@ -201,9 +177,7 @@ class _Stego(_Section):
     feature_samples: int = option(11, "S, samples per side: S x S points of each image", ge=1)
     neg_samples: int = option(5, "number of random images for each image", ge=1)
     num_neighbors: int = option(7, "number of nearest neighbours to draw from", ge=1)
-    knn_dropout: Number = option(
-        0.0, "channel dropout of the neighbours' features; published: 0.1", ge=0, le=0.99
-    )
+    knn_dropout: Number = option(0.0, "channel dropout of neighbours; published: 0.1", ge=0, le=0.99)
 
 
 class _HP(_Section):
@@ -317,9 +291,7 @@ class Options(_Section):
     gpu_ids: list[int] = option([0], "CUDA device indices; [0]: the first `trainer.devices` GPUs")
     output_dir: PathName = option("./output/", "parent folder of all runs")
     checkpoint: PathName = option("", "checkpoint file, folder or name of a run (`--checkpoint`)")
-    plugins: list[str] = option(
-        [], "your own Python files that register data sets, backbones, losses or methods"
-    )
+    plugins: list[str] = option([], "your Python files that register data sets, backbones, losses or methods")
     resume: Literal["auto", None] = option(None, "auto: continue from the last checkpoint (`--resume`)")
     resume_on_other_data: bool = option(False, "resume even if the data changed since the run was started")
     wandb: WandbOptions = WandbOptions()
@@ -349,7 +321,7 @@ class Options(_Section):
                 wrong.add(key)
                 mistakes.append(f"{key} is {json.dumps(attrgetter(key)(self))}, must be {allowed}")
         if mistakes:
-            raise Contradictions(mistakes)
+            raise PydanticCustomError("contradictions", "{mistakes}", {"mistakes": mistakes})
         return self
 
 
@@ -359,10 +331,8 @@ def _rules(options: Options) -> Iterator[tuple[Any, ...]]:
     arch, size, extra = model.arch, backbone.model_type, model.extra_clusters
     patch_key, given = "model.pretrained.dino_patch_size", f"with model.arch {arch}"
     if arch in PATCHES:  # an official backbone
-        patches, blocks, width = PATCHES[arch], FULL_DEPTH[arch], WIDTH_AND_HEADS[size][0]
+        patches, width = PATCHES[arch], WIDTH_AND_HEADS[size][0]
         yield patch_key, backbone.dino_patch_size in patches, f"one of {patches} {given}", "model.arch"
-        few = backbone.depth is None or backbone.depth <= blocks
-        yield "model.pretrained.depth", few, f"at most {blocks} {given}", "model.arch"
         fits = model.dim == width or not model.continuous or options.trained_by not in OF_BLOCK
         others = "model.arch", "model.pretrained.model_type", "method"
         yield "model.dim", fits, f"{width}, the width of {size}", *others

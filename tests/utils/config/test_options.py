@@ -46,14 +46,6 @@ def test_run_name__must_be_a_folder_name_of_200_bytes(tiny_options, name):
         tiny_options(wandb__name=name)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("project", "a/b"), ("tags", ["x" * 65]), ("tags", [""]), ("id", "a:b"), ("id", "")]
-)
-def test_wandb__own_rules_are_checked(tiny_options, key, value):
-    with pytest.raises(UserError, match=rf"wandb\.{key} is .*must be a"):
-        tiny_options(**{f"wandb__{key}": value})
-
-
 def test_run_name__may_be_a_number_and_leaves_room_for_the_baseline(tiny_options):
     for name in ("é" * 100, "x" * 200 + "-frozen", 5, 0.5):
         assert tiny_options(wandb__name=name).wandb.name == str(name)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from utils.config import options, plugins
 from utils.config.loading import build_options, nest
 from utils.vision.crf import crf_missing
 
@@ -41,16 +42,10 @@ TINY = {  # seconds, not minutes: 4 steps of 4 scenes of 32 pixels
 }
 
 
+HEAD = {"model.dim": 10, "model.pretrained.dim": 24}
 METHODS = {  # what the other methods change
-    "stego": {"method": "stego", "model.dim": 10, "model.pretrained.dim": 24},
-    "hp": {
-        "method": "hp",
-        "model.dim": 10,
-        "model.pretrained.dim": 24,
-        "hp.pool_size": 8,
-        "hp.warmup": 2,
-        "hp.renew_interval": 3,
-    },
+    "stego": {"method": "stego", **HEAD},
+    "hp": {"method": "hp", **HEAD, "hp.pool_size": 8, "hp.warmup": 2, "hp.renew_interval": 3},
 }
 
 
@@ -81,14 +76,15 @@ def golden():
     return load
 
 
+def tiny(folder: Path, **overrides) -> dict:
+    """Flat options of a run of seconds with its output in a folder; keys with '__' for '.'."""
+    changed = {key.replace("__", "."): value for key, value in overrides.items()}
+    return TINY | {"output_dir": str(folder / "output")} | changed
+
+
 @pytest.fixture
 def tiny_options(tmp_path):
-    def make(**overrides):
-        """Options of a run of seconds; keys with '__' for '.'."""
-        changed = {key.replace("__", "."): value for key, value in overrides.items()}
-        return build_options(TINY | {"output_dir": str(tmp_path / "output")} | changed, source="a test")
-
-    return make
+    return lambda **overrides: build_options(tiny(tmp_path, **overrides), source="a test")
 
 
 @pytest.fixture
@@ -98,10 +94,8 @@ def tiny_file(tmp_path):
 
 def write_tiny(folder: Path, **overrides) -> str:
     """An option file of a run of seconds, whose output lies beside it."""
-    changed = {key.replace("__", "."): value for key, value in overrides.items()}
-    tree = nest(TINY | {"output_dir": str(folder / "output")} | changed)
     path = folder / "tiny.json"
-    path.write_text(json.dumps(tree))
+    path.write_text(json.dumps(nest(tiny(folder, **overrides))))
     return str(path)
 
 
@@ -117,6 +111,17 @@ def without_figures():
 def no_figures():
     with without_figures():
         yield
+
+
+@pytest.fixture
+def own_names(monkeypatch):
+    """Names that a test registers are unknown to the next one, and so are plugins."""
+    monkeypatch.setattr(plugins, "_loaded", {})
+    lists = [options.METHODS, options.LOSSES, options.ARCHS, options.DATA_TYPES]
+    before = [list(names) for names in lists]
+    yield
+    for names, kept in zip(lists, before, strict=True):
+        names[:] = kept
 
 
 @pytest.fixture

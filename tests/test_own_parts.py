@@ -29,19 +29,10 @@ from utils.errors import UserError
 from utils.training.run_dir import RunDir
 from utils.vision.labels import LabelSpace
 
+pytestmark = pytest.mark.usefixtures("own_names")
+
 LABELS = LabelSpace.with_spread_colours(("plain", "rows", "columns", "diagonals"))
 WHITE = torch.full((40, 56, 3), 255, dtype=torch.uint8).numpy()
-
-
-@pytest.fixture(autouse=True)
-def _forgotten(monkeypatch):
-    """Names that a test registers are unknown to the next one, and so are plugins."""
-    monkeypatch.setattr(plugins, "_loaded", {})
-    lists = [registered.METHODS, registered.LOSSES, registered.ARCHS, registered.DATA_TYPES]
-    before = [list(names) for names in lists]
-    yield
-    for names, kept in zip(lists, before, strict=True):
-        names[:] = kept
 
 
 class Prototypes(Method):

@@ -14,7 +14,7 @@ from PIL import Image
 
 import eval as evaluation
 import run
-from dataset import DATA_SETS, crop_datasets, dataset_download
+from dataset import crop_datasets, dataset_download
 from model.checkpoint import read_checkpoint
 from utils.config import options, plugins
 from utils.config.cli import parse_arguments, plan_jobs
@@ -101,14 +101,6 @@ def test_option_files__are_those_in_the_readmes():
     assert all(name in JOINED for name in VARIANTS)
 
 
-def test_ci__runs_the_documented_commands():
-    script = (REPOSITORY / ".ci/run").read_text(encoding="utf-8")
-    for name, words in (("README.md", "python run.py --opt demo.json"), ("tests/README.md", "&& pytest")):
-        assert f'documented_command {name} "{words}"' in script
-        lines = TEXTS[REPOSITORY / name].splitlines()
-        assert sum(line.startswith("pip install") and words in line for line in lines) == 1
-
-
 def anchors(path: Path) -> set[str]:
     """The anchors that GitHub makes of a file's headings."""
     headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
@@ -145,17 +137,13 @@ QUICK += ["eval.is_crf=false", "eval.pictures=0", "--debug"]
 
 
 @pytest.fixture
-def own_parts(tmp_path, monkeypatch):
+def own_parts(tmp_path, monkeypatch, own_names):
     """The examples as files in the working folder, and the command lines that use them, by program."""
     for name, example in zip(("loss_only.py", "mine.py"), python_blocks(OWN_PARTS), strict=True):
         (tmp_path / name).write_text(example)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plugins, "_loaded", {})
     commands = re.findall(r"python (\w+\.py .+)", re.sub(r"\\\n\s*", "", OWN_PARTS))
-    yield [shlex.split(command) for command in commands]
-    for names in (options.LOSSES, options.ARCHS, options.DATA_TYPES):
-        names[:] = [name for name in names if name not in ("agreement", "nearest", "tiny", "stripes")]
-    DATA_SETS.pop("stripes", None)
+    return [shlex.split(command) for command in commands]
 
 
 def test_own_loss__is_followed_to_masks(own_parts, tmp_path):
@@ -185,17 +173,13 @@ def test_own_parts__train_as_the_readme_says(own_parts, tmp_path):
     assert stored == {str(tmp_path / "mine.py"): sha256_of(tmp_path / "mine.py")}
 
 
-def test_own_method__trains_as_the_readme_says(tmp_path, monkeypatch):
+def test_own_method__trains_as_the_readme_says(tmp_path, monkeypatch, own_names):
     text = section(REPOSITORY / "model/README.md", "Your own method")
     (example,) = python_blocks(text)
     (tmp_path / "relations.py").write_text(example)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plugins, "_loaded", {})
     (command,) = re.findall(r"python run\.py (.+)", re.sub(r"\\\n\s*", "", text))
-    try:
-        run.main([*shlex.split(command), *QUICK[1:], "dataset.train_images=32", "dataset.val_images=4"])
-    finally:
-        options.METHODS.remove("relations")
+    run.main([*shlex.split(command), *QUICK[1:], "dataset.train_images=32", "dataset.val_images=4"])
     with (tmp_path / "output/relations/metrics.csv").open() as file:
         losses = [float(row["relation_loss"]) for row in csv.DictReader(file) if row["relation_loss"]]
     assert losses[-1] < losses[0]

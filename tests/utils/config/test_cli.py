@@ -1,5 +1,4 @@
 import errno
-import json
 import re
 import subprocess
 import sys
@@ -32,25 +31,18 @@ def test_mistyped_option__is_reported_before_torch_is_imported(program):
 def test_overrides__values_and_sweeps_by_hydras_grammar():
     words = ["b=3", "c='x, y'", "d=[1,2]", "e=null", "f=inf", "g=true"]
     words += ["h=0,1,2", "i=range(1,4)", "j='1',2", "k=[1,2],[3]"]
-    choices, mistakes = parse_overrides(words)
-    assert choices == {
+    assert parse_overrides(words)[0] == {
         "b": [3], "c": ["x, y"], "d": [[1, 2]], "e": [None], "f": [float("inf")], "g": [True],
         "h": [0, 1, 2], "i": [1, 2, 3], "j": ["1", 2], "k": [[1, 2], [3]],
     }  # fmt: skip
-    assert mistakes == []
 
 
-@pytest.mark.parametrize(
-    "word",
-    [
-        "+a=1", "~a", "a@b=1", "a=glob(*)", "a=interval(0,1)", "a=(1", "a",
-        "a=range(3,1)", "a=range(1,4,0)", "=", "a=0,,1",
-    ],
-)  # fmt: skip
-def test_overrides__unsupported_grammar_is_a_mistake(word):
-    choices, (mistake,) = parse_overrides([word])
-    assert mistake.startswith(f"{word}: must be key=value")
+def test_overrides__unsupported_grammar_is_a_mistake():
+    words = ["+a=1", "~a", "a@b=1", "a=glob(*)", "a=(1", "a", "a=range(3,1)", "=", "a=0,,1", "a = 3"]
+    choices, mistakes = parse_overrides(words)
     assert choices == {}
+    for word, mistake in zip(words, mistakes, strict=True):
+        assert mistake.startswith(f"{word}: must be key=value or key=a,b,c, no spaces around =")
 
 
 def test_jobs__mistakes_of_overrides_file_and_all_runs_come_together(tiny_file):
@@ -58,22 +50,18 @@ def test_jobs__mistakes_of_overrides_file_and_all_runs_come_together(tiny_file):
     with pytest.raises(UserError) as error:
         jobs("--opt", tiny_file(train__epoch=0), *words)
     text = str(error.value)
-    for part in ("+a=1", "tau is -1", "tau is -2", "eval.is_crff", "train.epoch is 0"):
+    for part in ("5 mistakes in ", "+a=1", "tau is -1", "tau is -2", "eval.is_crff", "train.epoch is 0"):
         assert text.count(part) == 1, text
-    assert "5 mistakes in " in text
 
 
 def test_jobs__flags_and_overrides_in_any_order(tiny_file, tmp_path):
-    (tmp_path / "some.ckpt").touch()
-    some = str(tmp_path / "some.ckpt")
     (job,) = jobs("train.seed=3", "--opt", tiny_file(wandb__mode="online"), "--debug", "train.epoch=2",
-                  "--frozen", "--checkpoint", some, "--data_path", str(tmp_path), "--resume",
+                  "--frozen", "--checkpoint", "a.ckpt", "--data_path", str(tmp_path), "--resume",
                   "--check")  # fmt: skip
     options = job.options
-    assert (options.wandb.mode, options.resume) == ("disabled", "auto")
+    assert (options.wandb.mode, options.resume, options.checkpoint) == ("disabled", "auto", "a.ckpt")
     assert (options.train.seed, options.train.epoch, options.train.frozen) == (3, 2, True)
-    assert (options.checkpoint, options.dataset.data_path) == (some, str(tmp_path))
-    assert options.dataset.check_files
+    assert (options.dataset.check_files, options.dataset.data_path) == (True, str(tmp_path))
     assert not job.evaluate_only
     assert jobs("--opt", tiny_file(), "--test")[0].evaluate_only
 
@@ -101,15 +89,17 @@ def test_weights_file__is_needed_for_training_but_not_with_a_checkpoint(tiny_fil
         jobs(*words)
 
 
-def write_variants(tmp_path, content):
-    path = tmp_path / "mine.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return str(path)
+@pytest.fixture
+def with_variants(tiny_file, tmp_path):
+    def plan(text):
+        (tmp_path / "mine.json").write_text(text)
+        return jobs("--opt", tiny_file(), "--variants", str(tmp_path / "mine.json"), "train.seed=0,1")
+
+    return plan
 
 
-def test_variants__each_is_a_run_of_every_seed(tiny_file, tmp_path):
-    path = write_variants(tmp_path, {"as it is": {}, "no steps": {"training_coeff": {"prop_iter": 0}}})
-    found = jobs("--opt", tiny_file(), "--variants", path, "train.seed=0,1")
+def test_variants__each_is_a_run_of_every_seed(with_variants):
+    found = with_variants('{"as it is": {}, "no steps": {"training_coeff": {"prop_iter": 0}}}')
     assert [(job.setting, job.options.training_coeff.prop_iter, job.options.train.seed) for job in found] == [
         ("as it is", 2, 0), ("as it is", 2, 1), ("no steps", 0, 0), ("no steps", 0, 1),
     ]  # fmt: skip
@@ -120,21 +110,22 @@ def test_variants__each_is_a_run_of_every_seed(tiny_file, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ([], "must hold an object"),
+        ("[]", "must hold an object"),
         ('{"a": {}, "a": {"train": {"epoch": 2}}}', r'mine\.json: .*"a" appears twice'),
-        ({"a": 3}, "must map names to objects of options"),
-        ({"a": {"train": {"seed": 3}}}, "a: train.seed is also set by the command line"),
-        ({"a": {"train": {"sed": 3}}}, "train.sed"),
-        ({"a" * 300: {}}, "wandb.name is"),
+        ('{"a": 3}', "must map names to objects of options"),
+        ('{"a": {"train": {"seed": 3}}}', "a: train.seed is also set by the command line"),
+        ('{"a": {"train": {"sed": 3}}}', "train.sed"),
     ],
 )
-def test_variants__mistakes_are_named(tiny_file, tmp_path, content, words):
+def test_variants__mistakes_are_named(with_variants, content, words):
     with pytest.raises(UserError, match=words):
-        jobs("--opt", tiny_file(), "--variants", write_variants(tmp_path, content), "train.seed=0,1")
+        with_variants(content)
 
 
 def test_variants__that_are_shipped_fit_every_option_file_of_its_kind(monkeypatch):
     monkeypatch.setattr("utils.config.cli.missing_files", lambda *_, **__: [])
+    with pytest.raises(UserError, match=r"ablation\.json: is not an option file; .* --variants"):
+        jobs("--opt", "ablation.json")
     for base in ("demo.json", "camvid.json", "cocostuff.json"):
         found = jobs("--opt", base, "--variants", "ablation.json")
         assert len({job.options.wandb.name for job in found}) == len(found) > 8
@@ -144,13 +135,11 @@ def test_variants__that_are_shipped_fit_every_option_file_of_its_kind(monkeypatc
 
 @pytest.mark.parametrize(
     "words",
-    [["--patch", "1,2"], ["--explain", "0", "--patch", "1"], ["--explain", "0", "--measure-sets"],
-     ["--crf"], ["--images", "a"], ["--images", "a", "--out", "b", "--explain", "0"]],
-)  # fmt: skip
+    [["--explain", "0", "--patch", "1"], ["--explain", "0", "--measure-sets"], ["--crf"], ["--images", "a"]],
+)
 def test_evaluation_flags__that_do_not_go_together(tiny_file, words):
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(SystemExit):
         jobs("--opt", tiny_file(), *words, training=False)
-    assert error.value.code == 2
 
 
 def test_opt__is_needed_unless_a_checkpoint_is_named():
@@ -178,11 +167,9 @@ def test_guarded__message_and_exit_status(capsys, error, status, message):
 
 
 def test_print_options__is_an_option_file(capsys, tmp_path):
-    printed = run.main(["--opt", "demo.json", "train.seed=7", "--print-options"])
+    run.main(["--opt", "demo.json", "train.seed=7", "--print-options"])
     (tmp_path / "again.json").write_text(capsys.readouterr().out)
-    assert printed == [json.loads((tmp_path / "again.json").read_text())]
-    (job,) = jobs("--opt", str(tmp_path / "again.json"))
-    assert job.options.train.seed == 7
+    assert jobs("--opt", str(tmp_path / "again.json")) == jobs("--opt", "demo.json", "train.seed=7")
 
 
 def test_words__home_and_both_spellings_of_data_path(monkeypatch, tmp_path):
@@ -193,11 +180,6 @@ def test_words__home_and_both_spellings_of_data_path(monkeypatch, tmp_path):
         assert job.options.dataset.data_path == f"{tmp_path}/a"
     with pytest.raises(UserError, match=r"data_path is .*/b: no such folder"):
         jobs("--opt", "camvid.json", "--data_path", "~/b")
-
-
-def test_variants_file__given_as_option_file():
-    with pytest.raises(UserError, match=r"ablation\.json: is not an option file; .* --variants"):
-        jobs("--opt", "ablation.json")
 
 
 def test_help__ends_with_examples_and_the_option_table(capsys):

@@ -17,18 +17,14 @@ from utils.config.loading import (
     missing_files,
     nest,
 )
-from utils.config.options import LOSSES, Options
+from utils.config.options import Options
 from utils.errors import UserError
 from utils.files import REPOSITORY
 from utils.vision.labels import LabelSpace
 
 VARIANTS = ("ablation.json", "methods.json")
 OUR_FILES = sorted(path for path in (REPOSITORY / "json").rglob("*.json") if path.name not in VARIANTS)
-PUBLISHED_NAMES = [
-    f"{name}{suffix}.json"
-    for name in ("cocostuff8", "cocostuff16", "cityscapes_base", "cityscapes_small", "potsdam")
-    for suffix in ("", "_eval")
-]
+PUBLISHED = ("cocostuff8", "cocostuff16", "cityscapes_base", "cityscapes_small", "potsdam")
 
 
 def mistakes(flat) -> list[str]:
@@ -59,7 +55,7 @@ def test_our_files__load_and_build(path, monkeypatch):
     assert isinstance(module.segmenter.backbone, FrozenViT)
 
 
-@pytest.mark.parametrize("name", PUBLISHED_NAMES)
+@pytest.mark.parametrize("name", [f"{name}{suffix}.json" for name in PUBLISHED for suffix in ("", "_eval")])
 def test_published_files__load_unchanged_and_mean_what_ours_mean(shared, name):
     path = shared / "reference/options" / name
     published = flatten(as_tree(load_options(path)))
@@ -115,7 +111,6 @@ REPORTED_ONCE = [
     ({"method": "hp", "dataset.cache_features": "ram"}, 'dataset.cache_features is "ram", must be null'),
     ({"method": "hp", "hp.pool_size": 100}, "hp.pool_size is 100, must be a multiple of dataloader.batch"),
     ({"method": "stego", "train.compare_frozen": True}, "train.compare_frozen is true, must be false"),
-    ({"dataset": 3, "dataset.res": 224}, "dataset (value 3) is not an option"),
     ({"model.arch": {"name": "dino"}}, "model.arch.name"),
     ({"training_coeff.prop_iter": True}, "training_coeff.prop_iter is true, must be a whole number"),
 ]  # fmt: skip
@@ -133,25 +128,9 @@ def test_mistake__is_reported_once_without_its_consequences(flat, part):
     assert mistake.startswith(part)
 
 
-def test_method__frozen_may_be_written_in_two_ways_and_others_choose_their_channels():
-    ways = [build_options(each, source="x") for each in ({"method": "frozen"}, {"train.frozen": True})]
-    assert [options.trained_by for options in ways] == ["frozen", "frozen"]
-    own = {"method": "hp", "model.dim": 70, "hp.alpha": 0.0, "dataset.cache_features": "ram"}
-    assert build_options(own, source="x").model.dim == 70
-
-
-def test_numbers__infinity_is_a_string_and_integers_are_floats():
-    options = build_options({"training_coeff.sigma_pos": "inf", "training_coeff.tau": 1}, source="x")
-    assert (options.training_coeff.sigma_pos, options.training_coeff.tau) == (float("inf"), 1.0)
-
-
-def test_registry__is_read_when_a_value_is_validated():
-    assert mistakes({"training_coeff.loss": "mine"})[0].endswith('is "mine", must be one of "ppap"')
-    LOSSES.append("mine")
-    try:
-        assert build_options({"training_coeff.loss": "mine"}, source="x").training_coeff.loss == "mine"
-    finally:
-        LOSSES.remove("mine")
+@pytest.mark.parametrize("flat", [{"method": "frozen"}, {"train.frozen": True}])
+def test_method__frozen_may_be_written_in_two_ways(flat):
+    assert build_options(flat, source="x").trained_by == "frozen"
 
 
 def test_missing_files__folder_and_weights(monkeypatch, tmp_path):
@@ -180,8 +159,8 @@ def test_find__bare_name_path_and_nearest(tmp_path, monkeypatch):
     assert find_option_file("mine.json") == Path("mine.json")
     with pytest.raises(UserError, match=r"Did you mean demo\.json"):
         find_option_file("demmo.json")
-    with pytest.raises(UserError, match="no such file"):
-        find_option_file(".")
+    with pytest.raises(UserError, match=r"no such name in json, json/server, json/baselines\. Available"):
+        find_option_file("nosuch.json")
 
 
 def test_base__is_read_first_and_cycles_are_errors(tmp_path):
@@ -197,10 +176,8 @@ def test_base__is_read_first_and_cycles_are_errors(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("{", ""), ("[]", ""), ("{'a': 1}", ""), ("\xff", ""),
-     ('{"train": {}, "train": {"seed": 1}}', '"train" appears twice'),
-     ('{"train": {"seed": 1, "seed": 1}}', '"seed" appears twice')],
-)  # fmt: skip
+    [("", ""), ("{", ""), ("[]", ""), ("\xff", ""), ('{"a": {"b": 1, "b": 1}}', '"b" appears twice')],
+)
 def test_file__that_cannot_be_read_is_named(tmp_path, content, words):
     (tmp_path / "a.json").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=rf"a\.json.*{words}"):
@@ -210,21 +187,7 @@ def test_file__that_cannot_be_read_is_named(tmp_path, content, words):
 def test_tree__reads_back_to_the_same_options():
     flat = {"training_coeff.sigma_pos": "inf", "dataset.class_names": ["a"], "own.b.c": 1}
     options = build_options(flat, source="x")
+    assert options.training_coeff.sigma_pos == float("inf")
     flat = flatten(json.loads(json.dumps(as_tree(options))))
-    assert flat["training_coeff.sigma_pos"] == "inf"
     assert build_options(flat, source="x") == options
     assert nest(flat) == as_tree(options)
-
-
-ODD = [None, True, -1, 0, 1.5, float("nan"), float("-inf"), 10**400, "", "x", "inf", [], [None], {"a": 1}]
-
-
-@pytest.mark.parametrize("key", FIELDS)
-def test_odd_values__are_accepted_or_reported_with_the_key(key):
-    for value in ODD:
-        message = key
-        try:
-            build_options(flatten({key: value}), source="x")
-        except UserError as error:
-            message = str(error)
-        assert key in message

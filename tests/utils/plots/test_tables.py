@@ -6,15 +6,13 @@ from utils.plots.tables import class_table, metrics_markdown, metrics_table, set
 FOUR = {"Cluster_Accuracy": 50.0, "Cluster_mIoU": 20.0, "Linear_Accuracy": 80.0, "Linear_mIoU": 40.0}
 
 
+IOU = {"cluster": {"sky": 10.0, "road": float("nan")}, "linear": {"sky": 30.0, "road": 50.0}}
+
+
 def result(shift=0.0, **changes):
     metrics = {name: value + shift for name, value in FOUR.items()}
-    iou = {"cluster": {"sky": 10.0, "road": float("nan")}, "linear": {"sky": 30.0, "road": 50.0}}
-    return {
-        "before_crf": metrics,
-        "after_crf": None,
-        "after_crf_missing": "no compiler",
-        "class_iou": {"before_crf": iou, "after_crf": None},
-    } | changes
+    stages = {"before_crf": metrics, "after_crf": None, "after_crf_missing": "no compiler"}
+    return stages | {"class_iou": {"before_crf": IOU, "after_crf": None}} | changes
 
 
 def fits(table):
@@ -34,22 +32,19 @@ def test_metrics_table__accuracy_and_miou_before_and_after_crf():
 
 def test_metrics_table__without_labels_shows_how_the_pixels_split():
     table = metrics_table({"run": result(before_crf=None, cluster_shares={"3": 70.0, "0": 30.0})})
-    assert table.endswith("in percent: 3: 70.0, 0: 30.0")
-    assert "accuracy" not in table
+    assert table == "run: cluster sizes in these images, in percent: 3: 70.0, 0: 30.0"
 
 
 def test_class_table__before_and_after_crf_and_missing_values():
-    iou = {"cluster": {"sky": 10.0, "road": float("nan")}, "linear": {"sky": 30.0, "road": 50.0}}
-    lines = fits(class_table(result(class_iou={"before_crf": iou, "after_crf": iou})))
+    lines = fits(class_table(result(class_iou={"before_crf": IOU, "after_crf": IOU})))
     assert lines[0].split("  ")[-2:] == ["cluster -> CRF", "linear -> CRF"]
     assert lines[2].split() == ["sky", "10.0", "->", "10.0", "30.0", "->", "30.0"]
     assert lines[3].split()[1:4] == ["-", "->", "-"]
 
 
 def test_metrics_markdown__has_both_tables():
-    text = metrics_markdown(result())
-    assert "| before CRF | 50.0 |" in text
-    assert "| sky | 10.0 | 30.0 |" in text
+    lines = metrics_markdown(result()).splitlines()
+    assert {"| before CRF | 50.0 | 20.0 | 80.0 | 40.0 |", "| sky | 10.0 | 30.0 |"} <= {*lines}
 
 
 def test_sweep_table__mean_and_sample_deviation_over_seeds():
@@ -70,9 +65,7 @@ def test_write_sweep__numbers_table_figure_and_page(tmp_path):
     (tmp_path / "x=1/report.html").touch()
     write_sweep(tmp_path / "sweep", rows, title="x")
     rows = json.loads((tmp_path / "sweep/sweep.json").read_text())
-    assert [row["setting"] for row in rows] == ["a", "a", "b"]
     assert rows[1]["before_crf"]["Cluster_mIoU"] == 21.0
-    assert (tmp_path / "sweep/sweep.png").stat().st_size > 1000
     page = (tmp_path / "sweep/report.html").read_text()
     assert 'href="../x%3D1/report.html"' in page
     assert "50.5 ± 0.7" in page

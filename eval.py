@@ -37,10 +37,7 @@ NO_CLASSES = LabelSpace(("unknown",), ((0, 0, 0),))  # of photographs without a 
 def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[str, Any]:
     """Evaluates a checkpoint on the validation split; returns the content of metrics.json.
 
-    Args:
-        options: all options.
-        checkpoint: a file, a folder, or a run below `output_dir`.
-        folder: for metrics.json, confusion.npz, predictions.png, confusion.png and class_iou.png.
+    `checkpoint` is a file, a folder or a run below `output_dir`; figures and metrics are written to `folder`.
     """
     from dataset import build_data, spread_indices
     from model import build_module
@@ -160,13 +157,9 @@ def write_masks(options: Options, arguments: Namespace) -> dict[str, Any]:
     from utils.training.device import device_name
 
     labels, device = known_labels(options.dataset), device_name(options)
-    flags = {
-        "res": arguments.res,
-        "head": arguments.head or "cluster",
-        "crf": arguments.crf,
-        "tile": arguments.tile,
-    }
-    predictor = load_segmenter(options.checkpoint, opt=options, labels=labels, device=device, **flags)
+    flags = {name: getattr(arguments, name) for name in ("res", "crf", "tile")}
+    flags |= {"head": arguments.head or "cluster", "device": device}
+    predictor = load_segmenter(options.checkpoint, opt=options, labels=labels, **flags)
     images, out = Path(arguments.images), Path(arguments.out)
     return predict_folder(predictor, images, out, names=arguments.names, flat=arguments.flat)
 

@@ -144,16 +144,19 @@ def suggest_boundaries(options: Options) -> dict[str, Any]:
 
 def as_baseline(options: Options) -> Options:
     """The frozen baseline of a run, under its own name."""
-    name, run_id = options.wandb.name + FROZEN, options.wandb.id and options.wandb.id + FROZEN
-    return with_changes(options, {"train.frozen": True, "wandb.name": name, "wandb.id": run_id})
+    name = options.wandb.name + FROZEN
+    return with_changes(options, {"train.frozen": True, "wandb.name": name, "wandb.id": None})
 
 
-def planned_runs(job: Job) -> list[Options]:
-    """The runs of a job; with `train.compare_frozen`, its frozen baseline first."""
-    frozen = job.options.trained_by == "frozen"
-    options = as_baseline(job.options) if frozen else job.options
-    compares = options.train.compare_frozen and not frozen and not job.evaluate_only
-    return [as_baseline(options), options] if compares else [options]
+def planned_runs(job: Job, *, evaluate_only: bool) -> list[tuple[str, Options]]:
+    """Setting and options of each run of a job; with `train.compare_frozen`, its baseline comes first."""
+    setting, options = job.setting, job.options
+    if options.trained_by == "frozen":
+        return [(setting, as_baseline(options))]
+    if evaluate_only or not options.train.compare_frozen:
+        return [(setting, options)]
+    runs = {"frozen": as_baseline(options), trained_with(options): options}
+    return [(f"{setting} {kind}".strip(), each) for kind, each in runs.items()]
 
 
 def trained_with(options: Options) -> str:
@@ -185,19 +188,22 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     from utils.plots.report import write_sweep
     from utils.plots.tables import sweep_table
 
-    planned, finished, rows, done = [planned_runs(job) for job in jobs], [], [], 0
+    planned = [planned_runs(job, evaluate_only=arguments.test) for job in jobs]
+    finished, rows, done = [], [], 0
     total, began = sum(map(len, planned)), time.monotonic()
     for job, runs in zip(jobs, planned, strict=True):
         results = {}
-        for options in runs:
+        for setting, options in runs:
             left = (time.monotonic() - began) / max(1, done) * (total - done)
             place = f", run {done + 1} of {total}" + (f", about {duration(left)} left" if done else "")
             print(f"\n{options.wandb.name}: {trained_with(options)}{place if total > 1 else ''}")
-            results[options.wandb.name] = run_one(options, evaluate_only=job.evaluate_only)
+            results[options.wandb.name] = result = run_one(options, evaluate_only=arguments.test)
+            rows.append((setting, result | {"name": options.wandb.name}))
+            if "last_step" in result:
+                rows.append((f"{setting}, last step".removeprefix(", "), result["last_step"]))
             done += 1
         print(closing_words(job, results, alone=len(jobs) == 1))
-        finished.append(list(results.values())[-1])
-        rows += sweep_results(job, results)
+        finished.append(result)
         folder = Path(job.options.output_dir) / f"{job.base}-sweep"
         if len(jobs) > 1 and is_rank_zero():  # after each job: an interrupted sweep keeps its results
             if job is jobs[0]:
@@ -222,18 +228,6 @@ def closing_words(job: Job, results: dict[str, dict[str, Any]], *, alone: bool) 
         parts += [f"report: {folder / 'report.html'}"]
         parts += [f"masks:  python eval.py --checkpoint {folder} --images <folder> --out <masks>"]
     return "\n".join(parts)
-
-
-def sweep_results(job: Job, results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """(setting, result) of each run of a job, and of its last step if that was evaluated."""
-    rows = []
-    for name, result in results.items():
-        kind = "frozen" if name.endswith(FROZEN) else trained_with(job.options)
-        setting = " ".join(filter(None, (job.setting, kind if len(results) > 1 else "")))
-        rows.append((setting, result | {"name": name}))
-        if "last_step" in result:
-            rows.append((f"{setting}, last step".removeprefix(", "), result["last_step"]))
-    return rows
 
 
 if __name__ == "__main__":

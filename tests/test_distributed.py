@@ -255,7 +255,7 @@ def test_guarded__one_process_tells_what_all_have_met(monkeypatch, capsys):
     assert fails(NotFinite("the loss")) == 0
     assert fails(UserError("an image")) == 2
     printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", "error in process 1: an image\n")
+    assert (printed.out, printed.err) == ("", "error: an image\n")
     launched(monkeypatch, {"RANK": "0"})
     assert fails(NotFinite("the loss")) == 2
 

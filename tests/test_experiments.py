@@ -42,14 +42,8 @@ RELEASED = {
     "cityscapes_vitb8": "cityscapes_base",
     "potsdam_vitb8": "potsdam",
 }
-SMALL = [
-    "dataset.res=32",
-    "dataset.val_res=32",
-    "dataloader.batch_size=4",
-    "dataloader.num_workers=0",
-    "train.epoch=1",
-    "eval.pictures=0",
-]
+SMALL = ["dataset.res=32", "dataset.val_res=32", "dataloader.batch_size=4", "dataloader.num_workers=0"]
+SMALL += ["train.epoch=1", "eval.pictures=0"]
 
 
 @pytest.mark.parametrize("data_type", DATA_SETS)
@@ -83,9 +77,7 @@ def test_own_photographs__of_all_kinds_train_without_labels(tiny_file, tmp_path,
     (trained,) = run.main(["--opt", path])
     assert trained["before_crf"] is None
     assert trained["step"] == 5 * 5 // 4
-    told = capsys.readouterr().out
-    assert "1 of 6 images or labels are damaged and skipped" in told
-    assert "ffmpeg -i walk.mp4" in told
+    assert "ffmpeg -i walk.mp4" in capsys.readouterr().out
     (left_out,) = json.loads((tmp_path / "output/tiny/left_out.json").read_text())
     assert "broken.jpg: not a readable image" in left_out
     with pytest.raises(UserError, match=r"1 of 6 images or labels are damaged;(.|\n)*broken\.jpg"):
@@ -112,12 +104,12 @@ def random_state(shapes):
     return {name: torch.randn(tuple(shape), generator=drawn).mul_(0.05) for name, shape in shapes.items()}
 
 
-def zipped(files):
-    """A zip archive of {name: path}."""
+def zipped(root, pattern):
+    """A zip archive of the files below a folder that match."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for name, path in files.items():
-            archive.write(path, name)
+        for path in root.glob(pattern):
+            archive.write(path, path.relative_to(root))
     return Page(buffer.getvalue())
 
 
@@ -127,14 +119,8 @@ def test_cocostuff__from_nothing_to_the_first_step(hub, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     with serving() as server:
         for split in ("train2017", "val2017"):
-            files = {
-                str(path.relative_to(source / "images")): path for path in source.glob(f"images/{split}/*")
-            }
-            server.pages[f"{split}.zip"] = zipped(files)
-        labels = {
-            str(path.relative_to(source / "annotations")): path for path in source.glob("annotations/*/*")
-        }
-        server.pages["stuffthingmaps_trainval2017.zip"] = zipped(labels)
+            server.pages[f"{split}.zip"] = zipped(source / "images", f"{split}/*")
+        server.pages["stuffthingmaps_trainval2017.zip"] = zipped(source / "annotations", "*/*")
         for path in source.glob("curated/*/*"):
             server.pages[str(path.relative_to(source))] = Page(path.read_bytes())
         root = str(tmp_path / "cocostuff")

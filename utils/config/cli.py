@@ -29,11 +29,9 @@ from utils.config.options import Options
 from utils.config.plugins import load_plugins, with_absolute_plugins
 from utils.errors import Interrupted, UserError
 from utils.files import read_json_object
-from utils.training.launch import is_rank_zero, process_index, started_by_lightning
+from utils.training.launch import is_rank_zero, started_by_lightning
 from utils.training.stopping import end_with_parent
 
-EXPLORE = """write an interactive page for any anchor; PATH is an image, a folder (at most 16 images shown)
-or an index as for --explain, with labels; --checkpoint adds clusters"""
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG)
 QUOTING = """must be key=value or key=a,b,c, no spaces around =; quote other values twice: 'key="a, b"'"""
 NEEDS = dict.fromkeys(("flat", "res", "head", "crf", "tile", "names"), "images")  # flags that need another
@@ -45,7 +43,6 @@ class Job(NamedTuple):
 
     options: Options
     setting: str  # the variant and the swept values without the seed; '' if there is neither
-    evaluate_only: bool  # --test
     base: str  # wandb.name without the sweep's suffix
 
 
@@ -94,7 +91,7 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     command = parser.add_mutually_exclusive_group().add_argument
     command("--measure-sets", action="store_true", help="compare positives and negatives with labels")
     command("--explain", metavar="IMAGE", **path, help="plot the propagation of an anchor; file or index")
-    command("--explore", metavar="PATH", **path, help=EXPLORE)
+    command("--explore", metavar="PATH", **path, help="write a page to explore an image, folder or index")
     command("--images", metavar="PATH", **path, help="write masks of an image or of a folder")
     command("--export", metavar="FILE", **path, help="write the checkpoint in the published format")
     row = {"metavar": "ROW,COL", "type": _row_and_column}
@@ -133,18 +130,16 @@ def plan_jobs(arguments: argparse.Namespace, stored: dict[str, Any] | None = Non
         twice = changed.keys() & chosen
         mistakes += [f"{variant}: {key} is also set by the command line; remove one" for key in twice]
         flat = stored | chosen | changed
-        base = flat.setdefault("wandb.name", Options().wandb.name)
+        base = str(flat.get("wandb.name", Options().wandb.name))
         swept = {key: value for key, value in chosen.items() if len(choices.get(key, ())) > 1}
         words = [variant, *(f"{key.split('.')[-1]}={value}" for key, value in swept.items())]
         setting = [variant, *(f"{key}={value}" for key, value in swept.items() if key != "train.seed")]
-        suffix = "".join(f"-{word}" for word in words if word)
-        for key in ("wandb.name", "wandb.id"):
-            if suffix and flat.get(key):
-                flat[key] = re.sub(r"[^\w.=+-]+", "_", f"{flat[key]}{suffix}")
+        if suffix := "".join(f"-{word}" for word in words if word):
+            flat["wandb.name"] = re.sub(r"[^\w.=+-]+", "_", base + suffix)
         try:
             load_plugins(flat, trusted=trusted)
             options = build_options(flat, source="")
-            jobs.append(Job(options, " ".join(filter(None, setting)), arguments.test, str(base)))
+            jobs.append(Job(options, " ".join(filter(None, setting)), base))
         except UserError as error:
             mistakes += error.mistakes
         if not any(flags.get(name) for name in ("images", "explore", "export")):  # they need no data set
@@ -202,10 +197,8 @@ def guarded(main: Callable[[], None], *, then: str = "rerun with --resume") -> i
     """Runs a program and returns its exit status; prints a user's mistake once, with no traceback."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names that are not UTF-8
-    process = ""
     try:
         if not is_rank_zero():
-            process = f" in process {'.'.join(map(str, process_index()))}"
             if started_by_lightning():  # otherwise it may wait in NCCL for a main process that was killed
                 end_with_parent()
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, closed with the process
@@ -213,11 +206,11 @@ def guarded(main: Callable[[], None], *, then: str = "rerun with --resume") -> i
         sys.stdout.flush()
         return 0
     except UserError as error:
-        if process and error.common:  # reported by the first process
+        if error.common and not is_rank_zero():  # reported by the first process
             return 0
-        status, message = error.status, f"{error.label}{process}: {error}"
+        status, message = error.status, f"{error.label}: {error}"
     except Interrupted as error:
-        if process and error.code == 128 + signal.SIGUSR1:  # srun must not end the first one, which requeues
+        if error.code == 128 + signal.SIGUSR1 and not is_rank_zero():  # the first process requeues
             return 0
         status, message = error.code, f"interrupted; {then}"
     except OSError as error:

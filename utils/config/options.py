@@ -338,19 +338,14 @@ def _rules(options: Options) -> Iterator[tuple[Any, ...]]:
         yield "model.dim", fits, f"{width}, the width of {size}", *others
     if arch != "dinov2":
         yield "model.pretrained.registers", not backbone.registers, f"false {given}", "model.arch"
-    factors = {}
     if arch in (*PATCHES, "vit"):  # for others it is checked when the backbone is built
-        factors = {"dataset.res": patch_key, "dataset.val_res": patch_key}
+        patch = backbone.dino_patch_size
+        for key, size in (("dataset.res", data.res), ("dataset.val_res", data.val_res)):
+            yield key, size % patch == 0, f"a multiple of {patch_key} ({patch})", patch_key
     if arch == "timm":
         yield "model.name", model.name is not None, f"the name of a model {given}", "model.arch"
     else:
         yield "model.name", model.name is None, f"null {given}, or set model.arch timm", "model.arch"
-    if arch == "vit":
-        width_key = "model.pretrained.dim" if backbone.dim else "model.dim"
-        factors |= {"model.pretrained.native_res": patch_key, width_key: "model.pretrained.heads"}
-    for key, factor in factors.items():
-        value, step = attrgetter(key)(options), attrgetter(factor)(options)
-        yield key, (value or 0) % step == 0, f"a multiple of {factor} ({step})", factor
     batch, processes = options.dataloader.batch_size, options.trainer.world_size
     allowed = f"a multiple of trainer.devices x trainer.num_nodes ({processes})"
     yield "dataloader.batch_size", batch % processes == 0, allowed

@@ -19,11 +19,7 @@ def with_absolute_plugins(flat: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def load_plugins(flat: dict[str, Any], *, trusted: bool) -> None:
-    """Runs the plugins of flat options, each file once in a process.
-
-    Raises:
-        UserError: a file is missing or not trusted.
-    """
+    """Runs the plugins of flat options, each file once in a process; all must be `trusted`."""
     names = flat.get("plugins", [])
     for name in names if isinstance(names, list) else ():
         path = Path(name)

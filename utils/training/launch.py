@@ -23,23 +23,17 @@ def own_cores(devices: int) -> int:
 
 def is_rank_zero() -> bool:
     """Whether this is the process that prints and writes; known before the process group exists."""
-    return set(process_index()) == {0}
-
-
-def process_index() -> tuple[int, ...]:
-    """The launcher's index of this process: its rank, or (node rank, local rank)."""
     number = {name: _number(name) for name in NUMBERS}  # all of them, as Lightning reads them too
     if "RANK" in os.environ:  # torchrun
-        return (number["RANK"],)
+        return number["RANK"] == 0
     if "SLURM_STEP_NUM_TASKS" in os.environ and "LOCAL_RANK" not in os.environ:  # srun
-        return (number["SLURM_PROCID"],)
-    return number["NODE_RANK"], number["LOCAL_RANK"]
+        return number["SLURM_PROCID"] == 0
+    return number["NODE_RANK"] == number["LOCAL_RANK"] == 0
 
 
 def started_by_lightning() -> bool:
     """Whether a main process started this one, for another device of its machine."""
-    index = process_index()
-    return len(index) == 2 and index[1] > 0
+    return "RANK" not in os.environ and _number("LOCAL_RANK") > 0
 
 
 def _number(name: str) -> int:
@@ -61,7 +55,7 @@ def check_launch(wanted: TrainerOptions) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         started = _number("WORLD_SIZE")
     elif in_slurm_job():
-        started = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+        started = _number("SLURM_STEP_NUM_TASKS") or 1
     else:
         return
     if started != wanted.world_size:

@@ -100,7 +100,6 @@ REPORTED_ONCE = [
      "model.pretrained.dino_patch_size is 14, must be one of [8, 16] with model.arch dino"),
     ({"model.arch": "dino3", "model.dim": 96}, 'model.arch is "dino3", must be one of "dino", "dinov2"'),
     ({"model.pretrained.registers": True}, "model.pretrained.registers is true, must be false"),
-    ({"model.arch": "vit", "model.dim": 100}, "model.dim is 100, must be a multiple of model.pretrained.h"),
     ({"dataloader.batch_size": 6, "trainer.devices": 4}, "dataloader.batch_size is 6, must be a multiple"),
     ({"dataset.cache_features": "ram", "dataset.loader_crop_type": "random"},
      'dataset.cache_features is "ram", must be null'),

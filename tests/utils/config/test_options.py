@@ -1,19 +1,10 @@
 import re
 
 import pytest
-from pydantic import ValidationError
 
 from utils.config.loading import FIELDS, with_changes
-from utils.config.options import Options, TrainOptions
 from utils.errors import UserError
 from utils.files import REPOSITORY
-
-
-def test_options__are_immutable_and_validated_when_constructed():
-    with pytest.raises(ValidationError):
-        Options().train.epoch = 3
-    with pytest.raises(ValidationError):
-        TrainOptions(epoch=0)
 
 
 def test_with_changes__is_validated_and_keeps_the_rest(tiny_options):

@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 from contextlib import contextmanager
@@ -97,6 +98,12 @@ def write_tiny(folder: Path, **overrides) -> str:
     path = folder / "tiny.json"
     path.write_text(json.dumps(nest(tiny(folder, **overrides))))
     return str(path)
+
+
+def scalars_of(folder: Path, name: str, *, where: str | None = None) -> list[float]:
+    """A column of metrics.csv, of the rows that have a value of it, or of `where`."""
+    with (folder / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[where or name]]
 
 
 @contextmanager

@@ -21,10 +21,10 @@ from tests.utils.server import Page, serving, targets_at
 from utils.config.loading import find_option_file, load_options
 from utils.config.options import FULL_DEPTH
 from utils.errors import UserError
+from utils.plots.tables import METRICS
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
-METRICS = {"Cluster_Accuracy", "Cluster_mIoU", "Linear_Accuracy", "Linear_mIoU"}
 MAKERS = {
     "cocostuff27": miniatures.make_cocostuff,
     "cocostuff15": miniatures.make_cocostuff,
@@ -36,12 +36,12 @@ MAKERS = {
     "synthetic": lambda root, counts: root,
 }
 PUBLISHED = ("cocostuff8", "cocostuff16", "cityscapes_base", "cityscapes_small", "potsdam")
-RELEASED = {
-    "cocostuff_vits8": "cocostuff8",
-    "cocostuff_vits16": "cocostuff16",
-    "cityscapes_vitb8": "cityscapes_base",
-    "potsdam_vitb8": "potsdam",
-}
+RELEASED = [  # names of the file and of its options
+    ("cocostuff_vits16", "cocostuff16"),
+    pytest.param("cocostuff_vits8", "cocostuff8", marks=pytest.mark.slow),
+    pytest.param("cityscapes_vitb8", "cityscapes_base", marks=pytest.mark.slow),
+    pytest.param("potsdam_vitb8", "potsdam", marks=pytest.mark.slow),
+]
 SMALL = ["dataset.res=32", "dataset.val_res=32", "dataloader.batch_size=4", "dataloader.num_workers=0"]
 SMALL += ["train.epoch=1", "eval.pictures=0"]
 
@@ -54,7 +54,7 @@ def test_data_set__trains_and_evaluates(data_type, tiny_file, tmp_path, capsys):
     changed = {f"dataset__{key}": value for key, value in chosen.items()}
     (trained,) = run.main(["--opt", tiny_file(**changed, eval__crf_backend="torch")])
     assert (capsys.readouterr().out.count("crop_type is ignored") == 1) == (crop == "five")
-    assert set(trained["before_crf"]) == set(trained["after_crf"]) == METRICS
+    assert set(trained["before_crf"]) == set(trained["after_crf"]) == {*METRICS}
     assert trained["images"] == (6 if data_type in ("synthetic", "potsdamraw") else 2)
     names = DATA_SETS[data_type].labels(load_options(tmp_path / "tiny.json").dataset).names
     assert list(trained["class_iou"]["before_crf"]["cluster"]) == list(names)
@@ -146,21 +146,15 @@ def test_published_options__train_unchanged(shared, name, hub, tmp_path, monkeyp
     whole = options.dataset.data_type == "potsdam"
     root = MAKERS[options.dataset.data_type](tmp_path / "data", counts=(64 if whole else 13, 1))
     (trained,) = run.main(["--opt", str(path), "--data_path", str(root), "--debug"])
-    assert set(trained["after_crf"]) == METRICS
+    assert set(trained["after_crf"]) == {*METRICS}
 
 
-@pytest.mark.parametrize(
-    ("released", "place"),
-    [
-        ("cocostuff_vits16", "best.pth"),
-        *(pytest.param(name, "ckpt.pth", marks=pytest.mark.slow) for name in RELEASED),
-    ],
-)
-def test_released_checkpoints__are_evaluated(shared, released, place, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("released", "named"), RELEASED)
+def test_released_checkpoints__are_evaluated(shared, released, named, tmp_path, monkeypatch):
     """A file with the names and shapes of a released one, by its evaluation file on small images."""
     monkeypatch.chdir(tmp_path)
     listed = json.loads((shared / "reference/checkpoint_keys.json").read_text())[released]
-    path = shared / f"reference/options/{RELEASED[released]}_eval.json"
+    path = shared / f"reference/options/{named}_eval.json"
     options = load_options(path)
     content = {
         key: random_state(listed[key]) if isinstance(listed.get(key), dict) else None
@@ -168,9 +162,9 @@ def test_released_checkpoints__are_evaluated(shared, released, place, tmp_path, 
     }
     folder = tmp_path / options.output_dir / options.checkpoint
     folder.mkdir(parents=True)
-    torch.save(content, folder / place)
+    torch.save(content, folder / "ckpt.pth")
     root = MAKERS[options.dataset.data_type](tmp_path / "data", counts=(1, 1))
     words = ["--opt", str(path), "--data_path", str(root), "--debug", *SMALL, "eval.crf_workers=1"]
     (evaluated,) = evaluation.main(words)
-    assert evaluated["checkpoint"].endswith(f"{options.checkpoint}/{place}")
-    assert set(evaluated["after_crf"]) == METRICS
+    assert evaluated["checkpoint"].endswith(f"{options.checkpoint}/ckpt.pth")
+    assert set(evaluated["after_crf"]) == {*METRICS}

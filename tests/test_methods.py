@@ -1,6 +1,5 @@
 """STEGO and HP through the programs, as PPAP: training, evaluation, masks, caches and devices."""
 
-import csv
 import json
 import os
 import subprocess
@@ -14,25 +13,20 @@ import eval as evaluation
 import run
 from model import load_segmenter
 from model.checkpoint import read_checkpoint
-from tests.conftest import METHODS, write_tiny
+from tests.conftest import METHODS, scalars_of, write_tiny
 from tests.test_distributed import STARTERS
 from utils.config.loading import REPOSITORY, nest
 from utils.errors import UserError
+from utils.plots.tables import METRICS
 
 pytestmark = pytest.mark.usefixtures("no_figures")
-METRICS = {"Cluster_Accuracy", "Cluster_mIoU", "Linear_Accuracy", "Linear_mIoU"}
-
-
-def scalars_of(folder, name, *, where=None):
-    with (folder / "metrics.csv").open() as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row[where or name]]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_method__trains_evaluates_and_writes_masks(method, tiny_file, tmp_path):
     (trained,) = run.main(["--opt", tiny_file(**METHODS[method], eval__crf_backend="torch")])
     folder = tmp_path / "output/tiny"
-    assert set(trained["before_crf"]) == set(trained["after_crf"]) == METRICS
+    assert set(trained["before_crf"]) == set(trained["after_crf"]) == {*METRICS}
     assert trained["trainable_parameters"] == {"stego": 1100, "hp": 1210}[method]
     assert all(np.isfinite(scalars_of(folder, f"{method}_loss")))
     again = evaluation.main(["--checkpoint", str(folder), "eval.is_crf=false", f"output_dir={tmp_path}"])[0]

@@ -3,7 +3,6 @@
 `python -m tests.test_readme` rewrites the option table in json/README.md.
 """
 
-import csv
 import json
 import re
 import shlex
@@ -16,6 +15,7 @@ import eval as evaluation
 import run
 from dataset import crop_datasets, dataset_download
 from model.checkpoint import read_checkpoint
+from tests.conftest import scalars_of
 from utils.config import options, plugins
 from utils.config.cli import parse_arguments, plan_jobs
 from utils.config.loading import FIELDS, REPOSITORY, allowed, find_option_file, load_options
@@ -166,9 +166,7 @@ def test_own_parts__train_as_the_readme_says(own_parts, tmp_path):
     (metrics,) = run.main([*train, *QUICK, "dataset.res=64", "dataset.val_res=64"])
     assert list(metrics["class_iou"]["before_crf"]["cluster"]) == ["rows", "columns"]
     assert metrics["images"] == 64
-    with (tmp_path / "output/mine/metrics.csv").open() as file:
-        losses = [float(row["supcon_loss"]) for row in csv.DictReader(file) if row["supcon_loss"]]
-    assert all(0 < loss < 20 for loss in losses)
+    assert all(0 < loss < 20 for loss in scalars_of(tmp_path / "output/mine", "supcon_loss"))
     stored = read_checkpoint(tmp_path / "output/mine/best.ckpt").about["plugins"]
     assert stored == {str(tmp_path / "mine.py"): sha256_of(tmp_path / "mine.py")}
 
@@ -180,8 +178,7 @@ def test_own_method__trains_as_the_readme_says(tmp_path, monkeypatch, own_names)
     monkeypatch.chdir(tmp_path)
     (command,) = re.findall(r"python run\.py (.+)", re.sub(r"\\\n\s*", "", text))
     run.main([*shlex.split(command), *QUICK[1:], "dataset.train_images=32", "dataset.val_images=4"])
-    with (tmp_path / "output/relations/metrics.csv").open() as file:
-        losses = [float(row["relation_loss"]) for row in csv.DictReader(file) if row["relation_loss"]]
+    losses = scalars_of(tmp_path / "output/relations", "relation_loss")
     assert losses[-1] < losses[0]
 
 

@@ -67,6 +67,7 @@ def test_jobs__flags_and_overrides_in_any_order(tiny_file, tmp_path):
 def test_jobs__sweep_names_runs_and_groups_seeds(tiny_file):
     planned = jobs("--opt", tiny_file(), "training_coeff.prop_iter=0,1", "train.seed=0,1,2")
     assert len({job.options.wandb.name for job in planned}) == 6
+    assert {job.base for job in planned} == {"tiny"}
     assert planned[0].options.wandb.name == "tiny-prop_iter=0-seed=0"
     assert {job.setting for job in planned} == {"training_coeff.prop_iter=0", "training_coeff.prop_iter=1"}
 
@@ -84,24 +85,6 @@ def test_weights_file__is_needed_for_training_but_not_with_a_checkpoint(tiny_fil
         jobs(*words)
 
 
-@pytest.fixture
-def with_variants(tiny_file, tmp_path):
-    def plan(text):
-        (tmp_path / "mine.json").write_text(text)
-        return jobs("--opt", tiny_file(), "--variants", str(tmp_path / "mine.json"), "train.seed=0,1")
-
-    return plan
-
-
-def test_variants__each_is_a_run_of_every_seed(with_variants):
-    found = with_variants('{"as it is": {}, "no steps": {"training_coeff": {"prop_iter": 0}}}')
-    assert [(job.setting, job.options.training_coeff.prop_iter, job.options.train.seed) for job in found] == [
-        ("as it is", 2, 0), ("as it is", 2, 1), ("no steps", 0, 0), ("no steps", 0, 1),
-    ]  # fmt: skip
-    assert found[3].options.wandb.name == "tiny-no_steps-seed=1"
-    assert {job.base for job in found} == {"tiny"}
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -112,9 +95,10 @@ def test_variants__each_is_a_run_of_every_seed(with_variants):
         ('{"a": {"train": {"sed": 3}}}', "train.sed"),
     ],
 )
-def test_variants__mistakes_are_named(with_variants, content, words):
+def test_variants__mistakes_are_named(tiny_file, tmp_path, content, words):
+    (tmp_path / "mine.json").write_text(content)
     with pytest.raises(UserError, match=words):
-        with_variants(content)
+        jobs("--opt", tiny_file(), "--variants", str(tmp_path / "mine.json"), "train.seed=0,1")
 
 
 def test_variants__that_are_shipped_fit_every_option_file_of_its_kind(monkeypatch):

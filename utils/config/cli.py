@@ -34,8 +34,8 @@ from utils.training.stopping import end_with_parent
 
 DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG)
 QUOTING = """must be key=value or key=a,b,c, no spaces around =; quote other values twice: 'key="a, b"'"""
-NEEDS = dict.fromkeys(("flat", "res", "head", "crf", "tile", "names"), "images")  # flags that need another
-NEEDS |= {"images": "out", "explore": "out", "patch": "explain"}
+NEEDS = {"images": ("out",), "explore": ("out",), "out": ("images", "explore"), "patch": ("explain",)}
+NEEDS |= dict.fromkeys(("flat", "res", "head", "crf", "tile", "names"), ("images",))
 
 
 class Job(NamedTuple):
@@ -75,8 +75,8 @@ def parse_arguments(
     arguments = parser.parse_intermixed_args(argv)
     given = {name for name, value in vars(arguments).items() if value not in (None, False)}
     for name in given & NEEDS.keys():
-        if NEEDS[name] not in given:
-            parser.error(f"--{name} needs --{NEEDS[name]}")
+        if not given.intersection(NEEDS[name]):
+            parser.error(f"--{name} needs --{' or --'.join(NEEDS[name])}")
     if arguments.opt is None and (training or arguments.checkpoint is None):
         missing = "--opt is missing: name an option file, such as --opt demo.json"
         parser.error(missing if training else f"{missing}, or a checkpoint of this project with --checkpoint")

@@ -22,14 +22,9 @@ from utils.config.loading import FIELDS, REPOSITORY, allowed, find_option_file, 
 from utils.errors import UserError
 from utils.files import sha256_of
 
-README, *OTHERS = (
-    REPOSITORY / name
-    for name in (
-        "README.md", "json/README.md", "dataset/README.md", "model/README.md", "loss/README.md",
-        "tests/README.md", "tests/golden/README.md",
-    )
-)  # fmt: skip
-TEXTS = {path: path.read_text(encoding="utf-8") for path in (README, *OTHERS)}
+FOLDERS = ("", "json", "dataset", "model", "loss", "tests", "tests/golden")
+READMES = [REPOSITORY / folder / "README.md" for folder in FOLDERS]
+TEXTS = {path: path.read_text(encoding="utf-8") for path in READMES}
 JOINED = re.sub(r"\\\n\s*", "", "\n".join(TEXTS.values()))  # continuation lines joined
 OPTIONS = REPOSITORY / "json/README.md"
 VARIANTS = {"ablation.json", "methods.json"}
@@ -45,7 +40,7 @@ def section(path: Path, heading: str) -> str:
 
 
 def test_readme__is_short_and_its_lines_have_at_most_120_characters():
-    assert TEXTS[README].count("\n") <= 250
+    assert TEXTS[READMES[0]].count("\n") <= 250
     lines = [line for text in TEXTS.values() for line in text.splitlines() if not line.startswith("|")]
     assert [line for line in lines if len(line) > 120] == []
 

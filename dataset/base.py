@@ -143,9 +143,11 @@ def class_rule(mapping: dict[int, int], *, ignored: Iterable[int] | None = None)
     return rule
 
 
-def classes_of(label: Image.Image, source: Source, index: int) -> np.ndarray:
-    """Maps the raw label of item `index` to classes, (H, W) uint8, 255 = ignore."""
-    raw = np.asarray(label)  # (H, W)
+def classes_of(item: RawItem, source: Source, index: int) -> np.ndarray:
+    """Maps the raw label of item `index` to classes, (H, W) uint8, 255 = ignore; all 255 without a label."""
+    if item.label is None:
+        return np.full(item.image.size[::-1], IGNORE, dtype=np.uint8)
+    raw = np.asarray(item.label)  # (H, W)
     classes = source.rule[raw]
     if (classes == INVALID).any():
         listed = partial(np.array2string, threshold=9, separator=", ", formatter={"int": str})
@@ -217,21 +219,17 @@ class SegmentationDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> Batch:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        position = self._position(index)
-        try:
-            if self.hides_labels:  # and does not read them
-                image, label = self.source.read_image(position), None
-            else:
-                image, label = self.source.read(position)
+        source, position = self.source, self._position(index)
+        try:  # a hidden label is not read
+            item = RawItem(source.read_image(position), None) if self.hides_labels else source.read(position)
         except UserError as error:
             raise UserError(f"{error}; dataset.skip_damaged=true skips all damaged files") from None
+        image, label = item
         if self.crops:
             box = crop_boxes(image.size, *self.crops, position)[index % CROPS]
             image, label = image.crop(box), None if label is None else label.crop(box)
         drawn = generator(self.seed, "crop", epoch, index) if self.geometry.crop == "random" else None
-        image, label = self.geometry(image, label, drawn)
-        pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # (3, H, W)
-        if label is None:
-            return Batch(pixels, torch.full(pixels.shape[1:], IGNORE, dtype=torch.uint8), torch.tensor(index))
-        classes = classes_of(label, self.source, position)
+        item = RawItem(*self.geometry(image, label, drawn))
+        pixels = torch.from_numpy(np.asarray(item.image).transpose(2, 0, 1).copy())  # (3, H, W)
+        classes = classes_of(item, source, position)
         return Batch(pixels, torch.from_numpy(classes), torch.tensor(index))

@@ -74,17 +74,17 @@ class SegmentationDataModule(LightningDataModule):
         self, encode: Encoder, *, backbone: Any, precision: str, device: torch.device
     ) -> SegmentationDataModule:
         """The same data with cached tokens in place of images, as `dataset.cache_features` asks."""
-        model = f"{backbone.digest()} {precision}"
-
-        def cached(items: SegmentationDataset, split: str) -> TokenDataset:
-            shape = backbone.token_shape(items.geometry.res)
-            about = {"split": split, "shape": shape, "model": model, "device": device}
-            return cache_tokens(items, encode, self.options, **about)
-
+        about = {
+            "model": f"{backbone.digest()} {precision}",
+            "token_shape": backbone.token_shape,
+            "device": device,
+        }
         found = copy.copy(self)
-        found.train_set = cached(self.train_set, "train")
+        found.train_set = cache_tokens(self.train_set, encode, self.options, split="train", **about)
         if len(self.validation_set):
-            found.validation_set = cached(self.validation_set, "val")
+            found.validation_set = cache_tokens(
+                self.validation_set, encode, self.options, split="val", **about
+            )
         return found
 
     def with_neighbours(

@@ -127,26 +127,20 @@ def main(argv: Sequence[str] | None = None, *, targets: Mapping[str, Target] = T
         print(target.account.format(root=shlex.quote(str(root))))
         return
     _obtain(target, root, mirror=arguments.mirror, keep=arguments.keep_archives)
+    lines = [f"{root}: {arguments.target} is complete"]
     try:
-        counts = _count_images(target, root)
+        for data_type in target.data_types:
+            options = DatasetOptions(data_type=data_type, data_path=str(root))
+            for split in ("train", "val"):
+                count = len(DATA_SETS[data_type].source(options, split))  # a missing file is an error
+                lines.append(f"  {data_type}, {split}: {count:,} images")
     except UserError as error:
         hint = "delete the folder or list that is incomplete and run the same command again"
         raise UserError([*error.mistakes, hint], f"the downloaded {root}") from None
-    print("\n".join([f"{root}: {arguments.target} is complete", *counts, "next:"]))
+    print("\n".join([*lines, "next:"]))
     cropped = DATA_SETS[target.data_types[0]].cropped
     for program in ("dataset/crop_datasets.py", "run.py") if cropped else ("run.py",):
         print(f"  python {program} --opt {target.opt} --data_path {shlex.quote(str(root))}")
-
-
-def _count_images(target: Target, root: Path) -> list[str]:
-    """A line for each split, all of which are opened; raises a UserError if a file is missing."""
-    lines = []
-    for data_type in target.data_types:
-        options = DatasetOptions(data_type=data_type, data_path=str(root))
-        for split in ("train", "val"):
-            count = len(DATA_SETS[data_type].source(options, split))
-            lines.append(f"  {data_type}, {split}: {count:,} images")
-    return lines
 
 
 def _obtain(target: Target, root: Path, *, mirror: str, keep: bool) -> None:

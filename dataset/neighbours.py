@@ -30,12 +30,7 @@ def nearest_neighbours(
 
     Items are compared by the cosine of the mean of their features over the patches. The table is stored
     beside cached tokens, where later runs with the same files, geometry, options and weights find it.
-
-    Args:
-        items: n train items.
-        loader: all of them, in order.
-        encode: computes frozen features.
-        model: names weights and precision.
+    `loader` yields all items in order, `model` names weights and precision.
     """
     chosen, seed = options.stego, options.train.seed
     drawn = seed if chosen.knn_dropout or items.geometry.crop == "random" else None

@@ -95,15 +95,17 @@ def cache_tokens(
     options: Options,
     *,
     split: str,
-    shape: tuple[int, int],
     model: str,
+    token_shape: Callable[[int], tuple[int, int]],
     device: torch.device,
 ) -> TokenDataset:
-    """Encodes all items of a split into tokens of `shape` (T, D), or finds the files of an earlier run.
+    """Encodes all items of a split, or finds the files of an earlier run.
 
-    `model` names the weights; a GPU `device` holds the tokens of "ram" if it has room.
+    `model` names the weights, `token_shape` returns (T, D) at a resolution, and a GPU `device` holds the
+    tokens of "ram" if it has room.
     """
-    shapes = (len(items), *shape), (len(items), items.geometry.res, items.geometry.res)
+    res = items.geometry.res
+    shapes = (len(items), *token_shape(res)), (len(items), res, res)
     size = int(2 * np.prod(shapes[0]) + np.prod(shapes[1]))  # bytes
     fill = partial(_fill, items, encode, options, split)
     if options.dataset.cache_features == "ram":

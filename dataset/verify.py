@@ -22,9 +22,7 @@ def in_workers(task: Callable[[int], str], indices: Sequence[int], *, workers: i
 def _message(source: Source, index: int) -> str:
     """The error message of an item, "" if it is sound."""
     try:
-        _, label = source.read(index)
-        if label is not None:
-            classes_of(label, source, index)
+        classes_of(source.read(index), source, index)
     except UserError as error:
         return str(error)
     return ""

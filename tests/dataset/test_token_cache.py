@@ -36,8 +36,8 @@ def items(data_of, directory):
 def tokens_of(tiny_options):
     def build(items, encode=encode, *, kind="disk", model=MODEL):
         options = tiny_options(dataset__cache_features=kind, dataloader__val_batch_size=3)
-        about = {"split": "train", "shape": (2, 3), "model": model, "device": torch.device("cpu")}
-        return cache_tokens(items, encode, options, **about)
+        about = {"split": "train", "token_shape": lambda res: (2, 3), "model": model}
+        return cache_tokens(items, encode, options, device=torch.device("cpu"), **about)
 
     return build
 

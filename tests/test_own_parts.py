@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 import run
-from dataset import build_data, register_data_set
-from dataset.base import FileSource, class_rule
+from dataset import register_data_set
 from model import (
     Backbone,
     Method,
@@ -138,15 +137,6 @@ def test_backbone__of_another_form(tiny_options, tmp_path):
         UserError, match=r"res is 40, must be a multiple of 16, the patch size of model\.arch"
     ):
         build_backbone(tiny_options(model__arch="hybrid", dataset__res=40))
-
-
-def test_data_set__that_is_empty_is_named(tiny_options):
-    def source(options, split):
-        return FileSource([], [], rule=class_rule({0: 0}))
-
-    register_data_set("mine", labels=lambda options: LABELS, source=source, needs_folder=False)
-    with pytest.raises(UserError, match=r"there are only 0 train items"):
-        build_data(tiny_options(dataset__data_type="mine"))
 
 
 def jobs(*words):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,17 +73,12 @@ class SegmentationDataModule(LightningDataModule):
         self, encode: Encoder, *, backbone: Any, precision: str, device: torch.device
     ) -> SegmentationDataModule:
         """The same data with cached tokens in place of images, as `dataset.cache_features` asks."""
-        about = {
-            "model": f"{backbone.digest()} {precision}",
-            "token_shape": backbone.token_shape,
-            "device": device,
-        }
-        found = copy.copy(self)
+        about = {"token_shape": backbone.token_shape, "device": device}
+        about["model"] = f"{backbone.digest()} {precision}"
+        found, items = copy.copy(self), self.validation_set
         found.train_set = cache_tokens(self.train_set, encode, self.options, split="train", **about)
-        if len(self.validation_set):
-            found.validation_set = cache_tokens(
-                self.validation_set, encode, self.options, split="val", **about
-            )
+        if len(items):
+            found.validation_set = cache_tokens(items, encode, self.options, split="val", **about)
         return found
 
     def with_neighbours(
@@ -131,14 +125,11 @@ class SegmentationDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """All validation images, in order, for the validations of training."""
-        return self._validation(validation_batch_size(self.options))
+        return self.evaluation_dataloader(validation_batch_size(self.options))
 
-    def evaluation_dataloader(self) -> DataLoader:
-        """All validation images, in order, for the final evaluation."""
-        return self._validation(self.options.eval.batch_size)
-
-    def _validation(self, batch_size: int) -> DataLoader:
-        batches = EvaluationBatchSampler(len(self.validation_set), batch_size)
+    def evaluation_dataloader(self, batch_size: int | None = None) -> DataLoader:
+        """All validation images, in order, by default in batches of the final evaluation."""
+        batches = EvaluationBatchSampler(len(self.validation_set), batch_size or self.options.eval.batch_size)
         return self._loader(self.validation_set, batches)
 
     def _loader(self, items: SegmentationDataset, batches: Sampler) -> DataLoader:
@@ -165,9 +156,8 @@ def _train_items(
     if len(crops) != CROPS * len(whole) and not options.skip_damaged:
         raise UserError(
             f"{folder}: contains {len(crops):,} crops, must contain {CROPS * len(whole):,} (five per train "
-            "image, with their labels); write the missing ones with: python dataset/crop_datasets.py --opt "
-            f"<option file> --data_path {shlex.quote(options.data_path)}; if images were added or removed, "
-            "remove the folder instead: without it, crops are cut during training"
+            "image, with their labels); write the missing ones with dataset/crop_datasets.py, or, if images "
+            "were added or removed, remove the folder: without it, crops are cut during training"
         )
     return crops, None
 

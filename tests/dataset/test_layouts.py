@@ -124,15 +124,6 @@ def test_missing__first_file_of_a_list(data_of, request, data_type, layout, file
         data_of(data_type, root)
 
 
-def test_extra_files__are_passed_over(data_of, coco, cityscapes, potsdam):
-    """The three layouts lie in one folder here; more files lie beside those that count."""
-    save(coco / "images/train2017/000000000099.jpg", picture(9))
-    save(cityscapes / "gtFine/train/ulm/ulm_000000_000019_gtFine_color.png", picture(9))
-    (potsdam / "imgs/9_9_9_9.mat").write_bytes(b"")
-    for data_type, count in (("cocostuff27", 3), ("cityscapes", 2), ("potsdam", 2)):
-        assert len(data_of(data_type, coco).train_set) == count
-
-
 def test_label_values__outside_the_rule_are_named(data_of, cityscapes):
     label = "gtFine/val/aachen/aachen_000001_000019_gtFine_labelIds.png"
     save(cityscapes / label, np.resize([0, 255, 34, 77], (SIZE[1], SIZE[0])))

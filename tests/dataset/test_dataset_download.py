@@ -12,7 +12,7 @@ from dataset.cocostuff import CocoStuff
 from dataset.dataset_download import main
 from dataset.potsdam import Potsdam
 from tests.dataset import miniatures
-from tests.utils.server import Page, serving, targets_at
+from tests.utils.server import coco_pages, serving, targets_at, zipped
 from utils.config.options import DatasetOptions
 from utils.errors import UserError
 from utils.files import REPOSITORY
@@ -20,28 +20,16 @@ from utils.files import REPOSITORY
 PROGRAM = [sys.executable, str(REPOSITORY / "dataset/dataset_download.py")]
 
 
-def zipped(path, folder, *, below=""):
-    """A zip archive of a folder's files, their names prefixed."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.rglob("*.*")):
-            archive.write(file, f"{below}{file.relative_to(folder)}")
-    return Page(path.read_bytes())
-
-
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """All archives and lists of the table, in miniature."""
     coco = miniatures.make_cocostuff(tmp_path_factory.mktemp("coco"))
     potsdam = miniatures.make_potsdam(tmp_path_factory.mktemp("potsdam"))
-    archive = tmp_path_factory.mktemp("zip") / "a.zip"
-    found = {str(path.relative_to(coco)): Page(path.read_bytes()) for path in coco.glob("curated/*/*")}
-    found["cocostuff.zip"] = zipped(archive, coco, below="cocostuff/")
-    found["stuffthingmaps_trainval2017.zip"] = zipped(archive, coco / "annotations")
-    for split in ("train2017", "val2017"):
-        found[f"{split}.zip"] = zipped(archive, coco / "images" / split, below=f"{split}/")
-    found["potsdamraw.zip"] = zipped(archive, potsdam / "processed", below="potsdamraw/processed/")
+    found = coco_pages(coco)
+    found["cocostuff.zip"] = zipped(coco, below="cocostuff/")
+    found["potsdamraw.zip"] = zipped(potsdam / "processed", below="potsdamraw/processed/")
     shutil.rmtree(potsdam / "processed")
-    found["potsdam.zip"] = zipped(archive, potsdam, below="potsdam/")
+    found["potsdam.zip"] = zipped(potsdam, below="potsdam/")
     return found
 
 
@@ -151,7 +139,8 @@ def test_cityscapes__says_what_to_fetch_then_unpacks_it(download, server, tmp_pa
     command = f"csDownload -d {root} leftImg8bit_trainvaltest.zip gtFine_trainvaltest.zip"
     assert command in str(error.value)
     for kind in ("leftImg8bit", "gtFine"):
-        zipped(root / f"{kind}_trainvaltest.zip", source / kind, below=f"{kind}/")
+        archive = zipped(source / kind, below=f"{kind}/")
+        (root / f"{kind}_trainvaltest.zip").write_bytes(archive.body)
     plain = zipfile.ZipFile.extract
 
     def full(archive, member, folder):

@@ -11,13 +11,11 @@ from utils.training.distributed import own_slice, rank, world_size
 from utils.training.launch import own_cores
 from utils.training.randomness import generator
 
-VALIDATION_BATCH = {"cpu": 8, "cuda": 32}  # on a GPU, small batches are bound by the host
-
 
 def validation_batch_size(options: Options) -> int:
     """`dataloader.val_batch_size`, by default a number that suits the device."""
-    chosen = VALIDATION_BATCH["cuda" if torch.cuda.is_available() else "cpu"]
-    return options.dataloader.val_batch_size or chosen
+    suitable = 32 if torch.cuda.is_available() else 8  # on a GPU, small batches are bound by the host
+    return options.dataloader.val_batch_size or suitable
 
 
 def loader_workers(options: Options) -> int:

@@ -37,14 +37,14 @@ def crop_files(folder: Path, number: int, *, labelled: bool) -> list[Path]:
 def write_crops(source: Source, folder: Path, options: DatasetOptions, index: int) -> str:
     """Writes the crops of an image; returns an error message if it is damaged, otherwise ""."""
     try:
-        image, _ = item = source.read(index)
+        item = source.read(index)
         classes = classes_of(item, source, index)  # (H, W)
     except UserError as error:
         return str(error)
     label = Image.fromarray(np.where(classes == IGNORE, 0, classes + 1).astype(np.uint8))
-    for k, box in enumerate(crop_boxes(image.size, options.crop_ratio, options.crop_type, index)):
+    for k, box in enumerate(crop_boxes(item.image.size, options.crop_ratio, options.crop_type, index)):
         for path in crop_files(folder, CROPS * index + k, labelled=source.labelled):
-            whole, kind = (label, "PNG") if path.suffix == ".png" else (image, "JPEG")
+            whole, kind = (label, "PNG") if path.suffix == ".png" else (item.image, "JPEG")
             try:
                 with replacing(path) as temporary:
                     whole.crop(box).save(temporary, kind)

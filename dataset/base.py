@@ -3,13 +3,12 @@
 import hashlib
 import os
 import shlex
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +28,6 @@ from utils.vision.images import open_image, open_label
 from utils.vision.labels import IGNORE, LabelSpace
 from utils.vision.transforms import Geometry
 
-FILES = 256  # per task of a thread
 INVALID = -1  # in a rule: a raw label value that must not occur
 
 
@@ -67,50 +65,28 @@ class Source(ABC):
 
     def digest(self) -> str:
         """SHA-256 of the label rule and of each file's name, size and modification time."""
-        paths = self._paths()
-        files = paths, [(status.st_size, status.st_mtime_ns) for _, status in _file_status(paths)]
+        files = [(path, found and (found.st_size, found.st_mtime_ns)) for path, found in self._stats()]
         return hashlib.sha256(repr((self.labelled, self.rule.tolist(), files)).encode()).hexdigest()
 
     def inventory(self, root: str) -> dict[str, int]:
         """Size in bytes of each file by its name below `root`; the number of items if there are no files."""
         root = str(Path(root))  # without the "/" of a completed command line
-        found = _file_status(self._paths())
-        sizes = {path.removeprefix(f"{root}/"): status.st_size for path, status in found}
+        sizes = {path.removeprefix(f"{root}/"): found.st_size for path, found in self._stats() if found}
         return sizes or {"items": len(self)}
 
-    def _paths(self) -> list[str]:
-        return [str(path) for i in range(len(self)) for path in self.files(i) if path]
+    def _stats(self) -> Iterator[tuple[str, os.stat_result | None]]:
+        """Yields each path, with its status if it exists; in threads, as network disks are slow."""
+        paths = [str(path) for i in range(len(self)) for path in self.files(i) if path]
+        with ThreadPool(16) as pool:
+            found = pool.imap(_stat, paths, chunksize=256)
+            bar = Bar(found, total=len(paths), desc="file sizes", delay=2, leave=False)
+            yield from zip(paths, bar, strict=True)
 
 
-def _file_status(paths: Sequence[str]) -> Iterator[tuple[str, os.stat_result]]:
-    """Yields each path that is a file, with its status; in threads, as network disks are slow."""
-
-    def status(part: Sequence[str]) -> list[tuple[str, os.stat_result]]:
-        found = []
-        for path in part:
-            with suppress(OSError):
-                if stat.S_ISREG((each := os.stat(path)).st_mode):
-                    found.append((path, each))
-        return found
-
-    parts = [paths[start : start + FILES] for start in range(0, len(paths), FILES)]
-    with ThreadPoolExecutor(16) as pool:
-        for found in Bar(pool.map(status, parts), total=len(parts), desc="file sizes", delay=2, leave=False):
-            yield from found
-
-
-class _Paths(Sequence):
-    """Paths or None in one array: with a list, reference counting makes each worker copy its memory."""
-
-    def __init__(self, paths: Iterable[Path | str | None]) -> None:
-        self.names = np.array([os.fsencode(path or "") for path in paths], dtype=bytes)  # b"" for None
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Path | None:
-        name = os.fsdecode(self.names[index])
-        return Path(name) if name else None
+def _stat(path: str) -> os.stat_result | None:
+    with suppress(OSError):
+        return os.stat(path)
+    return None
 
 
 class FileSource(Source):
@@ -124,32 +100,31 @@ class FileSource(Source):
     def __init__(
         self, images: Iterable[Path | str], targets: Iterable[Path | str | None], *, rule: np.ndarray
     ) -> None:
-        self.images, self.targets, self.rule = _Paths(images), _Paths(targets), rule
-        self.labelled = any(self.targets.names.tolist())
+        # in an array, b"" for None: with lists, reference counting makes each worker copy their memory
+        pairs = [[os.fsencode(path or "") for path in pair] for pair in zip(images, targets, strict=True)]
+        self._names = np.array(pairs, dtype=bytes).reshape(-1, 2)  # (n, 2)
+        self.labelled, self.rule = any(self._names[:, 1].tolist()), rule
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self._names)
 
     def read(self, index: int) -> RawItem:
         """Reads an image and its label."""
-        image, target = self.read_image(index), self.targets[index]
+        image, (_, target) = self.read_image(index), self.files(index)
         return RawItem(image, None if target is None else open_label(target, image.size))
 
     def read_image(self, index: int) -> Image.Image:
         """Reads the image alone."""
-        return open_image(self.images[index], upright=self.upright)
+        return open_image(self.files(index)[0], upright=self.upright)
 
     def name(self, index: int) -> str:
         """The image file."""
-        return printable(self.images[index])
+        return printable(self.files(index)[0])
 
-    def files(self, index: int) -> tuple[str | Path, Path | None]:
+    def files(self, index: int) -> tuple[Path, Path | None]:
         """Image and label."""
-        return self.images[index], self.targets[index]
-
-    def _paths(self) -> list[str]:
-        pairs = zip(self.images.names.tolist(), self.targets.names.tolist(), strict=True)
-        return [os.fsdecode(name) for pair in pairs for name in pair if name]
+        image, target = map(os.fsdecode, self._names[index])
+        return Path(image), Path(target) if target else None
 
 
 class DataSetKind(NamedTuple):
@@ -168,9 +143,11 @@ def class_rule(mapping: dict[int, int], *, ignored: Iterable[int] | None = None)
     return rule
 
 
-def classes_of(label: Image.Image, source: Source, index: int) -> np.ndarray:
-    """Maps the raw label of item `index` to classes, (H, W) uint8, 255 = ignore."""
-    raw = np.asarray(label)  # (H, W)
+def classes_of(item: RawItem, source: Source, index: int) -> np.ndarray:
+    """Maps the raw label of item `index` to classes, (H, W) uint8, 255 = ignore; all 255 without a label."""
+    if item.label is None:
+        return np.full(item.image.size[::-1], IGNORE, dtype=np.uint8)
+    raw = np.asarray(item.label)  # (H, W)
     classes = source.rule[raw]
     if (classes == INVALID).any():
         listed = partial(np.array2string, threshold=9, separator=", ", formatter={"int": str})
@@ -184,19 +161,13 @@ def classes_of(label: Image.Image, source: Source, index: int) -> np.ndarray:
 
 def require_files(options: DatasetOptions, paths: Sequence[Path], *, unless: bool = False) -> None:
     """Raises a UserError that names the first missing file and how to download the data set."""
-    present: dict[str, set[str]] = {}  # listing a folder is faster than a stat per file on network disks
-    missing = None
-    for path in paths:
-        folder, name = os.path.split(path)
-        if folder not in present:
-            present[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in present[folder]:
-            missing = path
-            break
+    folders = set(map(os.path.dirname, paths))  # listing one is faster than a stat per file on network disks
+    present = {folder: set(os.listdir(folder)) for folder in folders if os.path.isdir(folder)}
+    missing = [path for path in paths if path.name not in present.get(os.path.dirname(path), ())]
     if missing and not unless:
         name = options.data_type.rstrip("0123456789")  # cocostuff27 -> cocostuff
         raise UserError(
-            f"dataset.data_path is {options.data_path}: {missing} is missing; download it with: "
+            f"dataset.data_path is {options.data_path}: {missing[0]} is missing; download it with: "
             f"python dataset/dataset_download.py {name} --root {shlex.quote(options.data_path)} "
             "(dataset/README.md shows the layout)"
         )
@@ -248,21 +219,17 @@ class SegmentationDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> Batch:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        position = self._position(index)
-        try:
-            if self.hides_labels:  # and does not read them
-                image, label = self.source.read_image(position), None
-            else:
-                image, label = self.source.read(position)
+        source, position = self.source, self._position(index)
+        try:  # a hidden label is not read
+            item = RawItem(source.read_image(position), None) if self.hides_labels else source.read(position)
         except UserError as error:
             raise UserError(f"{error}; dataset.skip_damaged=true skips all damaged files") from None
+        image, label = item
         if self.crops:
             box = crop_boxes(image.size, *self.crops, position)[index % CROPS]
             image, label = image.crop(box), None if label is None else label.crop(box)
         drawn = generator(self.seed, "crop", epoch, index) if self.geometry.crop == "random" else None
-        image, label = self.geometry(image, label, drawn)
-        pixels = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # (3, H, W)
-        if label is None:
-            return Batch(pixels, torch.full(pixels.shape[1:], IGNORE, dtype=torch.uint8), torch.tensor(index))
-        classes = classes_of(label, self.source, position)
+        item = RawItem(*self.geometry(image, label, drawn))
+        pixels = torch.from_numpy(np.asarray(item.image).transpose(2, 0, 1).copy())  # (3, H, W)
+        classes = classes_of(item, source, position)
         return Batch(pixels, torch.from_numpy(classes), torch.tensor(index))

@@ -17,7 +17,7 @@ OFFICIAL = {kind.id: kind for kind in TorchvisionCityscapes.classes if 7 <= kind
 
 def labels(options: DatasetOptions) -> LabelSpace:
     """The official names and colours."""
-    kinds = [OFFICIAL[label_id] for label_id in range(7, 34)]
+    kinds = OFFICIAL.values()  # in the order of their ids
     return LabelSpace(tuple(kind.name for kind in kinds), tuple(kind.color for kind in kinds))
 
 

@@ -7,6 +7,7 @@ image i is img/train/<5i + k>.jpg and label/train/<5i + k>.png (class + 1, 0 = i
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a file: modules are found from the project's root, not from dataset/
@@ -14,60 +15,43 @@ if not __package__:  # run as a file: modules are found from the project's root,
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from dataset import DATA_SETS
 from dataset.base import Source, classes_of
 from dataset.crops import CROPS, crop_boxes, prepared_folder
+from dataset.verify import in_workers
 from utils.config.cli import guarded, plan_jobs
 from utils.config.options import WITHOUT_FOLDER, DatasetOptions, Options
 from utils.errors import UserError, exit_on_signals, listed
 from utils.files import exclusive, make_folder, replacing
-from utils.progress import Bar
 from utils.training.launch import cores
-from utils.training.stopping import worker_settings
 from utils.vision.labels import IGNORE
 
 
-class CropWriter(Dataset):
-    """Item i writes the missing crops of one image, in a worker; returns an error message, or "" if none."""
+def crop_files(folder: Path, number: int, *, labelled: bool) -> list[Path]:
+    """The files of a crop; the label comes first, so that an image never lacks its label."""
+    image, label = folder / f"img/train/{number}.jpg", folder / f"label/train/{number}.png"
+    return [label, image] if labelled else [image]
 
-    def __init__(self, source: Source, folder: Path, options: DatasetOptions) -> None:
-        self.source, self.folder = source, folder
-        self.kind, self.ratio = options.crop_type, options.crop_ratio
-        existing = set(folder.glob("*/train/*"))
-        numbers = range(CROPS * len(source))
-        self.todo = sorted({n // CROPS for n in numbers if not existing.issuperset(self._paths(n))})
 
-    def __len__(self) -> int:
-        return len(self.todo)
-
-    def __getitem__(self, item: int) -> str:
-        index = self.todo[item]
-        try:
-            raw = self.source.read(index)
-            label = Image.new("L", raw.image.size)  # all ignored, for an image without a label
-            if raw.label is not None:
-                classes = classes_of(raw.label, self.source, index)  # (H, W)
-                label = Image.fromarray(np.where(classes == IGNORE, 0, classes + 1).astype(np.uint8))
-        except UserError as error:
-            return str(error)
-        for k, box in enumerate(crop_boxes(raw.image.size, self.ratio, self.kind, index)):
-            for path in self._paths(CROPS * index + k):
-                whole, kind = (label, "PNG") if path.suffix == ".png" else (raw.image, "JPEG")
-                try:
-                    with replacing(path) as temporary:
-                        whole.crop(box).save(temporary, kind)
-                except OSError as error:  # torch rebuilds a worker's error from its text alone
-                    fix = "free some space or check its permissions, then run the same command again"
-                    why = f"cannot be written ({error.strerror or error})"
-                    raise UserError(f"{path}: {why}; {fix}") from None
-        return ""
-
-    def _paths(self, number: int) -> list[Path]:
-        """The files of a crop; the label comes first, so that an image never lacks its label."""
-        image, label = f"img/train/{number}.jpg", f"label/train/{number}.png"
-        return [self.folder / name for name in ((label, image) if self.source.labelled else (image,))]
+def write_crops(source: Source, folder: Path, options: DatasetOptions, index: int) -> str:
+    """Writes the crops of an image; returns an error message if it is damaged, otherwise ""."""
+    try:
+        item = source.read(index)
+        classes = classes_of(item, source, index)  # (H, W)
+    except UserError as error:
+        return str(error)
+    label = Image.fromarray(np.where(classes == IGNORE, 0, classes + 1).astype(np.uint8))
+    for k, box in enumerate(crop_boxes(item.image.size, options.crop_ratio, options.crop_type, index)):
+        for path in crop_files(folder, CROPS * index + k, labelled=source.labelled):
+            whole, kind = (label, "PNG") if path.suffix == ".png" else (item.image, "JPEG")
+            try:
+                with replacing(path) as temporary:
+                    whole.crop(box).save(temporary, kind)
+            except OSError as error:  # torch rebuilds a worker's error from its text alone
+                why = f"cannot be written ({error.strerror or error})"
+                raise UserError(f"{path}: {why}; fix this, then run the same command again") from None
+    return ""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -100,16 +84,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{chosen}: training uses whole images, so there are no crops to prepare")
     source = kind.source(options, "train")
     folder = prepared_folder(Path(options.data_path), name, options.crop_type, options.crop_ratio)
-    writer = CropWriter(source, folder, options)
-    print(f"{folder}: {len(source) - len(writer)} of {len(source)} images have all their crops", flush=True)
+    existing, numbers, labelled = set(folder.glob("*/train/*")), range(CROPS * len(source)), source.labelled
+    missing = [n for n in numbers if not existing.issuperset(crop_files(folder, n, labelled=labelled))]
+    todo = sorted({number // CROPS for number in missing})
+    print(f"{folder}: {len(source) - len(todo)} of {len(source)} images have all their crops", flush=True)
     if arguments.dry_run:
         return
-    for part in ("img", "label") if source.labelled else ("img",):
+    for part in ("img", "label") if labelled else ("img",):
         make_folder(folder / part / "train", named_by="dataset.data_path")
     with exclusive(folder, advice=""):
-        loader = DataLoader(writer, batch_size=1, collate_fn=list, **worker_settings(arguments.workers))
-        damaged = [line for (line,) in Bar(loader, desc="crops", unit="image") if line]
-    if damaged:
+        task = partial(write_crops, source, folder, options)
+        messages = in_workers(task, todo, workers=arguments.workers, desc="crops", unit="image")
+    if damaged := [message for message in messages if message]:
         message = listed(f"{len(damaged)} of {len(source)} images are damaged and have no crops", damaged)
         if not options.skip_damaged:
             hint = "fix or remove them and run the same command again, or set dataset.skip_damaged=true"

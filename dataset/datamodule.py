@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import shlex
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,60 +28,57 @@ from utils.vision.transforms import Geometry
 class SegmentationDataModule(LightningDataModule):
     """Train (unless `train` is false) and validation data, opened before any weights are loaded.
 
-    Without validation images, a few train images, without labels, are used instead to show the clusters.
-    `train_labelled` and `validation_labelled` say whether there are labels for the linear probe and metrics,
-    `damaged` has an error message per skipped item.
+    Without validation images, a few train images, without labels, are used instead to show the clusters;
+    `example_split` then holds all of them, otherwise it is the validation split. `train_labelled` and
+    `validation_labelled` say whether there are labels for the linear probe and metrics, `damaged` has an
+    error message per skipped item.
     """
 
     def __init__(self, options: Options, kind: DataSetKind, *, train: bool = True) -> None:
         super().__init__()
-        chosen, batch, workers = options.dataset, options.dataloader.batch_size, loader_workers(options)
-        source, crops = _open_train(chosen, kind) if train else (None, None)
-        sources = ({"train": source} if train else {}) | {"val": kind.source(chosen, "val")}
-        if len(sources["val"]) == 0:
-            sources.setdefault("train", source := source or _open_train(chosen, kind)[0])
+        chosen, workers = options.dataset, loader_workers(options)
+        whole = kind.source(chosen, "train") if train else None
+        examples = kind.source(chosen, "val")
+        validates = len(examples) > 0
+        if not validates:
+            examples = kind.source(chosen, "train") if whole is None else whole
+        items, crops = _train_items(whole, chosen, kind) if train else (None, None)
         kept, self.damaged = {}, []
         if chosen.check_files or chosen.skip_damaged:
+            sources = ({"train": items} if train else {}) | {"val": examples}
             kept, self.damaged = sound_items(sources, skip=chosen.skip_damaged, workers=workers)
-        self.options, self.kind, self.labels = options, kind, kind.labels(chosen)
+        self.options, self.labels = options, kind.labels(chosen)
         geometry = Geometry(chosen.val_res, "center", chosen.interpolation)
-        self.validation_set = SegmentationDataset(sources["val"], geometry, kept=kept.get("val"))
-        self.validation_labelled = len(self.validation_set) > 0 and sources["val"].labelled
-        if len(self.validation_set) == 0:
-            sound = kept.get("train", range(len(source)))
-            examples = [sound[index] for index in spread_indices(options.eval.pictures, len(sound))]
-            self.validation_set = SegmentationDataset(source, geometry, kept=examples, hides_labels=True)
-        self.train_set, self.train_labelled = None, train and source.labelled
+        split = SegmentationDataset(examples, geometry, kept=kept.get("val"))
+        self.example_split = self.validation_set = split
+        if not validates:
+            shown = [split.kept[index] for index in spread_indices(options.eval.pictures, len(split))]
+            self.validation_set = replace(split, kept=shown, hides_labels=True)
+        self.validation_labelled = validates and len(split) > 0 and examples.labelled
+        self.train_set, self.train_labelled = None, train and items.labelled
         self.neighbours: torch.Tensor | None = None
         if train:
             if workers < (wanted := options.dataloader.num_workers):
                 print(f"dataloader.num_workers is {wanted}; using {workers}, one for each core")
             geometry = Geometry(chosen.res, chosen.loader_crop_type, chosen.interpolation)
-            seed = options.train.seed
-            self.train_set = SegmentationDataset(source, geometry, seed, crops, kept.get("train"))
-            if (items := len(self.train_set)) == 0:
-                raise UserError(f"dataset.data_type is {chosen.data_type}: its train split is empty")
-            if items < batch:
+            seed, batch = options.train.seed, options.dataloader.batch_size
+            self.train_set = SegmentationDataset(items, geometry, seed, crops, kept.get("train"))
+            if (count := len(self.train_set)) < batch:
                 raise UserError(
-                    f"dataloader.batch_size is {batch}, but there are only {items} train items, and the last "
-                    f"partial batch is dropped; set dataloader.batch_size={items} or less, or add images"
+                    f"dataloader.batch_size is {batch}, but there are only {count} train items, and the last "
+                    "partial batch is dropped; lower the batch size or add images"
                 )
 
     def with_tokens(
         self, encode: Encoder, *, backbone: Any, precision: str, device: torch.device
     ) -> SegmentationDataModule:
         """The same data with cached tokens in place of images, as `dataset.cache_features` asks."""
-        model = f"{backbone.digest()} {precision}"
-
-        def cached(items: SegmentationDataset, split: str) -> TokenDataset:
-            shape = backbone.token_shape(items.geometry.res)
-            about = {"split": split, "shape": shape, "model": model, "device": device}
-            return cache_tokens(items, encode, self.options, **about)
-
-        found = copy.copy(self)
-        found.train_set = cached(self.train_set, "train")
-        if len(self.validation_set):
-            found.validation_set = cached(self.validation_set, "val")
+        about = {"token_shape": backbone.token_shape, "device": device}
+        about["model"] = f"{backbone.digest()} {precision}"
+        found, items = copy.copy(self), self.validation_set
+        found.train_set = cache_tokens(self.train_set, encode, self.options, split="train", **about)
+        if len(items):
+            found.validation_set = cache_tokens(items, encode, self.options, split="val", **about)
         return found
 
     def with_neighbours(
@@ -113,15 +108,6 @@ class SegmentationDataModule(LightningDataModule):
         how = {"seed": self.options.train.seed, "first_step": first_step, "neighbours": self.neighbours}
         return TrainBatchSampler(len(self.train_set), self.options.dataloader.batch_size, **how)
 
-    def example_split(self) -> SegmentationDataset:
-        """The validation split; without one, the train split at its geometry."""
-        if not self.validation_set.hides_labels:
-            return self.validation_set
-        train, kept = self.kind.source(self.options.dataset, "train"), {}
-        if self.options.dataset.skip_damaged:  # whole images, also if there are prepared crops
-            kept, _ = sound_items({"train": train}, skip=True, workers=loader_workers(self.options))
-        return SegmentationDataset(train, self.validation_set.geometry, kept=kept.get("train"))
-
     def train_dataloader(self) -> DataLoader:
         """The batches of an epoch; a resumed run starts with the step that follows the last trained one."""
         trained = self.trainer.global_step if self.trainer else 0
@@ -139,14 +125,11 @@ class SegmentationDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """All validation images, in order, for the validations of training."""
-        return self._validation(validation_batch_size(self.options))
+        return self.evaluation_dataloader(validation_batch_size(self.options))
 
-    def evaluation_dataloader(self) -> DataLoader:
-        """All validation images, in order, for the final evaluation."""
-        return self._validation(self.options.eval.batch_size)
-
-    def _validation(self, batch_size: int) -> DataLoader:
-        batches = EvaluationBatchSampler(len(self.validation_set), batch_size)
+    def evaluation_dataloader(self, batch_size: int | None = None) -> DataLoader:
+        """All validation images, in order, by default in batches of the final evaluation."""
+        batches = EvaluationBatchSampler(len(self.validation_set), batch_size or self.options.eval.batch_size)
         return self._loader(self.validation_set, batches)
 
     def _loader(self, items: SegmentationDataset, batches: Sampler) -> DataLoader:
@@ -157,49 +140,35 @@ class SegmentationDataModule(LightningDataModule):
         return TokenLoader(items, **how) if cached else DataLoader(items, **how)
 
 
-def _open_train(options: DatasetOptions, kind: DataSetKind) -> tuple[Source, tuple[float, str] | None]:
-    """The train split, and ratio and kind of crops to cut; prepared crops are used if they exist."""
+def _train_items(
+    whole: Source, options: DatasetOptions, kind: DataSetKind
+) -> tuple[Source, tuple[float, str] | None]:
+    """Prepared crops if they exist, otherwise the whole images with ratio and kind of the crops to cut."""
     crop_type, ratio = options.crop_type, options.crop_ratio
     if crop_type is None or not kind.cropped:
         if crop_type is not None:
             print(f"dataset.crop_type is ignored: {options.data_type} has no crops, as published")
-        return kind.source(options, "train"), None
+        return whole, None
     folder = prepared_folder(Path(options.data_path), options.data_type, crop_type, ratio)
     if not folder.is_dir():
-        return kind.source(options, "train"), (ratio, crop_type)
-    crops = prepared_crops(folder, kind.labels(options).n_classes)
-    whole = None
-    with suppress(UserError):  # the whole images may be removed
-        whole = kind.source(options, "train")
-    expected = len(_stems(folder / "img/train", ".jpg")) if whole is None else CROPS * len(whole)
-    quoted = shlex.quote(options.data_path)
-    command = f"python dataset/crop_datasets.py --opt <option file> --data_path {quoted}"
-    if len(crops) != expected and not options.skip_damaged:
+        return whole, (ratio, crop_type)
+    crops = prepared_crops(folder, kind.labels(options).n_classes, labelled=whole.labelled)
+    if len(crops) != CROPS * len(whole) and not options.skip_damaged:
         raise UserError(
-            f"{folder}: contains {len(crops):,} crops, must contain {expected:,} (five per train image, with "
-            f"their labels); write the missing ones with: {command}; if images were added or removed, remove "
-            "the folder instead: without it, crops are cut during training"
-        )
-    if whole is not None and whole.labelled and not crops.labelled:
-        raise UserError(
-            f"{folder}: its crops have no labels, but the images do; write them with: {command}; or remove "
-            "the folder"
+            f"{folder}: contains {len(crops):,} crops, must contain {CROPS * len(whole):,} (five per train "
+            "image, with their labels); write the missing ones with dataset/crop_datasets.py, or, if images "
+            "were added or removed, remove the folder: without it, crops are cut during training"
         )
     return crops, None
 
 
-def prepared_crops(folder: Path, n_classes: int) -> FileSource:
+def prepared_crops(folder: Path, n_classes: int, *, labelled: bool = True) -> FileSource:
     """Crops stored as img/train/<5*index+k>.jpg and label/train/<5*index+k>.png (class + 1, 0 = ignore)."""
-    images, labels = (folder / part / "train" for part in ("img", "label"))
-    stems = _stems(images, ".jpg")
-    if labelled := labels.is_dir():  # a crop without its label is missing
-        stems &= _stems(labels, ".png")
+    images, labels = folder / "img/train", folder / "label/train"
+    stems = {path.stem for path in images.glob("*.jpg") if path.stem.isdigit()}
+    if labelled:  # a crop without its label is missing
+        stems &= {path.stem for path in labels.glob("*.png")}
     ordered = sorted(stems, key=int)
-    targets = [f"{labels}/{stem}.png" if labelled else None for stem in ordered]
+    targets = [labels / f"{stem}.png" if labelled else None for stem in ordered]
     rule = class_rule({class_id + 1: class_id for class_id in range(n_classes)}, ignored=[0])
-    return FileSource([f"{images}/{stem}.jpg" for stem in ordered], targets, rule=rule)
-
-
-def _stems(folder: Path, ending: str) -> set[str]:
-    names = os.listdir(folder) if folder.is_dir() else ()
-    return {stem for name in names if name.endswith(ending) and (stem := name.removesuffix(ending)).isdigit()}
+    return FileSource([images / f"{stem}.jpg" for stem in ordered], targets, rule=rule)

@@ -9,7 +9,6 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,15 +68,6 @@ def _stego(name: str, size: int, *wanted: str) -> tuple[File]:
     return (File(f"{name}.zip", STEGO, size, wanted=wanted),)
 
 
-UNPACKING = ".unpacking"  # ends the name of a file that exists while an archive is unpacked
-PUBLISHED = {  # number of images
-    ("cocostuff27", "val"): 2175,
-    ("cityscapes", "train"): 2975,
-    ("cityscapes", "val"): 500,
-    ("potsdam", "train"): 4545,
-    ("potsdam", "val"): 855,
-}
-
 # The exact sizes and SHA-256 are those in torchvision's prototype data sets. The size of the labels is from
 # COCO-Stuff's page, those of STEGO's archives are estimated from the number of pixels.
 SPLITS = ("train2017", "val2017")
@@ -136,46 +126,34 @@ def main(argv: Sequence[str] | None = None, *, targets: Mapping[str, Target] = T
                 print("".join(f"    {url}\n" for url in file.urls(arguments.mirror)), end="")
         print(target.account.format(root=shlex.quote(str(root))))
         return
-    lines: list[str] = []
-    if not any(root.glob(f".*{UNPACKING}")):
-        with suppress(UserError):
-            lines = _check(target, root)
-    if not lines:
-        _obtain(target, root, mirror=arguments.mirror, keep=arguments.keep_archives)
-        if left := sorted(root.glob(f".*{UNPACKING}")):  # of another plan
-            fix = "delete what it was unpacked into and this file, then run the same command again"
-            raise UserError(f"{left[0]}: its archive was unpacked only in part; {fix}")
-        try:
-            lines = _check(target, root)
-        except UserError as error:
-            hint = "delete the folder or list that is incomplete and run the same command again"
-            raise UserError([*error.mistakes, hint], f"the downloaded {root}") from None
-    print("\n".join([f"{root}: {arguments.target} is complete", *lines, "next:"]))
+    _obtain(target, root, mirror=arguments.mirror, keep=arguments.keep_archives)
+    lines = [f"{root}: {arguments.target} is complete"]
+    try:
+        for data_type in target.data_types:
+            options = DatasetOptions(data_type=data_type, data_path=str(root))
+            for split in ("train", "val"):
+                count = len(DATA_SETS[data_type].source(options, split))  # a missing file is an error
+                lines.append(f"  {data_type}, {split}: {count:,} images")
+    except UserError as error:
+        hint = "delete the folder or list that is incomplete and run the same command again"
+        raise UserError([*error.mistakes, hint], f"the downloaded {root}") from None
+    print("\n".join([*lines, "next:"]))
     cropped = DATA_SETS[target.data_types[0]].cropped
     for program in ("dataset/crop_datasets.py", "run.py") if cropped else ("run.py",):
         print(f"  python {program} --opt {target.opt} --data_path {shlex.quote(str(root))}")
 
 
-def _check(target: Target, root: Path) -> list[str]:
-    """Opens every split; returns one line each. Raises a UserError if something is missing."""
-    lines = []
-    for data_type in target.data_types:
-        options = DatasetOptions(data_type=data_type, data_path=str(root))
-        for split in ("train", "val"):
-            count = len(DATA_SETS[data_type].source(options, split))
-            published = PUBLISHED.get((data_type, split), count)
-            note = "" if count == published else f"; the published data set has {published:,}"
-            lines.append(f"  {data_type}, {split}: {count:,} images{note}")
-    return lines
-
-
 def _obtain(target: Target, root: Path, *, mirror: str, keep: bool) -> None:
     """Downloads and unpacks what is missing, by the first plan that works."""
     make_folder(root, named_by="--root")
-    by_hand = [plan for plan in target.plans if all((root / file.name).is_file() for file in plan)]
     reasons: list[str] = []
+
+    def is_missing(plan: tuple[File, ...]) -> bool:
+        """False, which comes first, if all files were put there by hand or by a stopped run."""
+        return not all((root / file.name).is_file() for file in plan)
+
     with exclusive(root / "download", advice=""):
-        for plan in (*by_hand, *target.plans):
+        for plan in sorted(target.plans, key=is_missing):
             try:
                 for file in plan:
                     _obtain_file(file, root, mirror=mirror, keep=keep)
@@ -189,20 +167,17 @@ def _obtain(target: Target, root: Path, *, mirror: str, keep: bool) -> None:
 
 
 def _obtain_file(file: File, root: Path, *, mirror: str, keep: bool) -> None:
+    """Downloads a file, and unpacks an archive. It is deleted last, so one that is left is unpacked again."""
     path = root / file.name
-    started = path.with_name(f".{path.name}{UNPACKING}")
     if not path.is_file():
-        unpacked = all((root / file.into / name).exists() for name in file.wanted)
-        if file.wanted and unpacked and not started.exists():
+        if file.wanted and all((root / file.into / name).exists() for name in file.wanted):
             return
         if not file.urls(mirror):
             raise DownloadError(f"{path}: is missing and cannot be downloaded without an account")
         path.parent.mkdir(parents=True, exist_ok=True)
         download(file.urls(mirror), path, sha256=file.sha256, size=file.size if file.sha256 else None)
     if file.wanted:
-        started.touch()
         extract(path, root / file.into, file.wanted)
-        started.unlink()
         if not keep:
             path.unlink()
 

@@ -16,8 +16,6 @@ from utils.errors import UserError
 from utils.vision.images import IMAGE_ENDINGS, find_images
 from utils.vision.labels import LabelSpace
 
-LABEL_FOLDERS = ("annotations", "gt", "label", "labels", "mask", "masks")
-
 
 class _ClassesFile(BaseModel, strict=True, extra="forbid"):
     n_classes: int | None = Field(None, ge=2, le=255)
@@ -58,38 +56,27 @@ class ImageFolder(FileSource):
 
     def __init__(self, options: DatasetOptions, split: str) -> None:
         root = Path(options.data_path)
-        plain = not (root / "imgs").is_dir()
+        plain = split == "train" and not (root / "imgs").is_dir()
         folder = root if plain else root / "imgs" / split
-        used = split == "train" or not plain
-        images, skipped = find_images(folder, without=root / CROPS_FOLDER) if used else ([], "")
+        images, skipped = find_images(folder, without=root / CROPS_FOLDER)
+        if skipped:
+            print(f"{folder}: skipped {skipped}")
         if split == "train" and not images:
             endings = ", ".join(sorted(IMAGE_ENDINGS))
             message = f"{folder} holds no image ({endings}); put yours there"
-            raise UserError(f"dataset.data_path is {root}: {message}" + (skipped and f"; {skipped}"))
-        if skipped:
-            print(f"{folder}: skipped {skipped}")
-        for name in LABEL_FOLDERS if plain and split == "train" else ():
-            if (root / name).is_dir():
-                hint = "if they are labels, move the photographs to imgs/train and the labels to labels/train"
-                print(f"{root / name}: its images are trained on as photographs; {hint}")
+            raise UserError(f"dataset.data_path is {root}: {message}")
         ignore, n_classes = _read_classes(options).ignore, labels(options).n_classes
         if ignore < n_classes:
-            fix = "renumber the labels from 0, or register a data set of your own"
-            raise UserError(
-                f"{root}/classes.json: ignore is {ignore}, a class id (0 to {n_classes - 1}); {fix}"
-            )
+            fix = f"a class id (0 to {n_classes - 1}); renumber the labels"
+            raise UserError(f"{root}/classes.json: ignore is {ignore}, {fix}")
         rule = class_rule({class_id: class_id for class_id in range(n_classes)}, ignored=[ignore])
         super().__init__(images, _targets(images, folder, root / "labels" / split), rule=rule)
 
 
 def _targets(images: list[Path], folder: Path, label_folder: Path) -> list[Path | None]:
-    if images and label_folder.parent.is_dir() and not label_folder.is_dir():
-        print(f"{label_folder}: no such folder, so the images in {folder} have no labels")
     wanted = [label_folder / image.relative_to(folder).with_suffix(".png") for image in images]
-    found, others = find_images(label_folder)
+    found, _ = find_images(label_folder)
     present = {path.with_suffix(".png"): path for path in found if path.suffix.lower() == ".png"}
-    if not present and (found or others):
-        print(f"{label_folder}: contains no PNG file, so images have no labels")
     unused = sorted(present.keys() - set(wanted))
     if unused:
         message = f"{label_folder}: {len(unused)} of {len(present)} labels match no image, e.g. {unused[0]}"

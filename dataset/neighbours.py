@@ -1,8 +1,6 @@
 """The nearest neighbours of each train image by its frozen features, computed once and kept in a file."""
 
-import hashlib
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dataset.base import Batch, SegmentationDataset
+from dataset.token_cache import cache_entry
 from utils.config.options import Options
-from utils.errors import UserError
-from utils.files import TOKENS_FOLDER, exclusive, make_folder, replacing
+from utils.files import replacing
 from utils.progress import Bar
 from utils.training.randomness import generator
 
@@ -32,25 +30,12 @@ def nearest_neighbours(
 
     Items are compared by the cosine of the mean of their features over the patches. The table is stored
     beside cached tokens, where later runs with the same files, geometry, options and weights find it.
-
-    Args:
-        items: n train items.
-        loader: all of them, in order.
-        encode: computes frozen features.
-        model: names weights and precision.
+    `loader` yields all items in order, `model` names weights and precision.
     """
     chosen, seed = options.stego, options.train.seed
-    if chosen.num_neighbors >= len(items):
-        raise UserError(
-            f"stego.num_neighbors is {chosen.num_neighbors}, but there are only {len(items)} train items; "
-            f"set it to {len(items) - 1} or less"
-        )
-    about = items.source.digest(), list(items.kept), items.crops, items.geometry, type(items).__name__, model
-    about += (chosen.num_neighbors, chosen.knn_dropout)
-    about += (seed,) if chosen.knn_dropout or items.geometry.crop == "random" else ()
-    key = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
-    path = make_folder(Path(options.output_dir) / TOKENS_FOLDER) / f"neighbours-{key}.npy"
-    with exclusive(path):  # another run or process may be writing the same table
+    drawn = seed if chosen.knn_dropout or items.geometry.crop == "random" else None
+    about = type(items).__name__, model, chosen.num_neighbors, chosen.knn_dropout, drawn
+    with cache_entry(items, options, "neighbours", *about) as path:
         if not path.is_file():
             means = _mean_features(loader, encode, dropout=chosen.knn_dropout, seed=seed)  # (n, D)
             with replacing(path) as temporary, temporary.open("wb") as file:

@@ -47,15 +47,16 @@ class Potsdam(FileSource):
 
     def read(self, index: int) -> RawItem:
         """Reads a patch and its six-class label."""
-        if self.targets[index] is None:
+        _, path = self.files(index)
+        if path is None:
             return RawItem(self.read_image(index), None)
-        target = _load(self.targets[index], "gt")
+        target = _load(path, "gt")
         target = np.where(target < 0, 255, target).astype(np.uint8)  # (H, W)
         return RawItem(self.read_image(index), Image.fromarray(target))
 
     def read_image(self, index: int) -> Image.Image:
         """Reads a patch alone."""
-        image = _load(self.images[index], "img")[:, :, :3]  # (H, W, 3)
+        image = _load(self.files(index)[0], "img")[:, :, :3]  # (H, W, 3)
         return Image.fromarray(np.ascontiguousarray(image, dtype=np.uint8))
 
 

@@ -1,6 +1,7 @@
 """Batch samplers: which items make up a batch, as a function of seed, step and rank."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
@@ -10,13 +11,11 @@ from utils.training.distributed import own_slice, rank, world_size
 from utils.training.launch import own_cores
 from utils.training.randomness import generator
 
-VALIDATION_BATCH = {"cpu": 8, "cuda": 32}  # on a GPU, small batches are bound by the host
-
 
 def validation_batch_size(options: Options) -> int:
     """`dataloader.val_batch_size`, by default a number that suits the device."""
-    chosen = VALIDATION_BATCH["cuda" if torch.cuda.is_available() else "cpu"]
-    return options.dataloader.val_batch_size or chosen
+    suitable = 32 if torch.cuda.is_available() else 8  # on a GPU, small batches are bound by the host
+    return options.dataloader.val_batch_size or suitable
 
 
 def loader_workers(options: Options) -> int:
@@ -24,26 +23,22 @@ def loader_workers(options: Options) -> int:
     return min(options.dataloader.num_workers, own_cores(options.trainer.devices))
 
 
+@dataclass(eq=False)
 class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
     """This rank's slices of shuffled batches of (epoch, index) pairs; the last partial batch is dropped.
 
-    The order of an epoch depends on seed and epoch alone. `first_step` is the number of steps already
-    trained, which the first iteration skips. With `neighbours`, indices (size, k) of similar items, a slice
-    is followed by a random neighbour of each of its items.
+    The order of an epoch depends on seed and epoch alone. With `neighbours`, a slice is followed by a random
+    neighbour of each of its items.
     """
 
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        *,
-        seed: int,
-        first_step: int = 0,
-        neighbours: torch.Tensor | None = None,
-    ) -> None:
-        self.size, self.batch_size, self.seed, self.first_step = size, batch_size, seed, first_step
-        self.neighbours = neighbours
-        self.epoch = first_step // len(self)
+    size: int
+    batch_size: int
+    seed: int
+    first_step: int = 0  # steps already trained, which the first iteration skips
+    neighbours: torch.Tensor | None = None  # (size, k) indices of similar items
+
+    def __post_init__(self) -> None:
+        self.epoch = self.first_step // len(self)
         self.sampler = self  # Lightning calls `batch_sampler.sampler.set_epoch` before each epoch
 
     def set_epoch(self, epoch: int) -> None:

@@ -4,10 +4,10 @@ Later runs with the same files, geometry, label rule, weights and precision reus
 """
 
 import hashlib
-import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert
 
 from dataset.base import Batch, SegmentationDataset
 from dataset.samplers import loader_workers, validation_batch_size
@@ -61,9 +61,8 @@ class TokenLoader(DataLoader):
     """Loads batches of a `TokenDataset`: from memory in a thread, one batch ahead."""
 
     def __init__(self, items: TokenDataset, *, pin_memory: bool, **arguments: Any) -> None:
-        super().__init__(
-            items, collate_fn=_whole, pin_memory=pin_memory and items.place != "cuda", **arguments
-        )
+        arguments["pin_memory"] = pin_memory and items.place != "cuda"
+        super().__init__(items, collate_fn=default_convert, **arguments)  # which leaves a batch as it is
 
     def __iter__(self) -> Iterator[Batch]:
         batches = super().__iter__()
@@ -77,9 +76,17 @@ class TokenLoader(DataLoader):
                 yield batch
 
 
-def _whole(batch: Batch) -> Batch:
-    """Replaces the collation of items: the batch is complete."""
-    return batch
+@contextmanager
+def cache_entry(items: SegmentationDataset, options: Options, name: str, *about: Any) -> Iterator[Path]:
+    """The path below `output_dir` of what is computed from items; `about` is what else it depends on.
+
+    It is locked, as another run or process may be writing the same.
+    """
+    about = items.source.digest(), list(items.kept), items.crops, items.geometry, items.hides_labels, *about
+    key = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+    path = make_folder(Path(options.output_dir) / TOKENS_FOLDER) / f"{name}-{key}"
+    with exclusive(path):
+        yield path
 
 
 def cache_tokens(
@@ -88,15 +95,17 @@ def cache_tokens(
     options: Options,
     *,
     split: str,
-    shape: tuple[int, int],
     model: str,
+    token_shape: Callable[[int], tuple[int, int]],
     device: torch.device,
 ) -> TokenDataset:
-    """Encodes all items of a split into tokens of `shape` (T, D), or finds the files of an earlier run.
+    """Encodes all items of a split, or finds the files of an earlier run.
 
-    `model` names the weights; a GPU `device` holds the tokens of "ram" if it has room.
+    `model` names the weights, `token_shape` returns (T, D) at a resolution, and a GPU `device` holds the
+    tokens of "ram" if it has room.
     """
-    shapes = (len(items), *shape), (len(items), items.geometry.res, items.geometry.res)
+    res = items.geometry.res
+    shapes = (len(items), *token_shape(res)), (len(items), res, res)
     size = int(2 * np.prod(shapes[0]) + np.prod(shapes[1]))  # bytes
     fill = partial(_fill, items, encode, options, split)
     if options.dataset.cache_features == "ram":
@@ -107,18 +116,13 @@ def cache_tokens(
         stored = [torch.empty(each, dtype=dtype, device=place) for each, dtype in kinds]
         fill(*stored)
         return TokenDataset(**vars(items), stored=stored)
-    about = FORMAT, items.source.digest(), list(items.kept), items.crops, items.geometry, model, shapes
-    about += ("labels hidden",) if items.hides_labels else ()
-    key = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
-    path = make_folder(Path(options.output_dir) / TOKENS_FOLDER) / f"{split}-{key}"
-    with exclusive(path):  # another run or process may be writing the same cache
+    with cache_entry(items, options, split, FORMAT, model, shapes) as path:
         print(f"{split} tokens: {size / 2**30:.2f} GiB in {path}")
         if not path.is_dir():
             if (free := shutil.disk_usage(path.parent).free) < size:
                 raise UserError(
-                    f"dataset.cache_features is disk: {path.parent} needs {size / 2**30:.2f} GiB, but only "
-                    f"{free / 2**30:.2f} GiB are free; free some space, choose another output_dir, or set "
-                    "dataset.cache_features=null"
+                    f"dataset.cache_features is disk: only {free / 2**30:.2f} GiB are free in {path.parent}; "
+                    "free some space, choose another output_dir, or set dataset.cache_features=null"
                 )
             _write(path, shapes, fill)
     return TokenDataset(**vars(items), stored=[path / name for name in NAMES])
@@ -127,10 +131,6 @@ def cache_tokens(
 def _fill(
     items: SegmentationDataset, encode: Encoder, options: Options, split: str, tokens: Tensor, labels: Tensor
 ) -> None:
-    used = (options.train.max_steps or math.inf) * options.dataloader.batch_size
-    if split == "train" and used < len(items) and options.trained_by != "stego":  # which compares all items
-        hint = "dataset.cache_features=null may be faster"
-        print(f"train.max_steps uses {used:,} of {len(items):,} items; {hint}")
     loader = DataLoader(items, validation_batch_size(options), **worker_settings(loader_workers(options)))
     for batch in Bar(loader, desc=f"{split} tokens", unit="batch"):
         tokens[batch.index] = encode(batch.image).half().to(tokens.device)

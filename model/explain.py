@@ -44,7 +44,7 @@ def explain_image(
 
 def build_bank(data: Any, image: str, *, size: int, flag: str = "--explain") -> tuple[Tensor, list[str]]:
     """An image and up to `size - 1` others spread over its split, (B, 3, H, W) uint8, and their names."""
-    split = replace(data.example_split(), hides_labels=True)
+    split = replace(data.example_split, hides_labels=True)
     names = [split.name(index) for index in range(len(split))]
     if image.isdecimal() and int(image) < len(split):
         first, image = split[int(image)].image, names[int(image)]

@@ -64,7 +64,7 @@ def explore(
     else:
         images, names = build_bank(data, source, size=size, flag="--explore")
         if labels is not None:
-            maps = _labels(data.example_split(), names)
+            maps = _labels(data.example_split, names)
             if (maps < labels.n_classes).any():
                 layers["labels"] = _layer(maps, labels.names, labels.palette, patch=patch)
     if predictor is not None:

@@ -1,9 +1,7 @@
 """Every data set and every experiment of the paper on miniatures, through run.main and eval.main."""
 
-import io
 import json
 import shlex
-import zipfile
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from model.backbone import FrozenViT
 from model.weights import backbone_spec, hub_file
 from tests.dataset import miniatures
 from tests.dataset.files import picture
-from tests.utils.server import Page, serving, targets_at
+from tests.utils.server import coco_pages, serving, targets_at
 from utils.config.loading import find_option_file, load_options
 from utils.config.options import FULL_DEPTH
 from utils.errors import UserError
@@ -77,7 +75,7 @@ def test_own_photographs__of_all_kinds_train_without_labels(tiny_file, tmp_path,
     (trained,) = run.main(["--opt", path])
     assert trained["before_crf"] is None
     assert trained["step"] == 5 * 5 // 4
-    assert "ffmpeg -i walk.mp4" in capsys.readouterr().out
+    assert "1 .mp4; extract the frames" in capsys.readouterr().out
     (left_out,) = json.loads((tmp_path / "output/tiny/left_out.json").read_text())
     assert "broken.jpg: not a readable image" in left_out
     with pytest.raises(UserError, match=r"1 of 6 images or labels are damaged;(.|\n)*broken\.jpg"):
@@ -104,25 +102,12 @@ def random_state(shapes):
     return {name: torch.randn(tuple(shape), generator=drawn).mul_(0.05) for name, shape in shapes.items()}
 
 
-def zipped(root, pattern):
-    """A zip archive of the files below a folder that match."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for path in root.glob(pattern):
-            archive.write(path, path.relative_to(root))
-    return Page(buffer.getvalue())
-
-
 def test_cocostuff__from_nothing_to_the_first_step(hub, tmp_path, monkeypatch, capsys):
     """Download, crops and a training step by the commands that each program names for the next."""
     source = miniatures.make_cocostuff(tmp_path / "source", counts=(4, 1))
     monkeypatch.chdir(tmp_path)
     with serving() as server:
-        for split in ("train2017", "val2017"):
-            server.pages[f"{split}.zip"] = zipped(source / "images", f"{split}/*")
-        server.pages["stuffthingmaps_trainval2017.zip"] = zipped(source / "annotations", "*/*")
-        for path in source.glob("curated/*/*"):
-            server.pages[str(path.relative_to(source))] = Page(path.read_bytes())
+        server.pages.update(coco_pages(source))
         root = str(tmp_path / "cocostuff")
         dataset_download.main(["cocostuff", "--root", root], targets=targets_at(server))
     said = capsys.readouterr().out.split("next:")[1].split("\n")

@@ -136,6 +136,6 @@ def extract(archive: Path, folder: Path, wanted: Sequence[str]) -> None:
         if target is not None:
             target.unlink(missing_ok=True)
         reason = f"damaged, or not a zip archive ({first_line(error)})"
-        raise UserError(f"{archive}: {reason}; delete it and run the same command again") from None
+        raise UserError(f"{archive}: {reason}; delete it and what was unpacked, and run again") from None
     if missing := [name for name in wanted if not (folder / name).exists()]:
         raise UserError(f"{archive}: does not contain {', '.join(missing)}; delete it and run again")

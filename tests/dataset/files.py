@@ -1,5 +1,7 @@
 """Image files that the tests of data sets make."""
 
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
@@ -13,3 +15,8 @@ def save(path, array):
 
 def picture(seed):
     return np.random.default_rng(seed).integers(0, 256, (SIZE[1], SIZE[0], 3))
+
+
+def names(items):
+    """The file names of a data set's images."""
+    return [Path(items.name(index)).name for index in range(len(items))]

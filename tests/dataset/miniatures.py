@@ -5,16 +5,8 @@ import json
 import numpy as np
 from scipy.io import savemat
 
+from dataset.dataset_download import COCO_LISTS
 from tests.dataset.files import SIZE, picture, save
-
-COCO_LISTS = {
-    "train2017": (
-        "Coco164kFull_Stuff_Coarse.txt",
-        "Coco164kFull_Stuff_Coarse_7.txt",
-        "Coco164kFew_Stuff_6.txt",
-    ),
-    "val2017": ("Coco164kFull_Stuff_Coarse_7.txt", "Coco164kFew_Stuff_6.txt"),
-}
 
 
 def spread(values):
@@ -24,14 +16,15 @@ def spread(values):
 
 def make_cocostuff(root, counts=(3, 3)):
     """Every label holds every fine id and 255."""
-    for (split, lists), count in zip(COCO_LISTS.items(), counts, strict=True):
+    for split, count in zip(("train2017", "val2017"), counts, strict=True):
         ids = [f"{number:012d}" for number in range(count)]
         for number, name in enumerate(ids):
             save(root / "images" / split / f"{name}.jpg", picture(number))
             save(root / "annotations" / split / f"{name}.png", spread(np.r_[np.arange(182), 255]))
         (root / "curated" / split).mkdir(parents=True)
-        for listing in lists:
-            (root / "curated" / split / listing).write_text("\n".join(ids) + "\n")
+        for listing in COCO_LISTS:
+            if split in listing:
+                (root / listing).write_text("\n".join(ids) + "\n")
     return root
 
 

@@ -6,11 +6,6 @@ from dataset.samplers import TrainBatchSampler
 from utils.errors import UserError
 
 
-def test_batch__larger_than_the_train_split(data_of, directory):
-    with pytest.raises(UserError, match=r"batch_size is 5, but there are only 4 train items"):
-        data_of("directory", directory, dataloader__batch_size=5)
-
-
 def test_order__is_a_function_of_seed_and_epoch(data_of, directory):
     sampler = data_of("directory", directory, train__seed=4).train_dataloader().batch_sampler
     orders = [[i for batch in sampler.batches(epoch) for i in batch] for epoch in (0, 1, 0)]
@@ -40,8 +35,5 @@ def test_random_batches__are_a_function_of_seed_and_step(tiny_options):
     assert len(set(torch.cat(first).tolist())) == 8
     assert torch.equal(torch.cat(first), torch.cat(again))
     assert not torch.equal(torch.cat(first), torch.cat(other))
-
-
-def test_random_batches__more_than_there_are(tiny_options):
     with pytest.raises(UserError, match=r"hp\.pool_size is 17.*16"):
-        build_data(tiny_options()).random_batches(17, 1)
+        data.random_batches(17, 1)

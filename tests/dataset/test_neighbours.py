@@ -7,7 +7,6 @@ from torch.nn import functional as F
 from dataset import build_data, neighbours
 from dataset.neighbours import most_similar
 from dataset.samplers import TrainBatchSampler
-from utils.errors import UserError
 from utils.training import distributed
 
 
@@ -20,11 +19,6 @@ def test_most_similar__equals_its_definition_for_any_block(monkeypatch):
     for entries in (1, 23 * 7, 2**20):
         monkeypatch.setattr(neighbours, "SIMILARITIES", entries)
         assert most_similar(rows, 4).tolist() == expected
-
-
-def test_most_similar__of_equal_rows_leaves_out_the_row_itself():
-    found = most_similar(torch.ones(6, 1), 5)
-    assert all(row not in others and len(set(others)) == 5 for row, others in enumerate(found.tolist()))
 
 
 def weights(name):
@@ -69,12 +63,6 @@ def test_neighbours__published_dropout_depends_on_the_seed(tiny_options, encoded
     assert not torch.equal(tables[0], tables[1])
     assert not torch.equal(tables[0], tables[2])
     assert sum(encoded[1]) == 3 * 16, "without dropout, seeds share a table"
-
-
-def test_neighbours__more_than_there_are(tiny_options, encoded):
-    data = build_data(tiny_options(method="stego", stego__num_neighbors=16))
-    with pytest.raises(UserError, match=r"stego\.num_neighbors is 16, but there are only 16 .* 15 or less"):
-        data.with_neighbours(encoded[0], **weights("a"))
 
 
 def test_sampler__a_neighbour_of_each_image_follows(monkeypatch):

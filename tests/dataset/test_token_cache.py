@@ -33,16 +33,11 @@ def items(data_of, directory):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "output/tokens"
-
-
-@pytest.fixture
 def tokens_of(tiny_options):
     def build(items, encode=encode, *, kind="disk", model=MODEL):
         options = tiny_options(dataset__cache_features=kind, dataloader__val_batch_size=3)
-        about = {"split": "train", "shape": (2, 3), "model": model, "device": torch.device("cpu")}
-        return cache_tokens(items, encode, options, **about)
+        about = {"split": "train", "token_shape": lambda res: (2, 3), "model": model}
+        return cache_tokens(items, encode, options, device=torch.device("cpu"), **about)
 
     return build
 
@@ -60,10 +55,10 @@ def test_cache__holds_tokens_and_labels_of_each_item(items, tokens_of, kind):
         assert item.index == index
 
 
-def test_cache__is_reused_by_a_later_run(items, tokens_of, folder):
+def test_cache__is_reused_by_a_later_run(items, tokens_of, tmp_path):
     first, second = tokens_of(items), tokens_of(items, forbidden)
     assert torch.equal(first[3].inputs, second[3].inputs)
-    (made,) = folder.glob("train-*")
+    (made,) = tmp_path.glob("output/tokens/train-*")
     assert sorted(path.name for path in made.iterdir()) == ["labels.npy", "tokens.npy"]
 
 
@@ -78,31 +73,26 @@ def test_cache__is_not_reused_after_a_change(items, tokens_of, change):
     elif change == "rule":
         items.source.rule[0] = 2
     else:
-        path = items.source.images[0] if change == "image" else items.source.targets[1]
+        path = items.source.files(0)[0 if change == "image" else 1]
         path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(AssertionError, match="not reused"):
         tokens_of(items, forbidden, model=model)
 
 
-def test_cache__interrupted_leaves_nothing(items, tokens_of, folder):
+def test_cache__interrupted_leaves_nothing(items, tokens_of, tmp_path):
     def interrupt(image):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         tokens_of(items, interrupt)
-    assert not [path for path in folder.iterdir() if path.is_dir()]
+    assert not list(tmp_path.glob("output/tokens/*/"))
 
 
 def test_space__too_little_is_an_error(items, tokens_of, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10))
-    with pytest.raises(UserError, match=r"cache_features is disk: .*tokens needs .* GiB, but only"):
+    with pytest.raises(UserError, match=r"cache_features is disk: only .* GiB are free in .*tokens;"):
         tokens_of(items, forbidden)
-
-
-def test_random_crops__refuse_a_cache(tiny_options):
-    with pytest.raises(UserError, match=r'cache_features is "?ram"?, must be null with .*random'):
-        tiny_options(dataset__cache_features="ram", dataset__loader_crop_type="random")
 
 
 def test_training__same_losses_to_the_rounding_of_float16(tiny_file, tmp_path, no_figures):

@@ -1,8 +1,10 @@
 """An HTTP server on 127.0.0.1 that fails on demand."""
 
 import contextlib
+import io
 import re
 import threading
+import zipfile
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -130,3 +132,21 @@ def targets_at(server):
         name: replace(target, plans=tuple(tuple(map(moved, plan)) for plan in target.plans))
         for name, target in TARGETS.items()
     }
+
+
+def zipped(folder, *, below=""):
+    """A zip archive of a folder's files, their names prefixed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for file in sorted(folder.rglob("*.*")):
+            archive.write(file, f"{below}{file.relative_to(folder)}")
+    return Page(buffer.getvalue())
+
+
+def coco_pages(coco):
+    """The lists and archives of the official addresses, of a COCO-Stuff in its layout."""
+    pages = {str(path.relative_to(coco)): Page(path.read_bytes()) for path in coco.glob("curated/*/*")}
+    pages["stuffthingmaps_trainval2017.zip"] = zipped(coco / "annotations")
+    for split in ("train2017", "val2017"):
+        pages[f"{split}.zip"] = zipped(coco / "images" / split, below=f"{split}/")
+    return pages

@@ -13,9 +13,8 @@ from utils.errors import UserError, first_line
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 VIDEO_ENDINGS = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".gif"}
+VIDEO_HINT = "extract the frames of a video, for example: ffmpeg -i <video> -vf fps=1 frame%06d.jpg"
 Image.MAX_IMAGE_PIXELS = 2**29  # Pillow warns above it, and refuses twice as many
-MOST_KINDS = 10  # of other files that are named
-_noted: set[str] = set()
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")  # Pillow runs Ghostscript for others
 
 
@@ -39,10 +38,8 @@ def open_image(path: Path, *, upright: bool = True) -> Image.Image:
         UserError: it is missing, damaged or unsupported.
     """
     if path.suffix.lower() in VIDEO_ENDINGS:
-        raise UserError(f"{path}: is a video; {_frames_hint(path)}")
+        raise UserError(f"{path}: is a video; {VIDEO_HINT}")
     with _opened(path, "image") as image:
-        if image.format == "TIFF" and image.n_frames > 1:
-            _note("pages", f"{path}: has {image.n_frames} pages, of which only the first is read")
         return as_rgb(image, str(path), upright=upright)
 
 
@@ -59,16 +56,7 @@ def as_rgb(image: Image.Image, name: str, *, upright: bool = True) -> Image.Imag
     values = np.asarray(image)  # (H, W)
     if image.mode == "F" or values.min() < 0 or values.max() >= 2**16:
         raise UserError(f"{name}: image mode is {image.mode}, must have 8 or 16 bits; convert it")
-    if values.max() < 2**14:
-        _note("dark", f"{name}: its 16-bit values are below 2^14, so it is nearly black; stretch such images")
     return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-
-
-def _note(kind: str, text: str) -> None:
-    """Prints the first note of a kind in this process."""
-    if kind not in _noted:
-        _noted.add(kind)
-        print(text, flush=True)
 
 
 def _turned(image: Image.Image) -> Image.Image:
@@ -87,10 +75,9 @@ def open_label(path: Path, size: tuple[int, int]) -> Image.Image:
     if label.mode not in ("L", "P"):
         raise UserError(f"{path}: label mode is {label.mode}, must be 8-bit greyscale or palette; convert it")
     if label.size != size:
-        turned = label.size == size[::-1]
-        hint = "; the image was rotated by its EXIF orientation: rotate the label too" if turned else ""
         raise UserError(
-            f"{path}: label is {label.size} (width, height), its image is {size}; make them equal{hint}"
+            f"{path}: label is {label.size} (width, height), its image is {size}; make them equal (the EXIF "
+            "orientation turns an image, but not its label)"
         )
     return label if label.mode == "L" else Image.frombytes("L", label.size, label.tobytes())
 
@@ -100,38 +87,22 @@ def find_images(folder: Path, *, without: Path | None = None) -> tuple[list[Path
 
     Follows links; skips hidden files, hidden folders and the folder `without`.
     """
-    images, videos, others, seen = [], [], Counter(), set()
-
-    def count(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            others["unreadable folder"] += 1
-
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=count):
-        if (real := os.path.realpath(place)) in seen:  # a link to a folder above
+    images, others, seen = [], Counter(), set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        masks = Path(place) != folder and {"index.html", "legend.json"}.issubset(files)  # of eval.py --images
+        if masks:
+            others["folder of masks"] += 1
+        if masks or (real := os.path.realpath(place)) in seen:  # or a link to a folder above
             folders.clear()
             continue
         seen.add(real)
-        masks = {"index.html", "legend.json"}.issubset(files)  # the results of eval.py --images
-        if masks and Path(place) != folder:
-            others["folder of masks"] += 1
-            folders.clear()
-            continue
         # sorted, so that of two links to one folder every machine follows the same
         folders[:] = sorted(n for n in folders if not n.startswith(".") and Path(place, n) != without)
         for path in (Path(place, name) for name in files if not name.startswith(".")):
-            ending = path.suffix.lower()
-            if ending in IMAGE_ENDINGS:
+            if path.suffix.lower() in IMAGE_ENDINGS:
                 images.append(path)
-                continue
-            others[ending or "without ending"] += 1
-            if ending in VIDEO_ENDINGS:
-                videos.append(path)
-    kinds = [f"{number} {kind}" for kind, number in sorted(others.most_common(MOST_KINDS))]
-    more = [f"{len(others) - MOST_KINDS} other kinds"] if len(others) > MOST_KINDS else []
-    skipped = ", ".join(kinds + more)
-    hint = f"; from videos, {_frames_hint(min(videos))}" if videos else ""
+            else:
+                others[path.suffix.lower() or "without ending"] += 1
+    skipped = ", ".join(f"{number} {kind}" for kind, number in sorted(others.most_common(10)))
+    hint = f"; {VIDEO_HINT}" if VIDEO_ENDINGS & others.keys() else ""
     return sorted(images), skipped and f"other files: {skipped}{hint}"
-
-
-def _frames_hint(video: Path) -> str:
-    return f"extract frames, for example: ffmpeg -i {video.name} -vf fps=1 frame%06d.jpg"

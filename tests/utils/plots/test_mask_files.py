@@ -88,7 +88,7 @@ def test_folders__without_an_image(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         result_files(tmp_path / "nowhere", tmp_path / "out")
     touch(tmp_path / "films", "walk.mp4")
-    with pytest.raises(UserError, match=r"no image.*ffmpeg -i walk.mp4"):
+    with pytest.raises(UserError, match=r"no image.*1 .mp4; .*ffmpeg -i"):
         result_files(tmp_path / "films", tmp_path / "out")
     with pytest.raises(UserError, match="the folder of the photographs"):
         result_files(tmp_path / "films", tmp_path / "films")

@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from loss import hidden_positive_loss
+from tests.loss.conftest import Recorded
 
 SIDE, IMAGES = 4, 3
 PATCHES = IMAGES * SIDE**2
@@ -126,19 +126,10 @@ def test_loss__autocast_around_it_changes_nothing():
 
 
 def test_loss__no_tensor_is_larger_than_a_block_and_the_batch():
-    class Watch(TorchDispatchMode):
-        largest = 0
-
-        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            result = function(*arguments, **(keywords or {}))
-            if isinstance(result, torch.Tensor):
-                self.largest = max(self.largest, result.numel())
-            return result
-
     codes, given = drawn_batch()
-    with Watch() as watch:
+    with Recorded() as recorded:
         hidden_positive_loss(*codes, **SETTINGS, **given).backward()
-    assert watch.largest == SIDE**2 * PATCHES
+    assert recorded.largest == SIDE**2 * PATCHES
 
 
 def test_shapes__mismatch():

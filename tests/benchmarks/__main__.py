@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 import torch
 
 from tests.benchmarks.compute import bench_growth, bench_loss, bench_methods, bench_step
-from tests.benchmarks.evaluation import bench_crf, bench_eval
+from tests.benchmarks.evaluation import bench_eval
 from tests.benchmarks.inputs import SHAPES
 from tests.benchmarks.measure import HEADER, Bench, Row
 from tests.benchmarks.pipeline import bench_data, bench_epoch
@@ -28,7 +28,6 @@ CASES: dict[str, Callable[[Bench, str], list[Row]]] = {
     "methods": bench_methods,
     "epoch": bench_epoch,
     "eval": bench_eval,
-    "crf": bench_crf,
     "data": bench_data,
 }
 

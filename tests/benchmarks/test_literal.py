@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,11 +13,8 @@ from model.criterion import build_criterion
 from tests.benchmarks import literal
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.inputs import SHAPES, loss_inputs, shape_options, write_photographs
-from tests.benchmarks.measure import Bench
-from tests.conftest import needs_pydensecrf
 from utils.config.options import DatasetOptions
-from utils.vision.crf import crf_missing, upsample
-from utils.vision.transforms import Geometry, normalise, to_eight_bit
+from utils.vision.transforms import Geometry, normalise
 
 
 @pytest.mark.parametrize("name", ["loss_cocostuff8", "loss_cocostuff16", "loss_potsdam"])
@@ -42,15 +38,6 @@ def test_predictions__golden(golden):
     assert torch.equal(found["cluster"], stored.cluster_pred_up.long())
 
 
-@needs_pydensecrf
-def test_crf__golden(golden):
-    stored = golden("crf")
-    image = to_eight_bit(stored.image[None])[0].permute(1, 2, 0).numpy()
-    marginals = literal.crf(image, upsample(stored.logits.numpy(), image.shape[:2]))
-    assert (marginals.argmax(0) == stored.argmax.numpy()).mean() >= 0.999
-    assert np.abs(marginals - stored.q.numpy()).max() < 1e-3
-
-
 def test_two_views__the_first_is_our_item(tmp_path):
     write_photographs(tmp_path, images=1, n_classes=5)
     options = DatasetOptions(data_type="directory", data_path=str(tmp_path), crop_type=None)
@@ -70,30 +57,17 @@ def test_inputs__every_set_is_there():
     assert 0 < output.num_negatives < len(z)
 
 
-def test_bench__medians_and_ratio_of_known_times(monkeypatch):
-    bench, seconds = Bench(torch.device("cpu"), repeats=3), {"literal": 4.0, "ours": 0.5}
-    monkeypatch.setattr(bench, "first_run", lambda form: (9.0, 0.0))  # slow, as first runs are
-    monkeypatch.setattr(bench, "once", lambda form: seconds[form()])
-    forms = {name: (lambda name=name: name) for name in seconds}
-    literally, ours = bench.compare("a case", forms, items=2)
-    assert (literally.gain, ours.gain, ours.items) == (None, 8.0, 4.0)
-    assert [row.seconds for row in bench.compare("a case", forms, once=True)] == [9.0, 9.0]
-
-
 def test_program__runs_every_case(monkeypatch, tiny_file, capsys):
     monkeypatch.setitem(SHAPES, "small", tiny_file())
     monkeypatch.setattr("gc.collect", lambda: None)
     monkeypatch.setattr("tests.benchmarks.compute.GROWTH_BATCHES", (1,))
     monkeypatch.setattr("tests.benchmarks.compute.LOSS_BATCHES", {"cpu": (1,)})
-    monkeypatch.setattr("tests.benchmarks.evaluation.REFINED", 1)
     monkeypatch.setattr("tests.benchmarks.pipeline.PHOTOGRAPHS", {"cpu": 2})
     rows = main(["all", "--device", "cpu", "--shape", "small", "--repeats", "1"])
     forms = {}
     for row in rows:
         forms.setdefault(row.case.split(",")[0].split(" of ")[0], []).append(row.form)
         assert row.seconds > 0
-    crf = forms.pop("crf", None)
-    assert crf_missing() or (crf[0], crf[-1]) == ("literal", "ours, torch on cpu")
     assert forms == {
         "loss": ["literal", "ours", "ours, split", "ours, float16"],
         "growth": ["ours"] * 7,

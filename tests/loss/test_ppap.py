@@ -196,41 +196,31 @@ def test_arguments__that_do_not_fit():
         PPAPLoss(**COEFFICIENTS)(z[:-1], features)
 
 
-SETTINGS = {  # what a user of the library may have set
-    "nothing": lambda backends: None,
-    "high": lambda backends: torch.set_float32_matmul_precision("high"),
-    "allow_tf32": lambda backends: setattr(backends.cudnn, "allow_tf32", False),
-    "products": lambda backends: setattr(backends.cuda.matmul, "fp32_precision", "tf32"),
-    "everything": lambda backends: setattr(backends, "fp32_precision", "tf32"),
-    "both": lambda backends: (SETTINGS["high"](backends), SETTINGS["products"](backends)),
-}
-
-
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch < 2.9")
-@pytest.mark.parametrize("name", SETTINGS)
-def test_ieee_float32__old_and_new_settings(name):
+@pytest.mark.parametrize(
+    "place", [None, torch.backends.cuda.matmul, torch.backends], ids=["old", "products", "all"]
+)
+@pytest.mark.parametrize("high", [False, True])
+def test_ieee_float32__old_and_new_settings(place, high):
     """torch raises where the old settings are read after the new ones were set; see `ieee_float32`."""
-    backends = torch.backends
-    operators = (backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn)
-    places = (backends, backends.cudnn, *operators)
-
-    def precisions():
-        return [place.fp32_precision for place in places]
-
-    untouched = precisions()
+    operators = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv)
+    places = (torch.backends, torch.backends.cudnn, *operators)
+    untouched = [each.fp32_precision for each in places]
     try:
-        SETTINGS[name](backends)
-        before = precisions()
+        if high:
+            torch.set_float32_matmul_precision("high")
+        if place is not None:
+            place.fp32_precision = "tf32"
+        before = [each.fp32_precision for each in places]
         for _ in range(2):
             with ieee_float32():
-                assert [operator.fp32_precision for operator in operators[:3]] == ["ieee"] * 3
+                assert [operator.fp32_precision for operator in operators] == ["ieee"] * 3
                 assert torch.get_float32_matmul_precision() == "highest"
-            assert precisions() == before
+            assert [each.fp32_precision for each in places] == before
     finally:
         torch.set_float32_matmul_precision("highest")
-        backends.cudnn.allow_tf32 = True
-        for place, precision in zip(places, untouched, strict=True):
-            place.fp32_precision = precision
+        for each, precision in zip(places, untouched, strict=True):
+            each.fp32_precision = precision
 
 
 def test_sampling__range_no_repeats_and_per_group():

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 
 from dataset.base import Batch
-from loss import PPAPLoss
 from model.criterion import build_criterion
 from model.module import PPAPModule
 from model.segmenter import dropout_mask
@@ -39,17 +38,12 @@ def with_products(options: Options) -> dict[str, Options]:
 def bench_loss(bench: Bench, shape: str) -> list[Row]:
     """Loss and gradient, literal and ours with each kind of products."""
     options, rows = shape_options(shape), []
+    chosen = build_criterion(options)
     for batch in LOSS_BATCHES[bench.device.type]:
-        z, *inputs = loss_inputs(options, batch, bench.device)
-        chosen = build_criterion(options)
-
-        def by_definition(z=z, inputs=inputs, chosen=chosen) -> None:
-            z.grad = None
-            literal.ppap_loss(z, *inputs, boundaries=chosen.boundaries, tau=chosen.tau).backward()
-
-        forms = {"literal": by_definition}
-        for name, changed in with_products(options).items():
-            forms[name] = partial(loss_and_gradient, build_criterion(changed), z, *inputs)
+        inputs = loss_inputs(options, batch, bench.device)
+        losses = {"literal": partial(literal.ppap_loss, boundaries=chosen.boundaries, tau=chosen.tau)}
+        losses |= {name: build_criterion(changed) for name, changed in with_products(options).items()}
+        forms = {name: partial(loss_and_gradient, loss, *inputs) for name, loss in losses.items()}
         rows += bench.compare(f"loss, batch {batch}", forms)
     return rows
 
@@ -62,20 +56,17 @@ def bench_growth(bench: Bench, shape: str) -> list[Row]:
     for batch, steps in settings:
         options = shape_options(shape, {"training_coeff.prop_iter": steps})
         inputs = loss_inputs(options, batch, bench.device)
-        form, once = (
-            partial(loss_and_gradient, build_criterion(options), *inputs),
-            TIMED_ONCE[bench.device.type],
-        )
-        rows += bench.compare(f"growth, batch {batch}, T = {steps}", {"ours": form}, once=batch > once)
+        forms = {"ours": partial(loss_and_gradient, build_criterion(options), *inputs)}
+        once = batch > TIMED_ONCE[bench.device.type]
+        rows += bench.compare(f"growth, batch {batch}, T = {steps}", forms, once=once)
     return rows
 
 
-def loss_and_gradient(
-    criterion: PPAPLoss, z: torch.Tensor, features: torch.Tensor, anchors: torch.Tensor
-) -> None:
-    """As a training step computes them."""
+def loss_and_gradient(loss: Callable, z: torch.Tensor, *inputs: torch.Tensor) -> None:
+    """As a training step computes them; a loss may return an output with statistics."""
     z.grad = None
-    criterion(z, features, anchors).loss.backward()
+    found = loss(z, *inputs)
+    getattr(found, "loss", found).backward()
 
 
 def step_form(module: PPAPModule, losses: Callable[..., torch.Tensor]) -> Callable[..., None]:

@@ -7,7 +7,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from loss import PPAPLoss, ieee_float32
-from loss.contrastive import masked_contrastive
+from loss.contrastive import masked_contrastive, weighted_contrastive
 from loss.kernels import UNIT, compare, matmul, operands
 from loss.propagation import _members, propagate, select_sets
 from model.backbone import BackboneSpec, FrozenViT
@@ -102,6 +102,7 @@ def test_fused__compiled_equals_eager(backend, dtype):
     positives[0] = False  # an anchor without positives
     calls = [(_members, similarity, phi, dtype)]
     calls += [(masked_contrastive, logits, positives, negatives, 0.5, grad, dtype)]
+    calls += [(weighted_contrastive, logits, positives.to(dtype), positives | negatives, grad[:, 0])]
     torch.compiler.reset()
     for function, first, *others in calls:
         compiled = torch.compile(function.__wrapped__, backend=backend, fullgraph=True)

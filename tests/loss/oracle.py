@@ -18,12 +18,12 @@ def unit(rows):
     return rows / (rows * rows).sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
-def oracle_propagation(f, i, *, phi0, psi0, steps, sigma_pos, sigma_amb):
+def oracle_propagation(f, i, *, initialcrit_pos, initialcrit_amb, prop_iter, sigma_pos, sigma_amb, **_):
     """v_T . f_j (N,), Phi_T, Psi_T and m_1 + ... + m_T of an anchor i, and the least margin."""
-    v, phi, psi, path = f[i], phi0, psi0, 0.0
+    v, phi, psi, path = f[i], initialcrit_pos, initialcrit_amb, 0.0
     similarity = (f * v).sum(dim=1)  # (N,)
     margins = [similarity - phi]
-    for _ in range(steps):
+    for _ in range(prop_iter):
         inside = similarity > phi
         if inside.any():
             moved_to = unit(f[inside].mean(dim=0))
@@ -35,7 +35,7 @@ def oracle_propagation(f, i, *, phi0, psi0, steps, sigma_pos, sigma_amb):
     return similarity, phi, psi, path, float(torch.stack(margins).abs().min())
 
 
-def oracle_loss(z, features, anchors, *, tau, **boundaries):
+def oracle_loss(z, features, anchors, *, tau, **coefficients):
     f = unit(features.double().permute(0, 2, 3, 1).flatten(0, 2))
     weighted = torch.zeros((), dtype=torch.float64)
     weight, counts, reached, margins = 0, [], [], []
@@ -43,7 +43,7 @@ def oracle_loss(z, features, anchors, *, tau, **boundaries):
         drawn = [i for i in group if i >= 0]
         terms = []
         for i in drawn:
-            similarity, phi, psi, path, margin = oracle_propagation(f, i, **boundaries)
+            similarity, phi, psi, path, margin = oracle_propagation(f, i, **coefficients)
             others = torch.arange(len(f)) != i
             positives, below = (similarity > phi) & others, similarity < psi
             counts.append([int(positives.sum()), int(below.sum())])

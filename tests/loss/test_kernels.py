@@ -52,11 +52,9 @@ def test_split__sums_of_positives_are_as_exact_as_those_of_float32(dim):
     assert errors[0] <= 1.5 * errors[1]
 
 
-def exact_sets(bank, index, boundaries):
+def exact_sets(bank, index, coefficients):
     """P and Q of the anchors at `index`, (2, A, N), by the definition in float64."""
-    chosen = {"phi0": boundaries.phi, "psi0": boundaries.psi, "steps": boundaries.steps}
-    chosen |= {"sigma_pos": boundaries.sigma_pos, "sigma_amb": boundaries.sigma_amb}
-    reached = [oracle_propagation(bank, i, **chosen) for i in index.tolist()]
+    reached = [oracle_propagation(bank, i, **coefficients) for i in index.tolist()]
     sets = [torch.stack([similarity > phi, similarity < psi]) for similarity, phi, psi, _, _ in reached]
     return torch.stack(sets, dim=1).scatter_(2, index.repeat(2, 1)[:, :, None], False)
 
@@ -72,14 +70,13 @@ def test_split__sets_of_real_features(shared):
     batch = normalise(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))  # (B, 3, H, W)
     features = torch.cat([backbone.last_features(backbone.tokens(part), (16, 16)) for part in batch.split(8)])
     flips = dict.fromkeys(DTYPES, 0)
+    shared = {"sigma_pos": 3, "sigma_amb": 3, "trainpatchsplit": 16, "tau": 0.8, "group_size": 256}
     for phi, psi, steps in ((0.55, 0.2, 2), (0.6, 0.2, 3), (0.8, 0.3, 2)):
-        criterion = PPAPLoss(
-            initialcrit_pos=phi, initialcrit_amb=psi, prop_iter=steps, sigma_pos=3, sigma_amb=3,
-            trainpatchsplit=16, tau=0.8, group_size=256,
-        )  # fmt: skip
+        coefficients = shared | {"initialcrit_pos": phi, "initialcrit_amb": psi, "prop_iter": steps}
+        criterion = PPAPLoss(**coefficients)
         bank = criterion.bank(features)  # (N, D)
         index = criterion.sample_anchors(len(bank), torch.Generator().manual_seed(0)).flatten()  # (A,)
-        wanted = exact_sets(bank.double(), index, criterion.boundaries)
+        wanted = exact_sets(bank.double(), index, coefficients)
         for products, dtype in DTYPES.items():
             rounded = bank.to(dtype).float()
             reached = propagate(

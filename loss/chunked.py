@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from loss.contrastive import anchor_weights, masked_contrastive
+from loss.contrastive import masked_contrastive
 from loss.kernels import matmul, operands
 from loss.propagation import Sets, propagate, select_sets
 
@@ -45,13 +45,17 @@ class ChunkedLoss:
         edges = torch.cat([reached.phi, reached.psi, reached.moved], dim=1)  # (A, 3)
         del reached  # its similarities are as large as the logits
         size = sets.positives.sum(dim=1, dtype=torch.int32)  # (A,)
-        weights, total = anchor_weights(size > 0, drawn)
+        # a group's loss is the mean over its anchors with a positive; groups are weighted by their anchors
+        counted = (size > 0).view_as(drawn) & drawn  # (g, A_max)
+        valid = counted.sum(dim=1, keepdim=True)  # (g, 1)
+        weight = drawn.sum(dim=1, keepdim=True) * (valid > 0)  # (g, 1), of the group
+        weights = (counted * weight / valid.clamp_min(1)).flatten()  # (A,)
         loss = self._add_gradient(index, sets, weights)
         used = drawn.view(-1, 1)  # (A, 1)
         counts = torch.stack([size, sets.below, size == 0], dim=1)  # (A, 3) int32
         positives, below, alone = (counts * used).sum(dim=0).float()
         phi, psi, moved = (edges * used).sum(dim=0)  # no float64: MPS has none
-        return torch.stack([loss, total.float(), positives, below, phi, psi, moved, alone])
+        return torch.stack([loss, weight.sum().float(), positives, below, phi, psi, moved, alone])
 
     def _add_gradient(self, index: Tensor, sets: Sets, weights: Tensor) -> Tensor:
         """Weighted sum of L_i over the anchors at `index` (A,); adds its gradient to `grad_z`."""

@@ -1,4 +1,4 @@
-"""Contrastive losses on given sets with their derivatives, and how PPAP averages anchors.
+"""Contrastive losses on given sets, with their derivatives.
 
 The term of an anchor is that of supervised contrastive learning (Khosla et al., NeurIPS 2020), scaled by
 tau / 0.07.
@@ -10,21 +10,6 @@ from torch import Tensor
 from loss.kernels import fused
 
 BASE_TEMPERATURE = 0.07
-
-
-def anchor_weights(valid: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight of each anchor, (A,) float32, and their sum, () int64.
-
-    A group's loss is the mean over its anchors with a positive; groups are weighted by their anchors.
-
-    Args:
-        valid: whether an anchor has a positive, (A,) bool with A = g * A_max.
-        drawn: whether an entry holds an anchor, (g, A_max) bool.
-    """
-    counted = valid.view_as(drawn) & drawn  # (g, A_max)
-    per_group = counted.sum(dim=1, keepdim=True)  # (g, 1), anchors that have a positive
-    size = drawn.sum(dim=1, keepdim=True) * (per_group > 0)  # (g, 1), the group's weight
-    return (counted * size / per_group.clamp_min(1)).flatten(), size.sum()
 
 
 @fused

@@ -52,9 +52,6 @@ def hidden_positive_loss(
         weight_dtype: what W and its sums are rounded to; float16 is what the published code does.
     """
     size = spatial_size**2
-    if not len(z) == len(z_mix) == len(f) == len(e) or len(z) % size:
-        lengths = [len(rows) for rows in (z, z_mix, f, e)]
-        raise ValueError(f"z, z_mix, f, e have {lengths} rows, must have equally many, a multiple of {size}")
     with torch.autocast(z.device.type, enabled=False), ieee_float32():
         z, z_mix, f, e = (all_gather(rows.float()) for rows in (z, z_mix, f.detach(), e.detach()))
         agnostic, specific = _Positives(f, pool_ag.float(), size), _Positives(e, pool_sp.float(), size)

@@ -113,9 +113,6 @@ class PPAPLoss(nn.Module):
             anchors: (groups, A_max) int64 indices into the patches of all ranks, -1 = unused; None samples.
             generator: the CPU generator for sampling.
         """
-        images, _, height, width = features.shape
-        if len(z) != images * height * width:
-            raise ValueError(f"z has {len(z)} rows, features have {images} x {height} x {width} patches")
         if anchors is None:
             anchors = self.sample_anchors(world_size() * len(z), generator)
         anchors = anchors.to(z.device, non_blocking=z.is_cuda)

@@ -125,11 +125,3 @@ def test_loss__no_tensor_is_larger_than_a_block_and_the_batch():
     with Recorded() as recorded:
         hidden_positive_loss(*codes, **SETTINGS, **given).backward()
     assert recorded.largest == SIDE**2 * PATCHES
-
-
-def test_shapes__mismatch():
-    (z, z_mix), given = drawn_batch()
-    with pytest.raises(ValueError, match="rows"):
-        hidden_positive_loss(z[:-1], z_mix, **SETTINGS, **given)
-    with pytest.raises(ValueError, match="a multiple of 25"):
-        hidden_positive_loss(z, z_mix, **SETTINGS | {"spatial_size": 5}, **given)

@@ -1,6 +1,7 @@
-"""The contrastive loss of an anchor, and how anchors are averaged over groups and the batch.
+"""Contrastive losses on given sets, with their derivatives.
 
-The term is that of supervised contrastive learning (Khosla et al., NeurIPS 2020), scaled by tau / 0.07.
+The term of an anchor is that of supervised contrastive learning (Khosla et al., NeurIPS 2020), scaled by
+tau / 0.07.
 """
 
 import torch
@@ -11,52 +12,70 @@ from loss.kernels import fused
 BASE_TEMPERATURE = 0.07
 
 
-def anchor_weights(valid: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight of each anchor, (A,) float32, and their sum, () int64.
-
-    A group's loss is the mean over its anchors with a positive; groups are weighted by their anchors.
-
-    Args:
-        valid: whether an anchor has a positive, (A,) bool with A = g * A_max.
-        drawn: whether an entry holds an anchor, (g, A_max) bool.
-    """
-    counted = valid.view_as(drawn) & drawn  # (g, A_max)
-    per_group = counted.sum(dim=1, keepdim=True)  # (g, 1), anchors that have a positive
-    size = drawn.sum(dim=1, keepdim=True) * (per_group > 0)  # (g, 1), the group's weight
-    return (counted * size / per_group.clamp_min(1)).flatten(), size.sum()
-
-
 @fused
 def masked_contrastive(
-    logits: Tensor, positives: Tensor, negatives: Tensor, tau: float, grad: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
+    logits: Tensor, positives: Tensor, negatives: Tensor, tau: float, grad: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """L_i = - tau/0.07 * mean over P of log(exp(logit_ip) / sum over P and Q of exp(logit_iq)).
 
     Args:
         logits: z_i . z_j / tau, (A, N) float32.
         positives, negatives: P and Q, (A, N) bool; they may overlap.
         tau: the temperature; here only the factor tau/0.07.
-        grad: gradient of L_i, (A, 1); None if that of the logits, of `dtype`, is not needed.
+        grad: the gradient of L_i, (A, 1).
+        dtype: of the gradient of the logits.
 
     Returns:
-        L_i, (A,) float32, 0 for an anchor without positives; and grad * dL_i / dlogits, (A, N), or None.
+        L_i, (A,) float32, 0 for an anchor without positives; and grad * dL_i / dlogits, (A, N).
     """
-    scale = tau / BASE_TEMPERATURE
     members = positives.to(logits.dtype)  # (A, N), 1 on P: faster to multiply and sum than bool
     count = members.sum(dim=1)  # (A,)
     valid = count > 0
-    kept_logits = torch.where(positives | negatives, logits, -torch.inf)  # (A, N)
-    top = kept_logits.detach().amax(dim=1)  # (A,)
-    top = top.masked_fill(top == -torch.inf, 0)  # an anchor without P may keep nothing
-    exponent = kept_logits.sub_(top[:, None]).exp_()  # (A, N)
-    total = torch.where(valid, exponent.sum(dim=1), 1.0)  # (A,)
+    exponent, total, log_total = _exponentials(logits, positives | negatives)
     compiling = torch.compiler.is_compiling()  # fuses the product, which is one more (A, N) tensor otherwise
     added = (logits * members).sum(dim=1) if compiling else torch.einsum("an,an->a", logits, members)  # (A,)
     mean = added / count.clamp_min(1)  # (A,), over the positives
-    loss = torch.where(valid, scale * (top + total.log() - mean), 0.0)  # (A,)
-    if grad is None:
-        return loss, None
+    scale = tau / BASE_TEMPERATURE
+    loss = torch.where(valid, scale * (log_total - mean), 0.0)  # (A,)
     scale = scale * valid  # (A,)
     slope = exponent.mul_((scale / total)[:, None])  # (A, N)
     slope.addcmul_(members, (scale / count.clamp_min(1))[:, None], value=-1)
     return loss, slope.mul_(grad).to(dtype)
+
+
+@fused
+def weighted_contrastive(
+    logits: Tensor, weight: Tensor, kept: Tensor, coefficient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum over i of c_i * sum over j of -W_ij * log(exp(logit_ij) / sum over kept k of exp(logit_ik)).
+
+    Args:
+        logits: z_i . z_j / tau, (n, N) float32.
+        weight: W, (n, N) of any float dtype.
+        kept: the denominator, (n, N) bool.
+        coefficient: c, (n,); 0 if nothing is kept.
+
+    Returns:
+        The sum, (), and its derivative by the logits, (n, N).
+    """
+    weight = weight.float()  # (n, N)
+    exponent, total, log_total = _exponentials(logits, kept)
+    weights = weight.sum(dim=1)  # (n,)
+    terms = weights * log_total - torch.einsum("an,an->a", logits, weight)  # (n,)
+    slope = exponent.mul_((weights * coefficient / total)[:, None])  # (n, N)
+    slope.addcmul_(weight, coefficient[:, None], value=-1)
+    return (coefficient * terms).sum(), slope
+
+
+def _exponentials(logits: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logit - maximum) of the kept, otherwise 0, (A, N); its sums and log sums of exp(logit), (A,).
+
+    The sum is 1 if nothing is kept.
+    """
+    kept_logits = torch.where(kept, logits, -torch.inf)  # (A, N)
+    top = kept_logits.amax(dim=1)  # (A,)
+    top = top.masked_fill(top == -torch.inf, 0)  # nothing is kept
+    exponent = kept_logits.sub_(top[:, None]).exp_()  # (A, N)
+    total = exponent.sum(dim=1)  # (A,)
+    total = torch.where(total > 0, total, 1.0)
+    return exponent, total, top + total.log()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loss.ppap import ieee_float32
+from loss.kernels import ieee_float32
 from utils.training.distributed import all_gather, all_reduce_mean, own_slice
 
 STABLE_MAXIMUM = 0.8  # of the codes' correspondences, with `stabilize`
@@ -90,7 +90,7 @@ def correspondence_loss(
         clamp = (0.0 if zero_clamp else -torch.inf, STABLE_MAXIMUM if stabilize else torch.inf)
         losses = []
         for kind, pairs in partners.items():
-            terms = [_pair_loss(anchors, pair, shifts[kind], clamp, pointwise=pointwise) for pair in pairs]
+            terms = [_pair_loss(anchors, pair, shifts[kind], clamp, pointwise) for pair in pairs]
             losses.append(torch.stack(terms).mean())
         total = sum(weights[kind] * loss for kind, loss in zip(partners, losses, strict=True))
         return Correspondence(*losses, total)
@@ -116,20 +116,11 @@ def _sample_by_product(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def _pair_loss(
-    anchors: list[Tensor],
-    partners: list[Tensor],
-    shift: float,
-    clamp: tuple[float, float],
-    *,
-    pointwise: bool,
+    anchors: list[Tensor], partners: list[Tensor], shift: float, clamp: tuple[float, float], pointwise: bool
 ) -> Tensor:
     """Mean of -S * (F - b) over all points of each image and of its partner, () float32, over all ranks.
 
-    Args:
-        anchors, partners: sampled features (B, D, S*S) and codes (B, K, S*S), of unit length.
-        shift: b.
-        clamp: bounds of S.
-        pointwise: whether to centre F.
+    Both are lists of sampled features (B, D, S*S) and codes (B, K, S*S), of unit length; `clamp` bounds S.
     """
     target, found = (a.transpose(1, 2) @ b for a, b in zip(anchors, partners, strict=True))  # (B, S*S, S*S)
     if pointwise:

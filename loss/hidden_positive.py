@@ -5,15 +5,14 @@ patches are positives if their similarity exceeds that of one of them to every e
 the frozen features (task-agnostic) or in the code of a momentum-averaged head (task-specific).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from loss.contrastive import BASE_TEMPERATURE
-from loss.kernels import fused, matmul
-from loss.ppap import ieee_float32
+from loss.contrastive import BASE_TEMPERATURE, weighted_contrastive
+from loss.kernels import ieee_float32, matmul, with_gradient
 from utils.training.distributed import all_gather, all_reduce, own_groups
 
 
@@ -42,11 +41,9 @@ def hidden_positive_loss(
     the gradient this share's part of it.
 
     Args:
-        z, z_mix: projections of the code and of the mixed code, (N, K), unit length, in (image, row, column)
-            order.
-        f: frozen features, (N, D), unit length.
-        e: code of the momentum-averaged head, (N, K'), unit length.
-        pool_ag, pool_sp: reference features (M, D) and codes (M, K'), unit length.
+        z, z_mix: projections of the code and of the mixed code, (N, K), rows in (image, row, column) order.
+        f, e: frozen features (N, D), code of the momentum-averaged head (N, K').
+        pool_ag, pool_sp: reference features (M, D) and codes (M, K'); all vectors have unit length.
         keep: patches of the denominator in addition to the positives, of every block: (block, N) bool.
         spatial_size: side of the patch grid.
         lmbd: lambda, the weight of task-specific positives.
@@ -55,83 +52,64 @@ def hidden_positive_loss(
         weight_dtype: what W and its sums are rounded to; float16 is what the published code does.
     """
     size = spatial_size**2
-    if not len(z) == len(z_mix) == len(f) == len(e) or len(z) % size:
-        lengths = [len(rows) for rows in (z, z_mix, f, e)]
-        raise ValueError(
-            f"z, z_mix, f and e have {lengths} rows, must have equally many, a multiple of {size}"
-        )
     with torch.autocast(z.device.type, enabled=False), ieee_float32():
         z, z_mix, f, e = (all_gather(rows.float()) for rows in (z, z_mix, f.detach(), e.detach()))
-        thresholds = _largest(f, pool_ag.float(), size), _largest(e, pool_sp.float(), size)
-        positives = _Positives(f, e, *thresholds, lmbd, keep, weight_dtype)
-        return _Loss.apply(z, z_mix, positives, size, tau, reweighting)
+        agnostic, specific = _Positives(f, pool_ag.float(), size), _Positives(e, pool_sp.float(), size)
+        weights = partial(_weights, agnostic, specific, keep, lmbd=lmbd, dtype=weight_dtype)
+        return _mean_over_blocks((z, z_mix), weights, size, tau=tau, reweighting=reweighting)
 
 
-def _largest(rows: Tensor, pool: Tensor, size: int) -> Tensor:
-    """Largest similarity to the pool, (N, D) and (M, D) -> (N,)."""
-    return torch.cat([matmul(part, pool.T).amax(dim=1) for part in rows.split(size)])
-
-
-@dataclass(frozen=True)
 class _Positives:
-    """Finds the positives of a block of patches."""
+    """Finds patches whose similarity exceeds that of one of them to every entry of a pool."""
 
-    f: Tensor  # (N, D)
-    e: Tensor  # (N, K')
-    least_ag: Tensor  # R, (N,)
-    least_sp: Tensor  # Q, (N,)
-    lmbd: float
-    keep: Tensor  # (n, N) bool
-    weight_dtype: torch.dtype
+    def __init__(self, vectors: Tensor, pool: Tensor, size: int) -> None:
+        self.vectors = vectors  # (N, D)
+        # the largest similarities to the pool, (N,), a block at a time
+        self.least = torch.cat([matmul(part, pool.T).amax(dim=1) for part in vectors.split(size)])
 
-    def of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For patches (n,): W (n, N), the denominator (n, N) bool and the anchors (n,) bool."""
-        agnostic = _above(self.f, self.least_ag, rows)  # (n, N)
-        weight = agnostic.to(self.weight_dtype)  # (n, N)
-        if self.lmbd:
-            weight.add_(_above(self.e, self.least_sp, rows), alpha=self.lmbd)
-        kept = (agnostic | self.keep).scatter_(1, rows[:, None], False)  # (n, N)
-        return weight, kept, agnostic.any(dim=1)
+    def of(self, rows: Tensor) -> Tensor:
+        """The positives of patches (n,), (n, N) bool; never a patch itself."""
+        similarity = matmul(self.vectors[rows], self.vectors.T)  # (n, N)
+        above = (similarity > self.least[rows, None]).logical_or_(similarity > self.least)
+        return above.scatter_(1, rows[:, None], False)
 
 
-def _above(vectors: Tensor, least: Tensor, rows: Tensor) -> Tensor:
-    """Whether the similarity of patches (n,) and all patches exceeds the threshold of either, (n, N) bool."""
-    similarity = matmul(vectors[rows], vectors.T)  # (n, N)
-    above = (similarity > least[rows, None]).logical_or_(similarity > least)
-    return above.scatter_(1, rows[:, None], False)  # never a patch itself
+def _weights(
+    agnostic: _Positives, specific: _Positives, keep: Tensor, rows: Tensor, *, lmbd: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For patches (n,): W (n, N), the denominator (n, N) bool and the anchors (n,) bool."""
+    positives = agnostic.of(rows)  # (n, N)
+    weight = positives.to(dtype)  # (n, N)
+    if lmbd:
+        weight.add_(specific.of(rows), alpha=lmbd)
+    kept = (positives | keep).scatter_(1, rows[:, None], False)  # (n, N)
+    return weight, kept, positives.any(dim=1)
 
 
-class _Loss(torch.autograd.Function):
+def _mean_over_blocks(
+    projections: tuple[Tensor, Tensor], weights: Callable, size: int, *, tau: float, reweighting: bool
+) -> Tensor:
     """Loss and gradients in one pass; stores nothing of size block x N."""
-
-    @staticmethod
-    def forward(
-        ctx, z: Tensor, z_mix: Tensor, positives: _Positives, size: int, tau: float, reweighting: bool
-    ):
-        scale, grads = tau / BASE_TEMPERATURE, [torch.zeros_like(z), torch.zeros_like(z_mix)]  # (N, K)
-        sums = z.new_zeros(2)  # of the losses of blocks, and of blocks that have anchors
-        starts = own_groups(torch.arange(0, len(z), size)[:, None])  # (blocks, 1)
-        for start in starts[starts >= 0].tolist():
-            rows = torch.arange(start, start + size, device=z.device)  # (n,)
-            weight, kept, anchors = positives.of(rows)
-            coefficient = scale * _coefficients(weight.sum(dim=1).float(), anchors, reweighting)  # (n,)
-            sums[1] += anchors.any()
-            for projections, grad in zip((z, z_mix), grads, strict=True):
-                block = projections[rows] / tau  # (n, K)
-                logits = matmul(block, projections.T)  # (n, N)
-                loss, slope = weighted_contrastive(logits, weight, kept, coefficient)
-                sums[0] += loss / 2
-                matmul(slope.T, block, out=grad, beta=1)
-                grad[start : start + size] += matmul(slope, projections) / tau
-        total, blocks = all_reduce(sums).unbind()
-        blocks = blocks.clamp_min(1)  # without any anchor: 0 / 1
-        ctx.save_for_backward(*(grad.div_(2 * blocks) for grad in grads))
-        return total / blocks
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss: Tensor):
-        return *(grad_loss * grad for grad in ctx.saved_tensors), None, None, None, None
+    grads = [torch.zeros_like(z) for z in projections]  # (N, K)
+    patches, device = projections[0].shape[0], projections[0].device
+    sums = torch.zeros(2, device=device)  # of the losses of blocks, and of blocks that have anchors
+    starts = own_groups(torch.arange(0, patches, size)[:, None])  # (blocks, 1)
+    for start in starts[starts >= 0].tolist():
+        rows = torch.arange(start, start + size, device=device)  # (n,)
+        weight, kept, anchors = weights(rows)
+        coefficient = _coefficients(weight.sum(dim=1).float(), anchors, reweighting)  # (n,)
+        sums[1] += anchors.any()
+        for z, grad in zip(projections, grads, strict=True):
+            block = z.detach()[rows] / tau  # (n, K)
+            logits = matmul(block, z.detach().T)  # (n, N)
+            scale = tau / BASE_TEMPERATURE
+            loss, slope = weighted_contrastive(logits, weight, kept, scale * coefficient)
+            sums[0] += loss / 2
+            matmul(slope.T, block, out=grad, beta=1)
+            grad.index_add_(0, rows, matmul(slope, z.detach()) / tau)
+    total, blocks = all_reduce(sums)
+    blocks = blocks.clamp_min(1)  # without any anchor: 0 / 1
+    return with_gradient(total / blocks, projections, [grad.div_(2 * blocks) for grad in grads])
 
 
 def _coefficients(weights: Tensor, anchors: Tensor, reweighting: bool) -> Tensor:
@@ -139,31 +117,3 @@ def _coefficients(weights: Tensor, anchors: Tensor, reweighting: bool) -> Tensor
     if reweighting:  # w_i cancels
         return anchors / (weights * anchors).sum().clamp_min(1)
     return anchors / (weights.clamp_min(1) * anchors.sum().clamp_min(1))
-
-
-@fused
-def weighted_contrastive(
-    logits: Tensor, weight: Tensor, kept: Tensor, coefficient: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sum over i of c_i * sum over j of -W_ij * log(exp(logit_ij) / sum over kept k of exp(logit_ik)).
-
-    Args:
-        logits: z_i . z_j / tau, (n, N) float32.
-        weight: W, (n, N) of any float dtype.
-        kept: the denominator, (n, N) bool.
-        coefficient: c, (n,); 0 if nothing is kept.
-
-    Returns:
-        The sum, (), and its derivative by the logits, (n, N).
-    """
-    weight = weight.float()  # (n, N)
-    kept_logits = torch.where(kept, logits, -torch.inf)  # (n, N)
-    top = kept_logits.amax(dim=1).clamp_min(torch.finfo(logits.dtype).min)  # (n,)
-    exponent = kept_logits.sub_(top[:, None]).exp_()  # (n, N)
-    total = exponent.sum(dim=1)  # (n,)
-    total = torch.where(total > 0, total, 1.0)
-    weights = weight.sum(dim=1)  # (n,)
-    terms = weights * (top + total.log()) - torch.einsum("an,an->a", logits, weight)  # (n,)
-    slope = exponent.mul_((weights * coefficient / total)[:, None])  # (n, N)
-    slope.addcmul_(weight, coefficient[:, None], value=-1)
-    return torch.where(coefficient > 0, coefficient * terms, 0.0).sum(), slope

@@ -1,11 +1,13 @@
-"""Operations that are fast on a GPU: products on tensor cores, and fused elementwise functions."""
+"""What the losses share: products and their precision, compiled elementwise passes, precomputed gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
 
 UNIT = 2.0**12  # scale of a vector that is split, so that lo does not underflow
 TENSOR_CORES = "dtype_out" in torch.ops.aten.addmm.overloads()  # torch >= 2.8; float16 to float32, on CUDA
@@ -53,3 +55,39 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
         return (compiled() if large else function)(first, *others)
 
     return run
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Disables TF32 in float32 matrix products and convolutions: it would move patches across a boundary."""
+    cudnn, precision = torch.backends.cudnn, "highest"
+    settings = [(cudnn, "allow_tf32", False)]
+    if hasattr(cudnn, "fp32_precision"):  # torch >= 2.9; where a user sets it, reading the older ones raises
+        operators = (cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        settings = [(operator, "fp32_precision", "ieee") for operator in operators]
+    with suppress(RuntimeError):
+        precision = torch.get_float32_matmul_precision()
+    with ExitStack() as restored:
+        for place, name, value in settings:
+            restored.callback(setattr, place, name, getattr(place, name))
+            setattr(place, name, value)
+        restored.callback(torch.set_float32_matmul_precision, precision)  # called first, as it sets others
+        torch.set_float32_matmul_precision("highest")
+        yield
+
+
+def with_gradient(loss: Tensor, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """The loss, (), differentiable in the inputs with gradients that were computed along with it."""
+    return _WithGradient.apply(loss, grads, *inputs)
+
+
+class _WithGradient(Function):
+    @staticmethod
+    def forward(ctx, loss: Tensor, grads: Sequence[Tensor], *_inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor):
+        return None, None, *(grad_loss * grad for grad in ctx.saved_tensors)

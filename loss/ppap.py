@@ -1,15 +1,13 @@
 """PPAPLoss: draws anchors, propagates them and contrasts each with the sets that it reaches."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from loss.chunked import ChunkedLoss
+from loss.kernels import ieee_float32, with_gradient
 from loss.propagation import Boundaries
 from utils.training.distributed import all_gather, all_reduce, own_groups, world_size
 
@@ -50,7 +48,7 @@ class PPAPLoss(nn.Module):
         group_size: consecutive patches that share a draw of anchors and a mean.
         similarity_dtype: what f_j and the proxies are rounded to, float32 or float16.
         products: "float32", "split" or "float16" (implies that `similarity_dtype`); see loss/README.md.
-        chunk_size: anchors that are compared with the N patches at a time; None chooses by device and N.
+        chunk_size: anchors at a time, at least those of a group; None chooses by device and N.
     """
 
     def __init__(
@@ -72,11 +70,6 @@ class PPAPLoss(nn.Module):
         allowed = ("float32", "float16", "split")[: 2 if similarity_dtype == torch.float16 else 3]
         if products not in allowed:
             raise ValueError(f"products is {products}, must be one of {allowed} with {similarity_dtype}")
-        if prop_iter < 0 or not min(sigma_pos, sigma_amb, tau) > 0 or min(trainpatchsplit, group_size) < 1:
-            raise ValueError(
-                f"prop_iter {prop_iter} must be >= 0; sigma_pos {sigma_pos}, sigma_amb {sigma_amb} and "
-                f"tau {tau} > 0; trainpatchsplit {trainpatchsplit} and group_size {group_size} >= 1"
-            )
         self.boundaries = Boundaries(initialcrit_pos, initialcrit_amb, prop_iter, sigma_pos, sigma_amb)
         self.trainpatchsplit = trainpatchsplit
         self.tau = tau
@@ -120,59 +113,19 @@ class PPAPLoss(nn.Module):
             anchors: (groups, A_max) int64 indices into the patches of all ranks, -1 = unused; None samples.
             generator: the CPU generator for sampling.
         """
-        shape = tuple(features.shape)
-        if len(shape) != 4 or z.ndim != 2 or len(z) != shape[0] * shape[2] * shape[3] or len(z) == 0:
-            raise ValueError(
-                f"z must be (B*h*w, D') for features (B, D, h, w), got {tuple(z.shape)} and {shape}"
-            )
         if anchors is None:
             anchors = self.sample_anchors(world_size() * len(z), generator)
         anchors = anchors.to(z.device, non_blocking=z.is_cuda)
         with torch.autocast(z.device.type, enabled=False), ieee_float32():
             z, bank = all_gather(z.float()), all_gather(self.bank(features))  # of all ranks
-            return PPAPLossOutput(*_Loss.apply(z, bank, anchors, self))
+            chunked = ChunkedLoss(z, bank, self)
+            sums = all_reduce(chunked.sums(own_groups(anchors)))  # (8,)
+            weight = sums[1].clamp_min(1)  # without any positive: 0 / 1
+            loss = with_gradient(sums[0] / weight, [z], [chunked.grad_z.div_(weight)])
+            means = sums[2:] / (anchors >= 0).sum()  # (6,), over the anchors
+            return PPAPLossOutput(loss, means[0], means[1], means[2:])
 
     def bank(self, features: Tensor) -> Tensor:
         """f_j of every patch, (B, D, h, w) -> (N, D) float32, unit length, rounded to `similarity_dtype`."""
         rows = features.detach().float().permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
         return F.normalize(rows, dim=1).to(self.similarity_dtype).float()
-
-
-class _Loss(torch.autograd.Function):
-    """Loss and gradient in one pass; stores grad_z and nothing of size A x N."""
-
-    @staticmethod
-    def forward(ctx, z: Tensor, bank: Tensor, anchors: Tensor, criterion: PPAPLoss):
-        chunked = ChunkedLoss(z, bank, criterion, with_grad=ctx.needs_input_grad[0])
-        sums = all_reduce(chunked.sums(own_groups(anchors)))  # (8,)
-        loss, weight, positives, negatives = sums[:4].unbind()
-        weight = weight.clamp_min(1)  # without any positive: 0 / 1
-        ctx.grad_z = None if chunked.grad_z is None else chunked.grad_z.div_(weight)
-        drawn = (anchors >= 0).sum().clamp_min(1)
-        means = (positives / drawn, negatives / drawn, sums[4:] / drawn)
-        ctx.mark_non_differentiable(*means)
-        return loss / weight, *means
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss: Tensor, *_unused):
-        return grad_loss * ctx.grad_z, None, None, None
-
-
-@contextmanager
-def ieee_float32() -> Iterator[None]:
-    """Disables TF32 in float32 matrix products and convolutions: it would move patches across a boundary."""
-    cudnn, precision = torch.backends.cudnn, "highest"
-    settings = [(cudnn, "allow_tf32", False)]
-    if hasattr(cudnn, "fp32_precision"):  # torch >= 2.9; where a user sets it, reading the older ones raises
-        operators = (cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-        settings = [(operator, "fp32_precision", "ieee") for operator in operators]
-    with suppress(RuntimeError):
-        precision = torch.get_float32_matmul_precision()
-    with ExitStack() as restored:
-        for place, name, value in settings:
-            restored.callback(setattr, place, name, getattr(place, name))
-            setattr(place, name, value)
-        restored.callback(torch.set_float32_matmul_precision, precision)  # called first, as it sets others
-        torch.set_float32_matmul_precision("highest")
-        yield

@@ -31,7 +31,7 @@ class Propagation:
     """The proxies of A anchors after t relocations, in a bank of N patches; all float32."""
 
     proxies: Tensor  # v_t, (A, D), unit length
-    similarity: Tensor | None  # v_t . f_j, (A, N); None to save memory
+    similarity: Tensor  # v_t . f_j, (A, N)
     phi: Tensor  # Phi_t, (A, 1); patches above it are positives
     psi: Tensor  # Psi_t, (A, 1); patches below it are negatives
     moved: Tensor  # m_1 + ... + m_t, (A, 1)
@@ -58,7 +58,7 @@ def propagations(
         anchors: f_i of the anchors, (A, D) float32, unit length.
         bank: f_j of every patch of the batch, (N, D) float32, unit length; or their float16 `operands`.
         boundaries: the coefficients.
-        operand: proxies are rounded to this dtype before they are compared with the bank.
+        operand: dtype that proxies are rounded to before they are compared with the bank.
 
     Yields:
         The propagation for t = 0..T. The next step overwrites `similarity`.

@@ -37,7 +37,7 @@ LOSSES = {  # 120 patches, 60 a process
     "a group an image": {"group_size": 20},
     "groups across processes, the last one short": {"group_size": 50},
     "fewer groups than processes": {"group_size": 784},
-    "a group in chunks": {"group_size": 30, "chunk_size": 4},
+    "a chunk a group": {"group_size": 30, "chunk_size": 10},
     "no positive anywhere": {"group_size": 20, "initialcrit_pos": 2, "sigma_pos": float("inf")},
     "no positive in one process": {"group_size": 60, "one_sided": True},
 }

@@ -1,8 +1,6 @@
 """Imports run one way: run, eval -> dataset, model; model -> loss, utils; dataset -> utils."""
 
 import ast
-import json
-from pathlib import Path
 
 import pytest
 
@@ -37,8 +35,3 @@ def test_imports__run_one_way(path):
         part = "run"
     ours = {name for name in imported(path) if name in ALLOWED}
     assert ours <= ALLOWED[part]
-
-
-def test_json__hides_nothing():
-    assert REPOSITORY not in Path(json.__file__).parents
-    assert not (REPOSITORY / "json/__init__.py").exists()

@@ -1,23 +1,20 @@
-"""Speed relative to the literal form and to the hardware: python -m tests.benchmarks all
+"""Speed relative to the literal form: python -m tests.benchmarks all
 
-Prints a table: median and spread in milliseconds, peak memory, the ratio to the literal form in the same
-process, and the ratio to the floor set by the measured rates of products and copies.
+Prints a table: median and spread in milliseconds, peak memory, and the ratio to the literal form in the same
+process.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from datetime import datetime, timezone
-from pathlib import Path
 
 import torch
 
 from tests.benchmarks.compute import bench_growth, bench_loss, bench_methods, bench_step
-from tests.benchmarks.evaluation import bench_crf, bench_eval
+from tests.benchmarks.evaluation import bench_eval
 from tests.benchmarks.inputs import SHAPES
 from tests.benchmarks.measure import HEADER, Bench, Row
 from tests.benchmarks.pipeline import bench_data, bench_epoch
@@ -31,18 +28,8 @@ CASES: dict[str, Callable[[Bench, str], list[Row]]] = {
     "methods": bench_methods,
     "epoch": bench_epoch,
     "eval": bench_eval,
-    "crf": bench_crf,
     "data": bench_data,
 }
-
-
-def hardware(device: torch.device) -> str:
-    """The machine, torch's version and the date."""
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    date = datetime.now(timezone.utc).date()
-    return f"{name}, {cores()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {date}"
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
@@ -53,21 +40,17 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
     parser.add_argument("--shape", choices=list(SHAPES), default="cocostuff", help="whose sizes")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each form")
-    parser.add_argument("--json", type=Path, help="file to write the rows to")
     arguments = parser.parse_args(argv)
     bench = Bench(torch.device(arguments.device), arguments.repeats)
-    about = hardware(bench.device)
-    print(f"{about}, shape {arguments.shape}")
+    on_cuda = bench.device.type == "cuda"
+    name = torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine()
+    machine = f"{name}, {cores()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{machine}, {datetime.now(timezone.utc).date()}, shape {arguments.shape}")
     rows: list[Row] = []
-    for name in CASES if "all" in arguments.cases else dict.fromkeys(arguments.cases):
-        found = CASES[name](bench, arguments.shape)
+    for case in CASES if "all" in arguments.cases else dict.fromkeys(arguments.cases):
+        found = CASES[case](bench, arguments.shape)
         print("\n" + markdown(HEADER, [row.cells() for row in found]), flush=True)
         rows += found
-        if arguments.json is not None:  # after each case, so that an interrupted run loses nothing
-            content = {"hardware": about, "shape": arguments.shape, "rates": bench.rates()}
-            content["rows"] = [asdict(row) for row in rows]
-            arguments.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    print("\n" + json.dumps({key: round(value, 1) for key, value in bench.rates().items()}))
     return rows
 
 

@@ -1,24 +1,17 @@
-"""The part of an evaluation after the network, and CRF refinement."""
+"""The part of an evaluation after the network."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-from model.evaluator import CLUSTER_ALPHA, Evaluator
+from model.evaluator import Evaluator
 from model.probes import ClusterProbe, LinearProbe
 from tests.benchmarks import literal
-from tests.benchmarks.inputs import n_classes_of, scene, shape_options
-from tests.benchmarks.measure import Bench, Cost, Row
-from utils.training.launch import cores
-from utils.vision.crf import CrfPool, HeadLogits, crf_missing
-from utils.vision.mean_field import MeanField
+from tests.benchmarks.inputs import n_classes_of, shape_options
+from tests.benchmarks.measure import Bench, Row
 
 EVALUATED = {"cpu": 4, "cuda": 16}  # images in a batch; the literal form upsamples all channels
-REFINED = max(12, 2 * cores())  # images
 
 
 def bench_eval(bench: Bench, shape: str) -> list[Row]:
@@ -46,63 +39,4 @@ def bench_eval(bench: Bench, shape: str) -> list[Row]:
         evaluator.update(code, None, label, linear=linear, cluster=cluster, first=0)
         evaluator.compute()
 
-    patches, pixels, heads = images * side * side, images * res * res, 2 * n_classes
-    operations = 2.0 * patches * dim * heads + 8.0 * pixels * heads  # both probes; four neighbours per pixel
-    cost = Cost(operations, 4.0 * code.numel() + 8.0 * label.numel())
-    forms = {"literal": by_definition, "ours": ours}
-    return bench.compare("eval", forms, costs={"ours": [cost]}, items=images)
-
-
-class Unrefined(NamedTuple):
-    """An image (H, W, 3) uint8 and the logits of both heads."""
-
-    image: np.ndarray
-    heads: list[HeadLogits]
-
-    def on(self, device: torch.device) -> tuple[torch.Tensor, list[HeadLogits]]:
-        """The same as tensors."""
-
-        def moved(array: np.ndarray | None) -> torch.Tensor | None:
-            return None if array is None else torch.tensor(array, device=device)
-
-        return moved(self.image), [HeadLogits(moved(h.logits), moved(h.divisor)) for h in self.heads]
-
-
-def unrefined(number: int, n_classes: int, *, side: int, res: int) -> Unrefined:
-    """A scene with smooth logits on the patch grid."""
-    coarse = torch.randn(2, n_classes, 6, 6, generator=torch.Generator().manual_seed(number))
-    inner, logits = F.interpolate(coarse, size=(side, side), mode="bilinear").numpy()
-    norm = np.full((res, res), 1.5, dtype=np.float32)
-    image = np.asarray(scene(number, (res, res), n_classes)[0])
-    return Unrefined(image, [HeadLogits(CLUSTER_ALPHA * inner, norm), HeadLogits(logits)])
-
-
-def bench_crf(bench: Bench, shape: str) -> list[Row]:
-    """Both heads of a few images: a lattice per head; a lattice per image, in one and in all processes."""
-    if (missing := crf_missing()) is not None:
-        print(f"crf: not measured, {missing}")
-        return []
-    options = shape_options(shape)
-    res, side = options.dataset.val_res, options.dataset.val_res // options.model.pretrained.dino_patch_size
-    items = [unrefined(number, n_classes_of(options), side=side, res=res) for number in range(REFINED)]
-    moved = [item.on(bench.device) for item in items]
-
-    def by_definition() -> None:
-        for image, heads in items:
-            for head in heads:
-                literal.crf(image, head.at(image.shape[:2])).argmax(axis=0)
-
-    def submitted(refiner: CrfPool | MeanField, images: list) -> None:
-        for image, heads in images:
-            refiner.submit(image, heads, None)
-        while len(refiner):
-            list(refiner.finished(wait_for_one=True))
-
-    with CrfPool(1) as single, CrfPool() as pool:
-        forms = {
-            "literal": by_definition,
-            "ours, 1 process": lambda: submitted(single, items),
-            f"ours, {pool.workers} processes": lambda: submitted(pool, items),
-            f"ours, torch on {bench.device.type}": lambda: submitted(MeanField(), moved),
-        }
-        return bench.compare("crf", forms, items=len(items))
+    return bench.compare("eval", {"literal": by_definition, "ours": ours}, items=images)

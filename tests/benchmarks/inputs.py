@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +13,8 @@ from torch.nn import functional as F
 
 from dataset import DATA_SETS
 from dataset.base import Batch
-from dataset.crops import CROPS, crop_boxes, prepared_folder
-from loss import PPAPLoss
 from model.backbone import FrozenViT
+from model.criterion import build_criterion
 from model.methods import build_segmenter
 from model.module import PPAPModule
 from model.weights import backbone_spec
@@ -34,14 +32,6 @@ CENTRES, ABOVE = 12, 0.07
 PHOTOGRAPH = (640, 480)  # the most common size in COCO, (W, H)
 
 
-class LossInputs(NamedTuple):
-    """Arguments of the loss: z (N, D) with a gradient, features (B, D, h, w), anchors (groups, A)."""
-
-    z: Tensor
-    features: Tensor
-    anchors: Tensor
-
-
 def shape_options(shape: str, changed: dict | None = None) -> Options:
     """The options of an experiment with some keys changed."""
     return load_options(find_option_file(SHAPES[shape]), {"wandb.mode": "disabled"} | (changed or {}))
@@ -52,10 +42,13 @@ def n_classes_of(options: Options) -> int:
     return DATA_SETS[options.dataset.data_type].labels(options.dataset).n_classes
 
 
-def loss_inputs(options: Options, criterion: PPAPLoss, batch: int, device: torch.device) -> LossInputs:
-    """Patches around a dozen centres: cosines a little above Phi_0 in a class, about Psi_0 between two."""
+def loss_inputs(options: Options, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments of the loss: z (N, D) with a gradient, features (B, D, h, w), anchors (groups, A).
+
+    Patches lie around a dozen centres: cosines a little above Phi_0 in a class, about Psi_0 between two.
+    """
     side, dim = options.dataset.res // options.model.pretrained.dino_patch_size, options.model.dim
-    patches = batch * side * side
+    patches, criterion = batch * side * side, build_criterion(options)
     drawn = torch.Generator().manual_seed(0)
 
     def directions(count: int) -> Tensor:
@@ -67,8 +60,7 @@ def loss_inputs(options: Options, criterion: PPAPLoss, batch: int, device: torch
     rows += (1 - within) ** 0.5 * directions(patches)  # (N, D)
     features = rows.view(batch, side, side, dim).permute(0, 3, 1, 2).contiguous()
     anchors = criterion.sample_anchors(patches, drawn)
-    z = directions(patches).to(device).requires_grad_()
-    return LossInputs(z, features.to(device), anchors.to(device))
+    return directions(patches).to(device).requires_grad_(), features.to(device), anchors.to(device)
 
 
 def random_module(options: Options, device: torch.device) -> PPAPModule:
@@ -102,17 +94,12 @@ def scene(number: int, size: tuple[int, int], n_classes: int) -> tuple[Image.Ima
 
 
 def write_photographs(root: Path, *, images: int, n_classes: int) -> None:
-    """A data set of data_type directory, and its prepared crops."""
+    """A data set of data_type directory."""
     (root / "classes.json").write_text(json.dumps({"n_classes": n_classes}))
-    crops = prepared_folder(root, "directory", "five", 0.5)
-    folders = [root / "imgs/train", root / "labels/train", crops / "img/train", crops / "label/train"]
+    folders = [root / "imgs/train", root / "labels/train"]
     for folder in folders:
         folder.mkdir(parents=True)
     for number in range(images):
         image, label = scene(number, PHOTOGRAPH, n_classes)
         image.save(folders[0] / f"{number}.jpg")
         label.save(folders[1] / f"{number}.png")
-        for k, box in enumerate(crop_boxes(image.size, 0.5, "five", number)):
-            place = CROPS * number + k
-            image.crop(box).save(folders[2] / f"{place}.jpg")
-            label.crop(box).point(lambda value: value + 1).save(folders[3] / f"{place}.png")

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, v2
 
 from loss.propagation import Boundaries
-from utils.vision.crf import BILATERAL, GAUSSIAN, ITERATIONS, LEAST_PROBABILITY
 from utils.vision.transforms import MEAN, STD
 
 
@@ -67,20 +66,6 @@ def confusion(prediction: Tensor, label: Tensor, counts: np.ndarray) -> None:
     valid = label < len(counts)
     flat = label[valid] * counts.shape[1] + prediction[valid]
     counts += np.bincount(flat, minlength=counts.size).reshape(counts.shape)
-
-
-def crf(image: np.ndarray, log_probability: np.ndarray) -> np.ndarray:
-    """One head of one image with its own lattice: (H, W, 3) uint8 RGB and (K, H, W) to (K, H, W)."""
-    from pydensecrf.densecrf import DenseCRF2D
-
-    labels, height, width = log_probability.shape
-    exponent = np.exp(log_probability - log_probability.max(axis=0))
-    unary = -np.log(np.clip(exponent / exponent.sum(axis=0), LEAST_PROBABILITY, 1)).astype(np.float32)
-    model = DenseCRF2D(width, height, labels)
-    model.setUnaryEnergy(np.ascontiguousarray(unary.reshape(labels, -1)))
-    model.addPairwiseGaussian(**GAUSSIAN)
-    model.addPairwiseBilateral(**BILATERAL, rgbim=np.ascontiguousarray(image[:, :, ::-1]))  # BGR
-    return np.asarray(model.inference(ITERATIONS)).reshape(labels, height, width)
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Time, memory and the floor that the hardware sets, all measured in the same process."""
+"""Time and memory of forms of a computation, measured in turn in the same process."""
 
 from __future__ import annotations
 
@@ -13,19 +13,8 @@ from typing import Any
 
 import torch
 
-from loss import ieee_float32
-
 MIB = 2**20
-HEADER = ["", "ms", "peak MiB", "items/s", "x literal", "floor ms", "x floor", "operands"]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """The least work of a computation."""
-
-    operations: float  # floating-point additions and products of its matrix products
-    bytes: float  # each input read and each output written once
-    operand: torch.dtype = torch.float32  # of the products
+HEADER = ["", "ms", "peak MiB", "items/s", "x literal"]
 
 
 @dataclass(frozen=True)
@@ -37,26 +26,17 @@ class Row:
     seconds: float  # median
     spread: float  # half the interquartile range, in seconds
     peak_mib: float  # peak memory beyond what was held before; NaN if unknown
-    items: float | None = None  # per second
-    gain: float | None = None  # seconds of the literal form over these
-    floor: float | None = None  # seconds of the operations or the bytes at the measured rates
-    operand: str = ""  # types that the floor is measured in
+    items: float | None  # per second
+    gain: float | None  # seconds of the literal form over these
 
     def cells(self) -> list[str]:
         """The line as text."""
-
-        def shown(value: float | None, text: str) -> str:
-            return "" if value is None else text.format(value)
-
         return [
             f"{self.case}: {self.form}",
             f"{1e3 * self.seconds:,.1f} ± {1e3 * self.spread:,.1f}",
             "-" if self.peak_mib != self.peak_mib else f"{self.peak_mib:,.0f}",
-            shown(self.items, "{:,.1f}"),
-            shown(self.gain, "{:.1f}"),
-            shown(self.floor and 1e3 * self.floor, "{:,.1f}"),
-            shown(self.floor and self.seconds / self.floor, "{:.1f}"),
-            self.operand,
+            "" if self.items is None else f"{self.items:,.1f}",
+            "" if self.gain is None else f"{self.gain:.1f}",
         ]
 
 
@@ -65,22 +45,14 @@ class Bench:
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats = device, repeats
-        self._rates: dict[torch.dtype, float] = {}
-        self._bandwidth: float | None = None
 
     def compare(
-        self,
-        case: str,
-        forms: dict[str, Callable[[], Any]],
-        *,
-        costs: dict[str, list[Cost]] | None = None,
-        items: int | None = None,
-        once: bool = False,
+        self, case: str, forms: dict[str, Callable[[], Any]], *, items: int | None = None, once: bool = False
     ) -> list[Row]:
         """Rows of the forms, name -> what to run; gains are relative to the one named "literal".
 
-        A run processes `items`; `costs` are the least work of a form, one after another. With `once`, the
-        first run, whose memory is measured, is timed too and is the only one.
+        A run processes `items`. With `once`, the first run, whose memory is measured, is timed too and is the
+        only one.
         """
         first = {name: self.first_run(form) for name, form in forms.items()}
         seconds = {name: [spent] if once else [] for name, (spent, _) in first.items()}
@@ -90,12 +62,9 @@ class Bench:
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         rows = []
         for name, median in medians.items():
-            needed = (costs or {}).get(name, [])
             gain = medians["literal"] / median if "literal" in medians and name != "literal" else None
-            floor = sum(map(self.floor, needed)) if needed else None
-            operand = ", ".join(dict.fromkeys(str(c.operand).removeprefix("torch.") for c in needed))
             spread, rate = _half_quartiles(seconds[name]), items and items / median
-            rows.append(Row(case, name, median, spread, first[name][1], rate, gain, floor, operand))
+            rows.append(Row(case, name, median, spread, first[name][1], rate, gain))
         return rows
 
     def once(self, form: Callable[[], Any]) -> float:
@@ -120,36 +89,6 @@ class Bench:
             return self.once(form), float("nan")
         before = _status("VmRSS")
         return self.once(form), (_status("VmHWM") - before) / MIB
-
-    def floor(self, cost: Cost) -> float:
-        """Seconds: operations at the rate of a large product, or bytes at that of a large copy."""
-        return max(cost.operations / self.rate(cost.operand), cost.bytes / self.bandwidth())
-
-    def rate(self, operand: torch.dtype) -> float:
-        """Operations per second of a large matrix product, measured once; float32 without TF32."""
-        if operand not in self._rates:
-            side = 8192 if self.device.type == "cuda" else 2048
-            a, b = (torch.randn(side, side, device=self.device).to(operand) for _ in range(2))
-            with ieee_float32():
-                self._rates[operand] = 2 * side**3 / self._least(lambda: a @ b)
-        return self._rates[operand]
-
-    def bandwidth(self) -> float:
-        """Bytes per second, read plus written, of a large copy, measured once."""
-        if self._bandwidth is None:
-            source = torch.randn(2**28 if self.device.type == "cuda" else 2**25, device=self.device)
-            target = torch.empty_like(source)
-            self._bandwidth = 2 * source.nbytes / self._least(lambda: target.copy_(source))
-        return self._bandwidth
-
-    def rates(self) -> dict[str, float]:
-        """The measured rates, in Gop/s and GB/s."""
-        rates = {f"{str(k).removeprefix('torch.')} Gop/s": v / 1e9 for k, v in self._rates.items()}
-        return rates | ({} if self._bandwidth is None else {"GB/s": self._bandwidth / 1e9})
-
-    def _least(self, form: Callable[[], Any]) -> float:
-        form()
-        return min(self.once(form) for _ in range(5))
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

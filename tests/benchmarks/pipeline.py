@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dataset import build_data
+from dataset import build_data, crop_datasets
 from dataset.base import SegmentationDataset, Source
 from dataset.crops import prepared_folder
 from dataset.datamodule import SegmentationDataModule, prepared_crops
 from dataset.image_folder import ImageFolder
 from model.module import PPAPModule
 from tests.benchmarks import literal
-from tests.benchmarks.compute import LITERAL_BATCH, literal_losses, step_costs, step_form
-from tests.benchmarks.inputs import random_module, shape_options, write_photographs
+from tests.benchmarks.compute import LITERAL_BATCH, literal_losses, step_form
+from tests.benchmarks.inputs import SHAPES, random_module, shape_options, write_photographs
 from tests.benchmarks.measure import Bench, Row
 from utils.config.loading import with_changes
 from utils.config.options import Options
@@ -47,9 +47,10 @@ class TwoViews(Dataset):
 
 
 def photographs(root: Path, shape: str, bench: Bench) -> Options:
-    """Options of an experiment on photographs that are written below a folder."""
+    """Options of an experiment on photographs, and their crops, that are written below a folder."""
     write_photographs(root, images=PHOTOGRAPHS[bench.device.type], n_classes=CLASSES)
     changed = {"dataset.data_type": "directory", "dataset.data_path": str(root), "dataset.crop_type": "five"}
+    crop_datasets.main(["--opt", SHAPES[shape], *(f"{key}={value}" for key, value in changed.items())])
     if bench.device.type == "cpu":
         changed |= {"dataloader.batch_size": 8, "dataloader.num_workers": 2}
     return shape_options(shape, changed | {"train.epoch": 1, "dataset.cache_features": None})
@@ -83,7 +84,7 @@ def literal_epoch(bench: Bench, module: PPAPModule, source: Source, options: Opt
     how |= {"num_workers": options.dataloader.num_workers, "pin_memory": bench.device.type == "cuda"}
     loader = DataLoader(TwoViews(source, options.dataset.res), options.dataloader.batch_size, **how)
     module.to(bench.device)
-    step = step_form(module, module.configure_optimizers(), functools.partial(literal_losses, module))
+    step = step_form(module, functools.partial(literal_losses, module))
 
     def run() -> None:
         module.to(bench.device)  # Lightning leaves it on the CPU
@@ -132,8 +133,4 @@ def bench_epoch(bench: Bench, shape: str) -> list[Row]:
         if size <= LITERAL_BATCH[device]:
             forms["literal"] = literal_epoch(bench, module, data.train_set.source, options)
         forms["ours, cached tokens"] = fitted(bench, module, with_cached_tokens(bench, module, data))
-        costs = {
-            "ours": step_costs(options, device) * steps,
-            "ours, cached tokens": step_costs(options, device, cached=True) * steps,
-        }
-        return bench.compare(f"epoch of {steps} steps", forms, costs=costs, items=steps * size)
+        return bench.compare(f"epoch of {steps} steps", forms, items=steps * size)

@@ -1,4 +1,3 @@
-import itertools
 import json
 import math
 from functools import partial
@@ -54,40 +53,27 @@ def sampled(values, x, y):
 
 
 def literal_loss(maps, *, coords1, coords2, perms, weights, shifts, pointwise, zero_clamp, stabilize):
-    """The definition, pair by pair and point by point, in float64."""
+    """The definition, in float64; features and codes are sampled point by point."""
     feat, feat_pos, code, code_pos = maps
-    points = [[each.view(-1, 2).tolist() for each in coords.double()] for coords in (coords1, coords2)]
 
-    def pair(a, c, where_a, b, d, where_b, shift):
-        anchors, partners = [], []
-        for n in range(IMAGES):
-            anchors.append([(sampled(a[n], *p), sampled(c[n], *p)) for p in where_a[n]])
-            partners.append([(sampled(b[n], *p), sampled(d[n], *p)) for p in where_b[n]])
-        target = [[[float(f @ g) for g, _ in partners[n]] for f, _ in anchors[n]] for n in range(IMAGES)]
-        everything = list(itertools.chain.from_iterable(itertools.chain.from_iterable(target)))
-        mean = sum(everything) / len(everything)
-        total = 0
-        for n, p, q in itertools.product(range(IMAGES), *[range(SAMPLES**2)] * 2):
-            wanted = target[n][p][q]
-            if pointwise:
-                wanted += mean - sum(target[n][p]) / SAMPLES**2
-            found = anchors[n][p][1] @ partners[n][q][1]
-            if zero_clamp and found < 0:
-                found = 0.0
-            if stabilize and found > 0.8:
-                found = 0.8
-            total = total - found * (wanted - shift)
-        return total / len(everything)
+    def vectors(values, coords):  # (B, S*S, C)
+        points = coords.double().flatten(1, 2).tolist()
+        rows = [[sampled(image, *p) for p in where] for image, where in zip(values, points, strict=True)]
+        return torch.stack([torch.stack(each) for each in rows])
 
-    losses = {
-        "self": pair(feat, code, points[0], feat, code, points[0], shifts["self"]),
-        "knn": pair(feat, code, points[0], feat_pos, code_pos, points[1], shifts["knn"]),
-        "rand": sum(
-            pair(feat, code, points[0], feat[perm], code[perm], points[1], shifts["rand"]) for perm in perms
-        )
-        / len(perms),
-    }
-    return sum(weights[kind] * loss for kind, loss in losses.items())
+    def pair(partner_feat, partner_code, coords, shift):
+        target = vectors(feat, coords1) @ vectors(partner_feat, coords).mT  # (B, S*S, S*S)
+        if pointwise:
+            target = target + target.mean() - target.mean(dim=2, keepdim=True)
+        found = vectors(code, coords1) @ vectors(partner_code, coords).mT
+        found = found.relu() if zero_clamp else found
+        found = torch.where(found > 0.8, 0.8, found) if stabilize else found
+        return -(found * (target - shift)).mean()
+
+    loss = weights["self"] * pair(feat, code, coords1, shifts["self"])
+    loss = loss + weights["knn"] * pair(feat_pos, code_pos, coords2, shifts["knn"])
+    rand = [pair(feat[perm], code[perm], coords2, shifts["rand"]) for perm in perms]
+    return loss + weights["rand"] * sum(rand) / len(rand)
 
 
 @pytest.mark.parametrize("pointwise", [True, False])
@@ -105,13 +91,15 @@ def test_loss__literal(pointwise, zero_clamp, stabilize):
         torch.testing.assert_close(grad.double(), right, rtol=1e-4, atol=1e-6)
 
 
-def test_loss__lengths_do_not_matter():
-    """Where every patch of a map is scaled alike, as vectors are normalised."""
+def test_loss__lengths_and_autocast_do_not_matter():
+    """If every patch of a map is scaled alike, as vectors are normalised."""
     maps, pairs = drawn_batch()
     chosen = pairs | {"weights": WEIGHTS, "shifts": SHIFTS}
     expected = correspondence_loss(*maps, **chosen)
     scaled = correspondence_loss(*(3 * each for each in maps), **chosen)
     torch.testing.assert_close(torch.stack(scaled), torch.stack(expected))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert correspondence_loss(*maps, **chosen) == expected
 
 
 def test_loss__of_one_image_takes_it_as_its_negative():
@@ -119,14 +107,6 @@ def test_loss__of_one_image_takes_it_as_its_negative():
     same = dict.fromkeys(SHIFTS, 0.1)
     found = correspondence_loss(feat, feat, code, code, **pairs, weights=WEIGHTS, shifts=same)
     torch.testing.assert_close(found.rand_loss, found.knn_loss)
-
-
-def test_loss__autocast_around_it_changes_nothing():
-    maps, pairs = drawn_batch()
-    chosen = pairs | {"weights": WEIGHTS, "shifts": SHIFTS}
-    expected = correspondence_loss(*maps, **chosen)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert correspondence_loss(*maps, **chosen) == expected
 
 
 @pytest.mark.parametrize("images", [2, 3, 16])

@@ -7,11 +7,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 from loss import PPAPLoss, ieee_float32
-from loss.contrastive import masked_contrastive
+from loss.contrastive import masked_contrastive, weighted_contrastive
 from loss.kernels import UNIT, compare, matmul, operands
 from loss.propagation import _members, propagate, select_sets
 from model.backbone import BackboneSpec, FrozenViT
 from model.weights import load_backbone
+from tests.loss.oracle import oracle_propagation
 from utils.vision.transforms import normalise
 
 DTYPES = {"float32": torch.float32, "split": torch.float32, "float16": torch.float16}  # what is rounded to
@@ -51,17 +52,11 @@ def test_split__sums_of_positives_are_as_exact_as_those_of_float32(dim):
     assert errors[0] <= 1.5 * errors[1]
 
 
-def exact_sets(bank, index, boundaries):
-    """P and Q of the anchors at `index`, (A, N) each, by the definition in float64."""
-    proxies = v = bank[index]  # (A, D)
-    phi, psi = (torch.full_like(v[:, :1], edge) for edge in (boundaries.phi, boundaries.psi))  # (A, 1)
-    for _ in range(boundaries.steps):
-        inside = (v @ bank.T > phi).double()  # (A, N); never empty here, as the anchor is a positive
-        proxies = F.normalize(inside @ bank, dim=1)
-        moved = 1 - (v * proxies).sum(dim=1, keepdim=True)
-        phi, psi, v = phi - moved / boundaries.sigma_pos, psi + moved / boundaries.sigma_amb, proxies
-    similarity = v @ bank.T
-    return (s.scatter_(1, index[:, None], False) for s in (similarity > phi, similarity < psi))
+def exact_sets(bank, index, coefficients):
+    """P and Q of the anchors at `index`, (2, A, N), by the definition in float64."""
+    reached = [oracle_propagation(bank, i, **coefficients) for i in index.tolist()]
+    sets = [torch.stack([similarity > phi, similarity < psi]) for similarity, phi, psi, _, _ in reached]
+    return torch.stack(sets, dim=1).scatter_(2, index.repeat(2, 1)[:, :, None], False)
 
 
 @pytest.mark.slow
@@ -75,14 +70,13 @@ def test_split__sets_of_real_features(shared):
     batch = normalise(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))  # (B, 3, H, W)
     features = torch.cat([backbone.last_features(backbone.tokens(part), (16, 16)) for part in batch.split(8)])
     flips = dict.fromkeys(DTYPES, 0)
+    shared = {"sigma_pos": 3, "sigma_amb": 3, "trainpatchsplit": 16, "tau": 0.8, "group_size": 256}
     for phi, psi, steps in ((0.55, 0.2, 2), (0.6, 0.2, 3), (0.8, 0.3, 2)):
-        criterion = PPAPLoss(
-            initialcrit_pos=phi, initialcrit_amb=psi, prop_iter=steps, sigma_pos=3, sigma_amb=3,
-            trainpatchsplit=16, tau=0.8, group_size=256,
-        )  # fmt: skip
+        coefficients = shared | {"initialcrit_pos": phi, "initialcrit_amb": psi, "prop_iter": steps}
+        criterion = PPAPLoss(**coefficients)
         bank = criterion.bank(features)  # (N, D)
         index = criterion.sample_anchors(len(bank), torch.Generator().manual_seed(0)).flatten()  # (A,)
-        wanted = torch.stack(list(exact_sets(bank.double(), index, criterion.boundaries)))
+        wanted = exact_sets(bank.double(), index, coefficients)
         for products, dtype in DTYPES.items():
             rounded = bank.to(dtype).float()
             reached = propagate(
@@ -105,7 +99,7 @@ def test_fused__compiled_equals_eager(backend, dtype):
     positives[0] = False  # an anchor without positives
     calls = [(_members, similarity, phi, dtype)]
     calls += [(masked_contrastive, logits, positives, negatives, 0.5, grad, dtype)]
-    calls += [(masked_contrastive, logits, positives, negatives, 0.5, None, dtype)]
+    calls += [(weighted_contrastive, logits, positives.to(dtype), positives | negatives, grad[:, 0])]
     torch.compiler.reset()
     for function, first, *others in calls:
         compiled = torch.compile(function.__wrapped__, backend=backend, fullgraph=True)

@@ -7,9 +7,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from loss import PPAPLoss, ieee_float32
+from tests.loss.conftest import Recorded
 from tests.loss.oracle import oracle_loss
 
 TOLERANCES = {  # of loss, gradient and counts; measured: 2e-7, 5e-7, 1e-7; 2e-6, 3e-4, 1e-7; 3e-6, 2e-3, 9e-5
@@ -62,45 +62,36 @@ def test_loss__golden(golden, name, device, products, chunk_size):
 
 @settings(max_examples=60, deadline=None)  # 60 that pass the margin, or hypothesis complains
 @given(
-    images=st.integers(1, 3),
-    height=st.integers(1, 4),
-    width=st.integers(1, 3),
-    dim=st.integers(1, 5),
-    steps=st.integers(0, 5),
-    phi=st.floats(-1.1, 1.1),
-    psi=st.floats(-1.1, 1.1),
-    sigma_pos=st.sampled_from([0.05, 0.5, 3.0, math.inf]),
-    sigma_amb=st.sampled_from([0.05, 0.5, 3.0, math.inf]),
-    split=st.integers(1, 8),
-    group_size=st.integers(1, 20),
-    tau=st.sampled_from([0.07, 0.5, 0.8]),
-    chunk_size=st.sampled_from([None, 1, 5]),
+    shape=st.tuples(*(st.integers(1, largest) for largest in (3, 5, 4, 3))),  # images, dim, height, width
+    coefficients=st.fixed_dictionaries(
+        {
+            "initialcrit_pos": st.floats(-1.1, 1.1),
+            "initialcrit_amb": st.floats(-1.1, 1.1),
+            "prop_iter": st.integers(0, 5),
+            "sigma_pos": st.sampled_from([0.05, 0.5, 3.0, math.inf]),
+            "sigma_amb": st.sampled_from([0.05, 0.5, 3.0, math.inf]),
+            "trainpatchsplit": st.integers(1, 8),
+            "tau": st.sampled_from([0.07, 0.5, 0.8]),
+            "group_size": st.integers(1, 20),
+            "chunk_size": st.sampled_from([None, 1, 5]),
+        }
+    ),
     seed=st.integers(0, 10**6),
 )
-def test_loss__oracle(
-    images, height, width, dim, steps, phi, psi, split, group_size, chunk_size, seed, **shared
-):
-    drawn = torch.Generator().manual_seed(seed)
-    features = torch.randn(images, dim, height, width, generator=drawn)
+def test_loss__oracle(shape, coefficients, seed):
+    drawn, (images, _, height, width) = torch.Generator().manual_seed(seed), shape
+    features = torch.randn(shape, generator=drawn)
     z = F.normalize(torch.randn(images * height * width, 3, generator=drawn), dim=1).requires_grad_()
-    criterion = PPAPLoss(
-        initialcrit_pos=phi,
-        initialcrit_amb=psi,
-        prop_iter=steps,
-        trainpatchsplit=split,
-        group_size=group_size,
-        chunk_size=chunk_size,
-        **shared,
-    )
+    criterion = PPAPLoss(**coefficients)
     anchors = criterion.sample_anchors(len(z), drawn)
     exact_z = z.detach().double().requires_grad_()
-    expected = oracle_loss(exact_z, features, anchors, phi0=phi, psi0=psi, steps=steps, **shared)
+    expected = oracle_loss(exact_z, features, anchors, **coefficients)
     assume(expected.margin > 1e-5)  # float32 and float64 agree on every set
     output = criterion(z, features, anchors)
     output.loss.backward()
     expected.loss.backward()
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=2e-4, abs=2e-4)
-    assert (z.grad.double() - exact_z.grad).norm() <= 1e-4 * exact_z.grad.norm() + 1e-6 / shared["tau"]
+    assert (z.grad.double() - exact_z.grad).norm() <= 1e-4 * exact_z.grad.norm() + 1e-6 / criterion.tau
     assert output.num_positives.item() == pytest.approx(expected.num_positives)
     assert output.num_negatives.item() == pytest.approx(expected.num_negatives)
     assert output.reached.tolist() == pytest.approx(expected.reached, rel=1e-4, abs=1e-5)
@@ -123,63 +114,41 @@ def test_loss__dtypes_and_autocast(dtype, around):
     assert output.num_positives == reference.num_positives
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 5, 7, 1000])
+@pytest.mark.parametrize("chunk_size", [1, 10, 1000])
 def test_loss__chunked_equals_unchunked_with_a_leftover(chunk_size):
     z, features = clustered_batch(images=3, side=4)  # 48 patches: groups of 20, 20 and 8
     chosen = COEFFICIENTS | {"group_size": 20}
     anchors = PPAPLoss(**chosen).sample_anchors(len(z), torch.Generator().manual_seed(1))
-    whole = PPAPLoss(**chosen)(z, features, anchors)
-    (expected,) = torch.autograd.grad(whole.loss, z)
-    parts = PPAPLoss(**chosen, chunk_size=chunk_size)(z, features, anchors)
-    (grad,) = torch.autograd.grad(parts.loss, z)
+    whole, parts = (PPAPLoss(**chosen, chunk_size=size)(z, features, anchors) for size in (None, chunk_size))
     torch.testing.assert_close(parts.loss, whole.loss)
     torch.testing.assert_close(parts.reached, whole.reached)
-    torch.testing.assert_close(grad, expected)
+    torch.testing.assert_close(torch.autograd.grad(parts.loss, z), torch.autograd.grad(whole.loss, z))
 
 
 def test_loss__intermediate_tensors():
-    """At most chunk x N entries, even of one group; no float64 (MPS) and no integer products (CUDA)."""
-
-    class Watch(TorchDispatchMode):
-        largest = 0
-
-        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            result = function(*arguments, **(keywords or {}))
-            if isinstance(result, torch.Tensor):
-                self.largest = max(self.largest, result.numel())
-                assert result.dtype != torch.float64, function
-            if any(word in str(function) for word in ("aten.mm", "aten.mv", "addmm", "addmv", "aten.bmm")):
-                assert all(a.is_floating_point() for a in arguments if isinstance(a, torch.Tensor)), function
-            return result
-
-    z, features = clustered_batch(images=6, side=8)  # 384 patches of 8 channels, all of them anchors
-    with Watch() as watch:
-        criterion = PPAPLoss(**COEFFICIENTS | {"group_size": 384, "trainpatchsplit": 1}, chunk_size=10)
-        criterion(z, features).loss.backward()
-    assert watch.largest == 10 * 384
+    """At most chunk x N entries; no float64 (MPS) and no integer products (CUDA)."""
+    z, features = clustered_batch(images=6, side=8)  # 384 patches of 8 channels
+    with Recorded() as recorded:
+        PPAPLoss(**COEFFICIENTS, chunk_size=12)(z, features).loss.backward()
+    assert recorded.largest == 12 * 384
+    for function, read, made in recorded.calls:
+        assert all(result.dtype != torch.float64 for result in made), function
+        if any(word in str(function) for word in ("aten.mm", "aten.mv", "addmm", "addmv", "aten.bmm")):
+            assert all(operand.is_floating_point() for operand in read), function
 
 
 def test_loss__elementwise_traffic():
     """Bytes that eager operations move for each pair of an anchor and a patch, products aside."""
-
-    class Traffic(TorchDispatchMode):
-        moved = 0
-
-        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            result = function(*arguments, **(keywords or {}))
-            product = any(word in str(function) for word in ("aten.mm", "addmm", "scatter_", "empty"))
-            if not (product or function.is_view):
-                touched = [t for t in (*arguments, *(keywords or {}).values(), result) if is_pairs(t)]
-                self.moved += sum(t.numel() * t.element_size() for t in touched)
-            return result
-
-    def is_pairs(value):
-        return isinstance(value, torch.Tensor) and 384 in value.shape and value.numel() == 96 * 384
-
     z, features = clustered_batch(images=6, side=8)  # 384 patches, 96 anchors
-    with Traffic() as traffic:
+    with Recorded() as recorded:
         PPAPLoss(**COEFFICIENTS)(z, features).loss.backward()
-    assert traffic.moved <= 117 * 96 * 384
+    moved = 0
+    for function, read, made in recorded.calls:
+        apart = any(word in str(function) for word in ("aten.mm", "addmm", "scatter_", "empty"))
+        if not (apart or function.is_view):
+            pairs = [t for t in (*read, *made) if 384 in t.shape and t.numel() == 96 * 384]
+            moved += sum(t.nbytes for t in pairs)
+    assert moved <= 117 * 96 * 384
 
 
 def test_loss__gradient_scales_and_needs_z_only():
@@ -209,70 +178,58 @@ def test_loss__float16_operands_round_before_the_boundary():
     assert PPAPLoss(**chosen, products="float16")(z, features, anchors).num_positives == 0
 
 
-def test_arguments__that_do_not_fit():
-    z, features = clustered_batch()
-    for change in ({"products": "bfloat16"}, {"products": "split", "similarity_dtype": torch.float16}):
-        with pytest.raises(ValueError, match=f"products is {change['products']}"):
-            PPAPLoss(**COEFFICIENTS | change)
-    for arguments in ((z[:-1], features), (z, features[0])):
-        with pytest.raises(ValueError, match="z must be"):
-            PPAPLoss(**COEFFICIENTS)(*arguments)
-
-
-SETTINGS = {  # what a user of the library may have set
-    "nothing": lambda backends: None,
-    "high": lambda backends: torch.set_float32_matmul_precision("high"),
-    "allow_tf32": lambda backends: setattr(backends.cudnn, "allow_tf32", False),
-    "products": lambda backends: setattr(backends.cuda.matmul, "fp32_precision", "tf32"),
-    "convolutions": lambda backends: setattr(backends.cudnn.conv, "fp32_precision", "ieee"),
-    "cudnn": lambda backends: setattr(backends.cudnn, "fp32_precision", "tf32"),
-    "everything": lambda backends: setattr(backends, "fp32_precision", "tf32"),
-    "both": lambda backends: (SETTINGS["high"](backends), SETTINGS["products"](backends)),
-}
+@pytest.mark.parametrize(
+    "change", [{"products": "bfloat16"}, {"products": "split", "similarity_dtype": torch.float16}]
+)
+def test_products__that_do_not_exist(change):
+    with pytest.raises(ValueError, match=f"products is {change['products']}"):
+        PPAPLoss(**COEFFICIENTS | change)
 
 
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch < 2.9")
-@pytest.mark.parametrize("name", SETTINGS)
-def test_ieee_float32__old_and_new_settings(name):
+@pytest.mark.parametrize(
+    "place", [None, torch.backends.cuda.matmul, torch.backends], ids=["old", "products", "all"]
+)
+@pytest.mark.parametrize("high", [False, True])
+def test_ieee_float32__old_and_new_settings(place, high):
     """torch raises where the old settings are read after the new ones were set; see `ieee_float32`."""
-    backends = torch.backends
-    operators = (backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn)
-    places = (backends, backends.cudnn, *operators)
-
-    def precisions():
-        return [place.fp32_precision for place in places]
-
-    untouched = precisions()
+    operators = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv)
+    places = (torch.backends, torch.backends.cudnn, *operators)
+    untouched = [each.fp32_precision for each in places]
     try:
-        SETTINGS[name](backends)
-        before = precisions()
+        if high:
+            torch.set_float32_matmul_precision("high")
+        if place is not None:
+            place.fp32_precision = "tf32"
+        before = [each.fp32_precision for each in places]
         for _ in range(2):
             with ieee_float32():
-                assert [operator.fp32_precision for operator in operators[:3]] == ["ieee"] * 3
+                assert [operator.fp32_precision for operator in operators] == ["ieee"] * 3
                 assert torch.get_float32_matmul_precision() == "highest"
-            assert precisions() == before
+            assert [each.fp32_precision for each in places] == before
     finally:
         torch.set_float32_matmul_precision("highest")
-        backends.cudnn.allow_tf32 = True
-        for place, precision in zip(places, untouched, strict=True):
-            place.fp32_precision = precision
+        for each, precision in zip(places, untouched, strict=True):
+            each.fp32_precision = precision
 
 
 def test_sampling__range_no_repeats_and_per_group():
-    anchors = PPAPLoss(**COEFFICIENTS).sample_anchors(16 * 3 + 7, torch.Generator().manual_seed(0))
-    assert anchors.shape == (4, 4)
-    assert anchors.dtype == torch.int64
-    for group, row in enumerate(anchors.tolist()):
-        drawn = [index for index in row if index >= 0]
-        assert len(drawn) == (4 if group < 3 else 1)  # 16 // 4, and 7 // 4
-        assert len(set(drawn)) == len(drawn)
-        assert all(16 * group <= index < min(16 * group + 16, 55) for index in drawn)
+    drawn = [
+        PPAPLoss(**COEFFICIENTS).sample_anchors(16 * 3 + 7, torch.Generator().manual_seed(k))
+        for k in range(80)
+    ]
+    assert drawn[0].shape == (4, 4)
+    assert drawn[0].dtype == torch.int64
+    for group, row in enumerate(drawn[0].tolist()):
+        indices = [index for index in row if index >= 0]
+        assert len(set(indices)) == len(indices) == (4 if group < 3 else 1)  # 16 // 4, and 7 // 4
+        assert all(16 * group <= index < min(16 * group + 16, 55) for index in indices)
+    assert {int(i) for anchors in drawn for i in anchors[0]} == set(range(16))
 
 
-def test_sampling__covers_a_group_and_depends_on_the_generator_alone():
-    def sample(patches, seed):
-        return PPAPLoss(**COEFFICIENTS).sample_anchors(patches, torch.Generator().manual_seed(seed))
-
-    assert {int(i) for seed in range(80) for i in sample(16, seed)[0]} == set(range(16))
-    assert torch.equal(sample(160, 5), sample(160, 5))
-    assert torch.equal(sample(80, 5), sample(160, 5)[:5])  # the groups that follow make no difference
+def test_sampling__of_a_group_depends_on_the_generator_alone():
+    few, many = (
+        PPAPLoss(**COEFFICIENTS).sample_anchors(patches, torch.Generator().manual_seed(5))
+        for patches in (80, 160)
+    )
+    assert torch.equal(few, many[:5])

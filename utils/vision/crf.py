@@ -48,8 +48,8 @@ def crf_missing() -> str | None:
     try:
         import pydensecrf.densecrf  # noqa: F401
     except ImportError as error:
-        needs = "Python 3.12 or older and a C++ compiler"
-        return f"pydensecrf does not import ({error}); pip install pydensecrf2 needs {needs}"
+        needs = "needs Python 3.12 or older and a C++ compiler"
+        return f"pydensecrf does not import ({error}); pip install pydensecrf2 {needs}"
     return None
 
 
@@ -106,18 +106,14 @@ def _predict(image: np.ndarray, heads: Sequence[HeadLogits]) -> list[np.ndarray]
     return [marginal.argmax(axis=0).astype(np.int16) for marginal in refine(image, heads)]
 
 
-def _keep_freed_memory() -> None:
-    """Makes glibc reuse memory: returning and mapping pydensecrf's tables takes a fifth of its time."""
+def _start_worker() -> None:
+    follow_main_process()
+    # glibc reuses memory: returning and mapping pydensecrf's tables takes a fifth of its time
     with contextlib.suppress(OSError, AttributeError):  # another C library
         glibc = ctypes.CDLL("libc.so.6")
         trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
         if any(glibc.mallopt(mmap, size) for size in (2**30, 2**25)):  # 2**25: before glibc 2.35
             glibc.mallopt(trim, 2**30)
-
-
-def _start_worker() -> None:
-    follow_main_process()
-    _keep_freed_memory()
 
 
 class CrfPool:

@@ -8,30 +8,29 @@ from torch.nn import functional as F
 
 from tests.conftest import needs_pydensecrf
 from utils.config.loading import REPOSITORY
-from utils.vision.crf import CrfPool, HeadLogits, crf_missing, refine, resolve_backend, upsample
+from utils.vision.crf import HeadLogits, crf_missing, refine, resolve_backend, upsample
 from utils.vision.transforms import to_eight_bit
 
 
 @pytest.fixture
 def stored(golden):
-    return golden("crf")
-
-
-def eight_bit(stored):
-    return to_eight_bit(stored.image[None])[0].permute(1, 2, 0).numpy()
+    """The golden image as (H, W, 3) uint8, with its logits and marginals."""
+    found = golden("crf")
+    found.image = to_eight_bit(found.image[None])[0].permute(1, 2, 0).numpy()
+    return found
 
 
 @needs_pydensecrf
 def test_refine__golden(stored):
-    marginals = refine(eight_bit(stored), [HeadLogits(stored.logits.numpy())])[0]
+    marginals = refine(stored.image, [HeadLogits(stored.logits.numpy())])[0]
     assert (marginals.argmax(0) == stored.argmax.numpy()).mean() >= 0.999
     assert np.abs(marginals - stored.q.numpy()).max() < 1e-3
 
 
 @needs_pydensecrf
 def test_refine__heads_on_one_lattice_equal_heads_alone(stored):
-    image, rng = eight_bit(stored), np.random.default_rng(0)
-    first, second = stored.logits.numpy(), rng.normal(size=(7, 16, 16)).astype(np.float32)
+    image, first = stored.image, stored.logits.numpy()
+    second = np.random.default_rng(0).normal(size=(7, 16, 16)).astype(np.float32)
     together = refine(image, [HeadLogits(first), HeadLogits(second), HeadLogits(first)])
     for marginals, logits in zip(together, (first, second, first), strict=True):
         alone = refine(image, [HeadLogits(logits)])[0]
@@ -70,11 +69,3 @@ def test_backend__auto_falls_back_to_torch(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
     assert resolve_backend("auto") == "torch"
     assert "the CRF runs in torch, because pydensecrf does not import" in capsys.readouterr().out
-
-
-@needs_pydensecrf
-def test_pool__error_in_a_worker_reaches_the_caller():
-    with CrfPool(1) as pool:
-        pool.submit(np.zeros((4, 4, 3), dtype=np.uint8), ["not a head"], tag=0)
-        with pytest.raises(AttributeError):
-            list(pool.finished(wait_for_one=True))

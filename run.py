@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import Interrupted, UserError, exit_on_signals
+from utils.errors import UserError, exit_on_signals
 
 if __name__ == "__main__":  # before the imports that take time
     exit_on_signals()
@@ -69,7 +69,7 @@ def train(
     loggers = build_loggers(options, run_dir.path, step=progress.step, wandb_id=progress.wandb_id)
     shown = [(validation.name(index), validation[index].image) for index in indices]
     images, report = WandbImages(wandb_runs(loggers), shown), HtmlReport(run_dir.path, data.labels, shown)
-    with StopSignal(resumes=options.resume is not None) as stop, explained_errors(options):
+    with StopSignal() as stop, explained_errors(options):
         checkpoints = CheckpointManager(
             run_dir.path,
             every=options.train.checkpoint_interval,
@@ -95,7 +95,6 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
     from utils.training.device import peak_memory_gib, reset_peak_memory
     from utils.training.loggers import finish_wandb
     from utils.training.run_dir import RunDir
-    from utils.training.stopping import requeue
 
     run_dir = RunDir(options)
     with run_dir.lock():
@@ -119,10 +118,6 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
                 artifact = run_dir.best if options.wandb.artifact else None
                 images.finish(result, folder=run_dir.path, artifact=artifact)
             run_dir.write_metrics(result)  # last: the run then counts as finished
-        except Interrupted as error:
-            if message := requeue(error.code - 128, resumes=options.resume is not None):
-                print(message)
-            raise
         finally:
             finish_wandb(options)  # so that the next run of a sweep gets its own
     return result

@@ -121,7 +121,7 @@ def stop_in(monkeypatch):
     [
         (2, "training_step", signal.SIGINT),
         (7, "validation_step", signal.SIGTERM),  # a validation that is half done
-        (8, "training_step", signal.SIGTERM),  # the last of an epoch
+        (8, "training_step", signal.SIGUSR1),  # the last of an epoch
         (12, "validation_step", signal.SIGINT),  # the last of all
     ],
 )
@@ -213,62 +213,6 @@ def test_signal__a_second_ctrl_c_exits_at_once(tiny_file, tmp_path, start):
         assert process.exitcode == 128 + signal.SIGINT
     finally:
         process.kill()
-
-
-@pytest.fixture
-def asked(tmp_path, monkeypatch):
-    """A batch job of SLURM; the file contains what scontrol was asked."""
-    scontrol, asked = tmp_path / "scontrol", tmp_path / "asked"
-    scontrol.write_text(f'#!/bin/sh\necho "$@" > {asked}\n')
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    for name, value in {"JOB_ID": "77", "JOB_NAME": "ppap", "NODELIST": "localhost", "NTASKS": "1"}.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    for name in ("PROCID", "LOCALID", "NODEID"):
-        monkeypatch.setenv(f"SLURM_{name}", "0")
-    return asked
-
-
-@pytest.mark.parametrize(
-    ("signum", "words", "requeued"),
-    [
-        (signal.SIGUSR1, ["--resume"], True),
-        (signal.SIGUSR1, [], False),  # it would start anew
-        (signal.SIGTERM, ["--resume"], False),  # scancel
-    ],
-)
-def test_signal__requeues_a_slurm_job(tiny_file, asked, stop_in, signum, words, requeued):
-    stopped = stop_in(2, ["--opt", tiny_file(**LONG), *words], signum=signum)
-    assert ("SLURM job 77 is requeued" in str(stopped)) == requeued
-    assert ("add resume=auto" in str(stopped)) == (signum == signal.SIGUSR1 and not requeued)
-    assert asked.exists() == requeued
-    assert not requeued or asked.read_text() == "requeue 77\n"
-
-
-def test_signal__requeues_a_slurm_job_in_its_evaluation(tiny_file, tmp_path, asked, monkeypatch):
-    """Lightning would write a checkpoint into the working folder, which breaks later runs there."""
-    words, plain = ["--opt", tiny_file(eval__is_crf=False), "--resume"], PPAPModule.validation_step
-
-    def warned(module, *arguments):
-        if module.trainer.state.fn == "validate":
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return plain(module, *arguments)
-
-    monkeypatch.chdir(tmp_path)
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    exit_on_signals()
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(PPAPModule, "validation_step", warned)
-            with pytest.raises(Interrupted):
-                run.main(words)
-    finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
-    assert asked.read_text() == "requeue 77\n"
-    assert not list(tmp_path.rglob("hpc_ckpt*"))
-    (result,) = run.main(words)
-    assert "train_hours" in result
 
 
 def test_resume__without_validation_images(tiny_file, tmp_path, stop_in):

@@ -220,8 +220,6 @@ def guarded(main: Callable[[], None], *, then: str = "rerun with --resume") -> i
             return 0
         status, message = error.status, f"{error.label}{process}: {error}"
     except Interrupted as error:
-        if process and error.code == 128 + signal.SIGUSR1:  # srun must not end the first one, which requeues
-            return 0
         status, message = error.code, f"interrupted; {then}"
     except OSError as error:
         lost = _stdout_is_lost()

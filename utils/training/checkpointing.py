@@ -16,7 +16,7 @@ from utils.files import replacing
 from utils.training.distributed import Agreement
 from utils.training.loggers import wandb_runs
 from utils.training.run_dir import BEST, LAST, Progress
-from utils.training.stopping import Stopped, StopSignal, requeue, worker_was_killed
+from utils.training.stopping import Stopped, StopSignal, worker_was_killed
 from utils.training.torch_files import write_torch_file
 
 
@@ -163,12 +163,8 @@ class CheckpointManager(Callback):
 
     def _stopped(self, trainer: Trainer) -> Stopped:
         total, signum = trainer.estimated_stepping_batches, self.stop.signum or signal.SIGTERM
-        parts = [
-            f"at step {self._saved_step:,} of {total:,}, saved in {self.folder / LAST}",
-            requeue(signum, resumes=self.stop.resumes),
-            "to continue, repeat the command with --resume",
-        ]
-        return Stopped("; ".join(filter(None, parts)), signum=signum)
+        place = f"at step {self._saved_step:,} of {total:,}, saved in {self.folder / LAST}"
+        return Stopped(f"{place}; to continue, repeat the command with --resume", signum=signum)
 
 
 def _resumable_loops(trainer: Trainer) -> dict[str, Any]:

@@ -92,8 +92,9 @@ def train(
 
 def train_and_evaluate(options: Options) -> dict[str, Any]:
     """One run from data to metrics.json and report.html; returns the content of metrics.json."""
+    import wandb
+
     from utils.training.device import peak_memory_gib, reset_peak_memory
-    from utils.training.loggers import finish_wandb
     from utils.training.run_dir import RunDir
 
     run_dir = RunDir(options)
@@ -119,7 +120,7 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
                 images.finish(result, folder=run_dir.path, artifact=artifact)
             run_dir.write_metrics(result)  # last: the run then counts as finished
         finally:
-            finish_wandb(options)  # so that the next run of a sweep gets its own
+            wandb.finish()  # so that the next run of a sweep gets its own
     return result
 
 

@@ -1,6 +1,5 @@
 import csv
 import json
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from tests.utils.wandb_file import WandbFile
 from tests.utils.wandb_server import WandbServer
 from utils.files import make_folder
 from utils.training import loggers as loggers_
-from utils.training.loggers import build_loggers, csv_logger, finish_wandb, wandb_runs, wandb_step
+from utils.training.loggers import build_loggers, csv_logger, wandb_runs, wandb_step
 
 
 @pytest.fixture
@@ -95,21 +94,8 @@ def test_wandb__mode_of_the_machine_restricts_online(
     options = tiny_options(wandb__mode="online")
     assert len(build_loggers(options, tmp_path)) == 1 + files
     assert "recording offline" not in capsys.readouterr().out  # as after a failure
-    finish_wandb(options)
     wandb.teardown()
     assert len(list(tmp_path.rglob("offline-run-*/run-*.wandb"))) == files
-
-
-def test_wandb__stays_offline_until_earlier_parts_are_synced(monkeypatch, tmp_path, tiny_options, capsys):
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    (part := tmp_path / "wandb/offline-run-20260101_000000-abc").mkdir(parents=True)
-    started, logger = [], Mock(experiment=Mock(dir="run/files", id="abc"))
-    monkeypatch.setattr(loggers_, "_start_wandb", lambda *_, mode: started.append(mode) or logger)
-    for _ in range(2):
-        build_loggers(tiny_options(wandb__mode="online"), tmp_path, wandb_id="abc")
-        (part / "run-abc.wandb.synced").touch()
-    assert started == ["offline", "online"]
-    assert capsys.readouterr().out.count("are not synced yet") == 1
 
 
 @pytest.fixture
@@ -136,10 +122,8 @@ def test_wandb__continues_a_run_online(wandb_server, tmp_path, tiny_options, cap
                 images = [wandb.Image(np.zeros((8, 8, 3), np.uint8), file_type="jpg", masks=masks)]
                 row = {"iters": step, "validation/predictions": images}
                 run.log(row, step=wandb_step(step, validation=True))
-        finish_wandb(options)
-        printed = capsys.readouterr().out
-        assert f"wandb: {wandb_server.address}/me/PPAP/runs/{id}" in printed
-        assert f"wandb sync --include-online {tmp_path}/wandb/run-" in printed
+        run.finish()
+        assert f"wandb: {wandb_server.address}/me/PPAP/runs/{id}" in capsys.readouterr().out
     rows = wandb_server.history(id)
     losses = [(row["iters"], row["loss"]) for row in rows if "loss" in row]
     assert losses == [(step, step / 3) for step in (1, 2, 3, 4)]

@@ -40,10 +40,8 @@ def device_settings(options: Options) -> dict[str, Any]:
                 f"gpu_ids is {list(options.gpu_ids)}, must be {wanted.devices} (trainer.devices) different "
                 f"CUDA devices of the {available} on this machine, numbered from 0"
             )
-    elif found == "mps" and wanted.devices > 1:
-        raise UserError(f"trainer.devices is {wanted.devices}, must be 1 on mps")
-    spread = {"num_nodes": wanted.num_nodes, "strategy": wanted.strategy}
-    return {"accelerator": found, "devices": devices, **spread}
+    nodes, strategy = wanted.num_nodes, wanted.strategy
+    return {"accelerator": found, "devices": devices, "num_nodes": nodes, "strategy": strategy}
 
 
 def hardware_settings(options: Options) -> dict[str, Any]:

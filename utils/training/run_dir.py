@@ -20,7 +20,7 @@ from utils.config.loading import as_tree, flatten, is_option
 from utils.config.options import Options
 from utils.config.plugins import plugin_digests, report_changes
 from utils.errors import UserError, first_line
-from utils.files import exclusive, find_checkpoints, make_folder, move_aside, read_json_object, write_json
+from utils.files import exclusive, make_folder, move_aside, read_json_object, write_json
 from utils.training.launch import cores, is_rank_zero
 from utils.training.torch_files import read_torch_file, write_torch_file
 
@@ -82,13 +82,6 @@ class RunDir:
 
         An earlier run of that name is moved aside.
         """
-        if options.checkpoint and options.trainer.world_size > 1:
-            start = find_checkpoints(options.checkpoint, options.output_dir)[0]
-            if start.parent.resolve() == self.path.resolve():
-                raise UserError(
-                    f"checkpoint is {options.checkpoint}, in {self.path}, which a new run moves aside before "
-                    "all processes have read it; choose another wandb.name"
-                )
         if not is_rank_zero():
             return
         if (earlier := move_aside(self.path)) is not None:

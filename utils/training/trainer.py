@@ -54,26 +54,23 @@ class RunBar(Callback):
     def __init__(self, refresh_rate: int) -> None:
         self.refresh_rate = refresh_rate
         self._bar: Bar | None = None
-        self._best: list[str] = []
+        self._best = ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the bar at the step that the run continues from."""
         total = trainer.estimated_stepping_batches
         self._bar = Bar(total=total, initial=trainer.global_step, bar_format=BAR, desc="training")
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Shows loss and best score every `refresh_rate` steps; newer values would need a GPU sync."""
-        if trainer.global_step % self.refresh_rate == 0 or trainer.global_step == self._bar.total:
-            self._show(trainer, pl_module)
-
-    def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epochs = math.ceil(self._bar.total / trainer.num_training_batches)
+        step, total = trainer.global_step, self._bar.total
+        if step % self.refresh_rate and step != total:
+            return
+        epochs = math.ceil(total / trainer.num_training_batches)
         self._bar.set_description(f"epoch {min(trainer.current_epoch + 1, epochs)}/{epochs}", refresh=False)
-        shown = [f"loss {pl_module.logged['total_loss']:.3f}"] if pl_module.logged else []
-        self._bar.set_postfix_str(", ".join([*shown, *self._best]), refresh=False)
-        self._bar.update(trainer.global_step - self._bar.n)
+        loss = f"loss {pl_module.logged['total_loss']:.3f}" if pl_module.logged else ""
+        self._bar.set_postfix_str(", ".join(filter(None, (loss, self._best))), refresh=False)
+        self._bar.update(step - self._bar.n)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the bar of an evaluation; a validation during training is shown in that of the training."""
@@ -91,30 +88,27 @@ class RunBar(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the line of a validation, or closes the bar of an evaluation."""
+        metrics, improved = pl_module.metrics, pl_module.improved
         if trainer.state.fn == "validate":
             self._bar.close()
+        if trainer.state.fn == "validate" or not metrics:
             return
-        metrics = pl_module.metrics
         pairs = {
             name: f"{metrics[f'{head}_Accuracy']:.1f} / {metrics[f'{head}_mIoU']:.1f}"
             for name, head in (("clusters", "Cluster"), ("linear", "Linear"))
             if f"{head}_mIoU" in metrics
         }
         words = [f"step {trainer.global_step:<6,}", *(f"{name} {pair}" for name, pair in pairs.items())]
-        if pairs:
-            self._best = [f"best {pairs['clusters']}"] if pl_module.improved else self._best
-            self._bar.say("   ".join([*words, *(["best"] if pl_module.improved else [])]))
+        self._bar.say("   ".join([*words, *(["best"] if improved else [])]))
+        if improved:
+            self._best = f"best {pairs['clusters']}"
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Closes the bar, with the score of the last validation."""
-        self._show(trainer, pl_module)
-        self._bar.refresh()
-        self._bar.close()
-
-    def on_exception(self, *_: Any) -> None:
+    def on_train_end(self, *_: Any) -> None:
         """Closes the bar, which would otherwise be written again when it is garbage-collected."""
         if self._bar is not None:
             self._bar.close()
+
+    on_exception = on_train_end
 
 
 def build_trainer(

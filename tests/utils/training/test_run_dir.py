@@ -53,16 +53,6 @@ def test_check_options__sees_that_a_run_is_extended(tiny_options):
     assert not run_dir.check_options(longer)
 
 
-def test_prepare__refuses_to_move_a_checkpoint_that_processes_read(tiny_options):
-    run_dir = RunDir(tiny_options())
-    run_dir.prepare(tiny_options(), [], {})
-    save(run_dir.best, 7)
-    with pytest.raises(UserError, match=r"checkpoint is tiny, in .* choose another wandb\.name"):
-        run_dir.prepare(tiny_options(checkpoint="tiny", trainer__devices=2), [], {})
-    run_dir.prepare(tiny_options(checkpoint="tiny"), [], {})
-    assert not run_dir.best.exists()
-
-
 def test_resume_point__takes_the_last_that_is_readable(tiny_options, capsys):
     run_dir = RunDir(options := tiny_options(resume="auto"))
     assert run_dir.resume_point(options) == (None, Progress())

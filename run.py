@@ -69,7 +69,7 @@ def train(
     loggers = build_loggers(options, run_dir.path, step=progress.step, wandb_id=progress.wandb_id)
     shown = [(validation.name(index), validation[index].image) for index in indices]
     images, report = WandbImages(wandb_runs(loggers), shown), HtmlReport(run_dir.path, data.labels, shown)
-    with StopSignal() as stop, explained_errors(options):
+    with StopSignal() as stop, explained_errors():
         checkpoints = CheckpointManager(
             run_dir.path,
             every=options.train.checkpoint_interval,

@@ -11,7 +11,6 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from utils.errors import UserError
 from utils.files import replacing
 from utils.training.distributed import Agreement
 from utils.training.loggers import wandb_runs
@@ -31,8 +30,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class CheckpointManager(Callback):
     """Keeps best.ckpt (largest sum of metrics) and last.ckpt, and stops the run on request.
 
-    Saves after each validation, every `train.checkpoint_every` in between, on a stop signal, and when bad
-    data or a killed worker ends the run. Without validation images it saves after each epoch, and best.ckpt
+    Saves after each validation, every `train.checkpoint_every` in between, on a stop signal, and when an
+    error ends the run between two steps. Without validation images it saves after each epoch, and best.ckpt
     is the newest. A checkpoint describes the moment between two steps, so that a resumed run computes what
     the uninterrupted one would. `every`: (steps, seconds) between checkpoints, at most one not None.
     """
@@ -85,7 +84,10 @@ class CheckpointManager(Callback):
         validated = not self.validates or trainer.val_check_batch != batch_idx + 1  # see ValidationSteps
         self.progress = replace(self.progress, step=trainer.global_step, validated=validated)
         self._loops = _resumable_loops(trainer)
-        self._agreement.start(self.stop.signum is not None, self._due())
+        due = self.steps is not None and trainer.global_step % self.steps == 0
+        if self.seconds is not None:
+            due = time.perf_counter() - self._saved >= self.seconds
+        self._agreement.start(self.stop.signum is not None, due)
 
     def on_validation_start(self, *_: Any) -> None:
         """Installs the handlers again: starting the workers of a validation may have replaced them."""
@@ -110,16 +112,13 @@ class CheckpointManager(Callback):
             self._save(trainer, best=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves if bad data or a killed worker ends a run of one process between two steps.
+        """Saves between two steps, as on damaged data or a killed worker; saving needs all ranks.
 
-        Saving needs all ranks. Within a step, the weights may be ahead of the recorded position.
+        Within a step, the weights may be ahead of the recorded position.
         """
-        bad_data = isinstance(exception, UserError) and not exception.common
-        killed = worker_was_killed(exception)
-        alone = trainer.world_size == 1 and not self._in_step
-        if (bad_data or killed) and alone and self._saved_step < self.progress.step:
+        if trainer.world_size == 1 and not self._in_step and self._saved_step < self.progress.step:
             self._save(trainer)
-        if killed and self.stop.signum is not None:  # the signal reached the workers too
+        if worker_was_killed(exception) and self.stop.signum is not None:  # it reached them too
             raise self._stopped(trainer) from exception
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
@@ -141,11 +140,6 @@ class CheckpointManager(Callback):
         wandb_id = next((run.id for run in wandb_runs(trainer.loggers)), None)
         checkpoint["progress"] = asdict(replace(self.progress, seconds=self.spent, wandb_id=wandb_id))
         checkpoint["loops"]["fit_loop"] = self._loops
-
-    def _due(self) -> bool:
-        if self.steps is not None:
-            return self.progress.step % self.steps == 0
-        return self.seconds is not None and time.perf_counter() - self._saved >= self.seconds
 
     def _save(self, trainer: Trainer, *, best: bool = False) -> None:
         for logger in trainer.loggers:

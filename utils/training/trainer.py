@@ -88,20 +88,22 @@ class RunBar(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the line of a validation, or closes the bar of an evaluation."""
-        metrics, improved = pl_module.metrics, pl_module.improved
         if trainer.state.fn == "validate":
             self._bar.close()
-        if trainer.state.fn == "validate" or not metrics:
             return
+        metrics = pl_module.metrics
         pairs = {
             name: f"{metrics[f'{head}_Accuracy']:.1f} / {metrics[f'{head}_mIoU']:.1f}"
             for name, head in (("clusters", "Cluster"), ("linear", "Linear"))
             if f"{head}_mIoU" in metrics
         }
         words = [f"step {trainer.global_step:<6,}", *(f"{name} {pair}" for name, pair in pairs.items())]
-        self._bar.say("   ".join([*words, *(["best"] if improved else [])]))
-        if improved:
+        if pairs and pl_module.improved:
             self._best = f"best {pairs['clusters']}"
+            words.append("best")
+        if pairs:
+            self._bar.say("   ".join(words))
+        self.on_train_batch_end(trainer, pl_module)
 
     def on_train_end(self, *_: Any) -> None:
         """Closes the bar, which would otherwise be written again when it is garbage-collected."""

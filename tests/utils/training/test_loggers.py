@@ -94,6 +94,7 @@ def test_wandb__mode_of_the_machine_restricts_online(
     options = tiny_options(wandb__mode="online")
     assert len(build_loggers(options, tmp_path)) == 1 + files
     assert "recording offline" not in capsys.readouterr().out  # as after a failure
+    wandb.finish()
     wandb.teardown()
     assert len(list(tmp_path.rglob("offline-run-*/run-*.wandb"))) == files
 

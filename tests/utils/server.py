@@ -23,7 +23,7 @@ class Fault:
 
     `status` is answered with `headers`; `cut` ends the body after so many bytes; `hang` sends `cut` bytes and
     then nothing; `ignore_range` sends the whole file; `swap` is served from now on; `length` is announced;
-    `drip` sends a byte at a time; `encoding` is announced.
+    `drip` sends a byte at a time.
     """
 
     status: int | None = None
@@ -34,7 +34,6 @@ class Fault:
     swap: Page | None = None
     length: int | None = None
     drip: bool = False
-    encoding: str | None = None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -78,8 +77,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(fault.length or len(rest)))
         self.send_header("Content-Type", page.kind)
-        if fault.encoding:
-            self.send_header("Content-Encoding", fault.encoding)
         self.end_headers()
         with contextlib.suppress(ConnectionError):
             while fault.drip and not self.server.closing.wait(0.05):

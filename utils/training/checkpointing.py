@@ -76,12 +76,10 @@ class CheckpointManager(Callback):
             self._save(trainer)
         self._in_step = True
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Records the position in the run."""
-        self._in_step = False
-        validated = not self.validates or trainer.val_check_batch != batch_idx + 1  # see ValidationSteps
+        self._in_step, step_of_epoch = False, trainer.fit_loop.batch_idx + 1
+        validated = not self.validates or trainer.val_check_batch != step_of_epoch  # see ValidationSteps
         self.progress = replace(self.progress, step=trainer.global_step, validated=validated)
         self._loops = _resumable_loops(trainer)
         due = self.steps is not None and trainer.global_step % self.steps == 0

@@ -26,9 +26,7 @@ class ValidationSteps(Callback):
     def __init__(self, valid_freq: int) -> None:
         self.valid_freq = valid_freq
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, _: Any, batch_idx: int) -> None:
         """Lightning validates after a batch that `val_check_batch` divides."""
         step = batch_idx + 1
         due = step % self.valid_freq == 0 or step == trainer.num_training_batches

@@ -118,7 +118,7 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
                 report.finish(result)
                 artifact = run_dir.best if options.wandb.artifact else None
                 images.finish(result, folder=run_dir.path, artifact=artifact)
-            run_dir.write_metrics(result)  # last: the run then counts as finished
+                run_dir.write_metrics(result)  # last: the run then counts as finished
         finally:
             wandb.finish()  # so that the next run of a sweep gets its own
     return result

@@ -41,7 +41,7 @@ def get(server, tmp_path, monkeypatch):
 
 
 def starts(server):
-    return [start for _, _, start in server.seen]
+    return [start for _, start in server.seen]
 
 
 def left(folder):

@@ -64,10 +64,3 @@ def test_precision__auto_and_the_published_scaler(tiny_options, monkeypatch):
 def test_explained_errors__say_what_to_lower(error, expected):
     with pytest.raises(UserError, match=expected), device.explained_errors():
         raise error
-
-
-def test_explained_errors__leave_other_errors_alone():
-    error = RuntimeError("a bug")
-    with pytest.raises(RuntimeError) as raised, device.explained_errors():
-        raise error
-    assert raised.value is error

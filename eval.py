@@ -56,7 +56,7 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
     pictured = spread_indices(options.eval.pictures, len(data.validation_set))
     with nullcontext() if missing else open_refiner(options) as refiner:
         module = build_module(options, data.labels, checkpoint=stored, pictured=pictured, refiner=refiner)
-        with explained_errors(options):
+        with explained_errors():
             if len(data.validation_set):
                 trainer = build_trainer(options, hardware_settings(options))
                 trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)

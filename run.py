@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import Interrupted, exit_on_signals
+from utils.errors import exit_on_signals
 
 if __name__ == "__main__":  # before the imports that take time
     exit_on_signals()
@@ -68,7 +68,7 @@ def train(
     loggers = build_loggers(options, run_dir.path, step=progress.step, wandb_id=progress.wandb_id)
     shown = [(validation.name(index), validation[index].image) for index in indices]
     images, report = WandbImages(wandb_runs(loggers), shown), HtmlReport(run_dir.path, data.labels, shown)
-    with StopSignal(resumes=options.resume is not None) as stop, explained_errors(options):
+    with StopSignal() as stop, explained_errors():
         checkpoints = CheckpointManager(
             run_dir.path,
             every=options.train.checkpoint_interval,
@@ -91,10 +91,10 @@ def train(
 
 def train_and_evaluate(options: Options) -> dict[str, Any]:
     """One run from data to metrics.json and report.html; returns the content of metrics.json."""
+    import wandb
+
     from utils.training.device import peak_memory_gib, reset_peak_memory
-    from utils.training.loggers import finish_wandb
     from utils.training.run_dir import RunDir
-    from utils.training.stopping import requeue
 
     run_dir = RunDir(options)
     with run_dir.lock():
@@ -117,13 +117,9 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
                 report.finish(result)
                 artifact = run_dir.best if options.wandb.artifact else None
                 images.finish(result, folder=run_dir.path, artifact=artifact)
-            run_dir.write_metrics(result)  # last: the run then counts as finished
-        except Interrupted as error:
-            if message := requeue(error.code - 128, resumes=options.resume is not None):
-                print(message)
-            raise
+                run_dir.write_metrics(result)  # last: the run then counts as finished
         finally:
-            finish_wandb(options)  # so that the next run of a sweep gets its own
+            wandb.finish()  # so that the next run of a sweep gets its own
     return result
 
 

@@ -32,9 +32,7 @@ Shown = Sequence[tuple[str, Tensor]]  # name and (3, H, W) uint8 of the validati
 class WandbImages(Callback):
     """Sends IoU per class, images and the best metrics to wandb after each validation, and the results.
 
-    Args:
-        runs: the wandb run of this process, if any.
-        shown: the images that the module keeps predictions of.
+    `runs`: the wandb run of this process, if any; `shown`: the images that the module keeps predictions of.
     """
 
     def __init__(self, runs: Sequence[wandb.Run], shown: Shown) -> None:
@@ -42,11 +40,11 @@ class WandbImages(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: PPAPModule) -> None:
         """Sends IoU per class and images, and the metrics if they are the best."""
-        step, metrics = pl_module.global_step, pl_module.metrics
+        step = pl_module.global_step
         for run in self.runs:
             with errors_as_warnings("wandb"):
                 if pl_module.improved:
-                    run.summary.update(summary_of({"step": step, "before_crf": metrics}))
+                    run.summary.update(summary_of({"step": step, "before_crf": pl_module.metrics}))
                 # with the run's step: wandb would count a call without one as a step, and drop the next point
                 row = self._validation(pl_module) | {"iters": step}
                 run.log(row, step=wandb_step(step, validation=True))
@@ -84,9 +82,7 @@ class WandbImages(Callback):
 class ReferenceImages(Callback):
     """Hands random train images to the method before the steps for which it wants some."""
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: PPAPModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: PPAPModule, _: Any, batch_idx: int) -> None:
         """Calls `Method.prepare` if it is due."""
         method, step = pl_module.method, trainer.global_step + 1
         if images := method.reference_images(step, batch_idx):

@@ -74,16 +74,6 @@ def test_full_disk__while_saving(tiny_file, tmp_path, whole, fault_at):  # noqa:
     assert_same_run(folder, whole)
 
 
-def test_memory__says_what_to_lower_and_keeps_what_was_saved(tiny_file, tmp_path, fault_at):
-    def exhaust(losses):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.\nmore")
-
-    fault_at(6, exhaust)
-    with pytest.raises(UserError, match=r"^out of memory \(CUDA out of memory.*val_batch_size"):
-        run.main(["--opt", tiny_file(**LONG)])
-    assert saved(tmp_path / "output/tiny")["progress"]["step"] == 4
-
-
 def test_nonfinite__stops_with_step_parts_and_images(tiny_file, tmp_path, fault_at):
     fault_at(6, not_a_number)
     with pytest.raises(NotFinite, match=r"step 6") as error:
@@ -134,6 +124,16 @@ def test_flipped_bit__another_checkpoint_takes_its_place(tmp_path, whole, monkey
     assert "trying the next checkpoint" in capsys.readouterr().out
 
 
+@pytest.fixture
+def program_handlers():
+    """Signals interrupt this process as they do the program."""
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    exit_on_signals()
+    yield
+    for each, handler in handlers.items():
+        signal.signal(each, handler)
+
+
 def signalled(function, signum):
     """The function, after the process has sent itself a signal."""
 
@@ -154,33 +154,22 @@ def signalled(function, signum):
     ],
 )
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("program_handlers")
 def test_signal__in_an_evaluation(whole, tmp_path, monkeypatch, capsys, place, name, signum):  # noqa: F811
     """Before, during and after the forward passes, and in the CRF."""
-    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(place, name, signalled(getattr(place, name), signum))
     words = ["--checkpoint", str(whole), f"output_dir={tmp_path}", "eval.is_crf=true"]
-    words.append("eval.crf_backend=pydensecrf")
-    exit_on_signals()
-    try:
-        assert guarded(lambda: evaluation.main(words)) == 128 + signum
-    finally:
-        for each, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
-            signal.signal(each, handler)
+    assert guarded(lambda: evaluation.main([*words, "eval.crf_backend=pydensecrf"])) == 128 + signum
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("program_handlers")
 def test_signal__while_tokens_are_cached(tiny_file, tmp_path, monkeypatch):
     """There is nothing to save yet, so the run exits at once; its next start caches them."""
     words = ["--opt", tiny_file(dataset__cache_features="disk", eval__is_crf=False)]
-    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    exit_on_signals()
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(PPAPModule, "frozen_tokens", signalled(PPAPModule.frozen_tokens, signal.SIGTERM))
-            assert guarded(lambda: run.main(words)) == 128 + signal.SIGTERM
-    finally:
-        for each, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
-            signal.signal(each, handler)
+    with monkeypatch.context() as patch:
+        patch.setattr(PPAPModule, "frozen_tokens", signalled(PPAPModule.frozen_tokens, signal.SIGTERM))
+        assert guarded(lambda: run.main(words)) == 128 + signal.SIGTERM
     assert not list((tmp_path / "output/tokens").glob("train-*"))
     run.main([*words, "--resume"])
 
@@ -234,7 +223,7 @@ def test_loader__missing_images_and_killed_workers(tiny_file, tmp_path, photogra
 
     undo = fault_at(reached + 1, kill)
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # as in a new process
-    with pytest.raises(UserError, match=r"DataLoader worker was killed .*num_workers \(now 2\).*--resume"):
+    with pytest.raises(UserError, match=r"worker process was killed .*num_workers"):
         run.main(["--opt", path, "--resume"])
     undo()
     assert saved(tmp_path / "output/tiny")["progress"]["step"] > reached

@@ -57,7 +57,7 @@ def download(urls: Sequence[str], path: Path, *, sha256: str | None = None, size
 
 def _fetch(session: requests.Session, url: str, part: Path, sha256: str | None, size: int | None) -> None:
     """Completes the partial file and checks its SHA-256."""
-    failures, resumed = 0, part.exists()
+    failures = 0
     while (start := _length(part)) != size:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
         with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
@@ -71,20 +71,15 @@ def _fetch(session: requests.Session, url: str, part: Path, sha256: str | None, 
                 failures = 0 if _length(part) - start >= CHUNK else failures + 1
                 if failures == TRIES:
                     raise
-    if sha256 is None or (found := sha256_of(part)) == sha256:
-        return
-    part.unlink()
-    if not resumed:
+    if sha256 is not None and (found := sha256_of(part)) != sha256:
+        part.unlink()
         raise DownloadError(f"its SHA-256 is {found}, must be {sha256}")
-    _fetch(session, url, part, sha256, size)  # the first bytes may be wrong
 
 
 def _copy(response: requests.Response, part: Path, start: int, size: int | None) -> None:
     """Writes the response body to the partial file, starting at byte `start`."""
     if not response.ok:
         raise DownloadError(f"HTTP {response.status_code} {response.reason}")
-    if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
-        raise DownloadError(f"the server or a proxy compresses the file ({encoding})")
     if "text/html" in response.headers.get("Content-Type", ""):
         raise DownloadError("the server sent a web page instead of the file")
     length = response.headers.get("Content-Length")

@@ -63,7 +63,7 @@ def build(folder: Path) -> Path:
     return library
 
 
-def run_cases(cases: dict[str, Any], folder: Path, *, devices: int, capture: bool = False) -> dict[str, Any]:
+def run_cases(cases: dict[str, Any], folder: Path, *, devices: int) -> dict[str, Any]:
     """Runs cases, as drive.py describes, in one process on the null GPU; `folder` is empty at first."""
     given, results = folder / "cases.json", folder / "results.json"
     given.write_text(json.dumps(cases))
@@ -71,7 +71,7 @@ def run_cases(cases: dict[str, Any], folder: Path, *, devices: int, capture: boo
     preload = {"LD_PRELOAD": str(build(folder)), "LD_LIBRARY_PATH": paths}
     done = subprocess.run(
         [sys.executable, "-c", DRIVE, given, results],
-        cwd=REPOSITORY, capture_output=capture, text=True, check=False,
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
         env=os.environ | preload | {"NULLGPU_COUNT": str(devices), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

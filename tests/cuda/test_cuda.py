@@ -64,7 +64,7 @@ def results(folder, tmp_path_factory):
         "explained": case("eval", "explained", *checkpoint, "--explain", "0"),
         "measured": case("eval", "measured", *checkpoint, "--measure-sets"),
     }
-    return run_cases(cases, tmp_path_factory.mktemp("cuda"), devices=2, capture=True)
+    return run_cases(cases, tmp_path_factory.mktemp("cuda"), devices=2)
 
 
 def phases(result, *wanted):
@@ -151,7 +151,7 @@ def test_step__launches_few_kernels(results):
 def test_step_at_coco_shape__launches_and_memory(tmp_path):
     """ViT-S/8, 64 images of 224 pixels, 3,136 anchors in one chunk."""
     case = {"program": "coco", "words": [3136]}
-    found = run_cases({"coco": case}, tmp_path, devices=1, capture=True)["coco"]
+    found = run_cases({"coco": case}, tmp_path, devices=1)["coco"]
     assert found["error"] is None, found["error"]
     beyond_weights = (found["peaks"][0] - found["result"]["weights"]) / 2**30
     assert beyond_weights <= 5

@@ -1,15 +1,16 @@
-"""A run with wandb offline, read back from wandb's file, and its report.html."""
+"""A run with wandb, as its server sees it, and its report.html."""
 
 import csv
 import json
+from unittest.mock import Mock
 
 import pytest
 
 import run
 from model import callbacks
-from tests.utils.wandb_file import WandbFile
+from tests.utils.wandb_server import wandb_server  # noqa: F401
 
-KEY = "0123456789abcdef0123456789abcdef01234567"  # in the format of wandb's keys
+KEY = "k" * 40  # of `wandb_server`
 METRICS = {"Cluster_Accuracy", "Cluster_mIoU", "Linear_Accuracy", "Linear_mIoU"}
 SCALARS = {
     "epoch", "iters", "train_loss", "supcon_loss", "net_lr", "param_norm", "grad_norm", "num_positives",
@@ -18,64 +19,69 @@ SCALARS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def recorded(tiny_file, tmp_path, monkeypatch):
-    """The folder of a run of 8 steps, validated at 3, 4, 7 and 8, with images after each."""
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    chosen = {"wandb__tags": ["a tag"], "wandb__notes": "notes", "wandb__id": "abc", "wandb__artifact": True}
-    chosen |= {"wandb__mode": "offline", "train__epoch": 2, "train__print_freq": 1, "eval__pictures": 2}
+def test_run__is_in_wandb_and_in_metrics_csv(tiny_file, tmp_path, wandb_server):  # noqa: F811
+    """A run of 8 steps, validated at 3, 4, 7 and 8, with images after each."""
+    chosen = {"wandb__tags": ["a tag"], "wandb__notes": "notes", "wandb__id": "abc", "wandb__mode": "online"}
+    chosen |= {"train__epoch": 2, "train__print_freq": 1, "eval__pictures": 2}
     run.main(["--opt", tiny_file(**chosen)])
-    return tmp_path / "output/tiny"
-
-
-def test_run__is_in_wandb_and_in_metrics_csv(recorded):
-    read, metrics = WandbFile(recorded), json.loads((recorded / "metrics.json").read_text())
-    check_history(read, best=metrics["step"])
-    check_summary(read, metrics)
-    assert (read.run.run_id, list(read.run.tags), read.run.notes) == ("abc", ["a tag"], "notes")
-    assert read.config["training_coeff"]["prop_iter"] == 2
-    assert read.config["git_sha"] == json.loads((recorded / "provenance.json").read_text())["git_sha"]
-    copies = read.path.parent / "files"
+    recorded = tmp_path / "output/tiny"
+    metrics = json.loads((recorded / "metrics.json").read_text())
+    check_history(wandb_server.history("abc"), best=metrics["step"])
+    check_summary(wandb_server.summary, metrics)
+    given, config = wandb_server.given[0], json.loads(wandb_server.given[0]["config"])
+    assert (given["tags"], given["notes"]) == (["a tag"], "notes")
+    assert config["training_coeff"]["value"]["prop_iter"] == 2
+    assert config["git_sha"]["value"] == json.loads((recorded / "provenance.json").read_text())["git_sha"]
+    (copies,) = recorded.glob("wandb/run-*/files")
     for name in ("options.json", "provenance.json", "metrics.json", "report.html"):
-        assert name in read.files
+        assert name in wandb_server.files
         assert (copies / name).is_file()
         assert not (copies / name).is_symlink()
-    (best,) = [artifact for artifact in read.artifacts if artifact.type == "model"]
-    assert [entry.path for entry in best.manifest.contents] == ["best.ckpt"]
     with (recorded / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert set(rows[0]) == SCALARS | METRICS | {"images_per_s", "valid_loss", "step"}
     losses = [float(row["total_loss"]) for row in rows if row["total_loss"]]
-    assert losses == pytest.approx([row["total_loss"] for row in read.history if "total_loss" in row])
+    logged = [row["total_loss"] for row in wandb_server.history("abc") if "total_loss" in row]
+    assert losses == pytest.approx(logged)
     for path in recorded.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
 
-def check_history(read, *, best):
+def check_history(history, *, best):
     """No point is lost to the images, and the final pictures belong to the best step."""
-    steps = [row for row in read.history if "total_loss" in row]
+    steps = [row for row in history if "total_loss" in row]
     assert [row["iters"] for row in steps] == list(range(1, 9))
     assert all(set(row) >= SCALARS for row in steps)
-    validations = [row for row in read.history if "valid_loss" in row]
+    validations = [row for row in history if "valid_loss" in row]
     assert [row["iters"] for row in validations] == [3, 4, 7, 8]
     assert all(set(row) >= METRICS for row in validations)
-    images = [row for row in read.history if "validation/predictions/count" in row]
+    images = [row for row in history if "validation/predictions" in row]
     assert [row["iters"] for row in images] == [3, 4, 7, 8]
     for row in images:
-        assert row["validation/predictions/count"] == len(row["validation/predictions/captions"]) == 2
-        for masks in row["validation/predictions/all_masks"]:
+        shown = row["validation/predictions"]
+        assert shown["count"] == len(shown["captions"]) == 2
+        for masks in shown["all_masks"]:
             assert set(masks) == {"truth", "clusters", "linear probe"}
         assert {f"iou_{head}/plain" for head in ("cluster", "linear")} <= set(row)
     for name in ("predictions", "confusion", "class_iou", "explanation"):
-        assert [row["iters"] for row in read.history if f"{name}/path" in row] == [best]
+        assert [row["iters"] for row in history if name in row] == [best]
 
 
-def check_summary(read, metrics):
-    assert read.summary["best_step"] == metrics["step"]
+def check_summary(summary, metrics):
+    assert summary["best_step"] == metrics["step"]
     for name in METRICS:
-        assert read.summary[f"best_{name}"] == pytest.approx(metrics["before_crf"][name])
-        assert read.summary[f"best_{name}_crf"] == pytest.approx(metrics["after_crf"][name])
-    assert read.summary["train_hours"] == pytest.approx(metrics["train_hours"])
+        assert summary[f"best_{name}"] == pytest.approx(metrics["before_crf"][name])
+        assert summary[f"best_{name}_crf"] == pytest.approx(metrics["after_crf"][name])
+    assert summary["train_hours"] == pytest.approx(metrics["train_hours"])
+
+
+def test_artifact__is_the_best_checkpoint(tmp_path):
+    (tmp_path / "best.ckpt").touch()
+    run = Mock(id="a=b", step=8)
+    callbacks.WandbImages([run], []).finish({"step": 8}, folder=tmp_path, artifact=tmp_path / "best.ckpt")
+    (artifact,) = run.log_artifact.call_args.args
+    assert (artifact.type, artifact.name) == ("model", "a_b-best")
+    assert list(artifact.manifest.entries) == ["best.ckpt"]
 
 
 def test_flags__that_switch_wandb_off(tiny_file, tmp_path, monkeypatch, no_figures):

@@ -25,7 +25,7 @@ class Fault:
 
     `status` is answered with `headers`; `cut` ends the body after so many bytes; `hang` sends `cut` bytes and
     then nothing; `ignore_range` sends the whole file; `swap` is served from now on; `length` is announced;
-    `drip` sends a byte at a time; `encoding` is announced.
+    `drip` sends a byte at a time.
     """
 
     status: int | None = None
@@ -36,38 +36,31 @@ class Fault:
     swap: Page | None = None
     length: int | None = None
     drip: bool = False
-    encoding: str | None = None
 
 
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *words):
         pass
 
-    def do_HEAD(self):
-        self.answer(body=False)
-
     def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, *, body):
         path, server = self.path.lstrip("/"), self.server
         faults = server.faults.get(path, [])
-        fault = faults.pop(0) if faults and body else Fault()
+        fault = faults.pop(0) if faults else Fault()
         if fault.swap is not None:
             server.pages[path] = fault.swap
         page = server.pages.get(path)
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(asked[1]) if asked else 0
-        server.seen.append((self.command, path, start))
+        server.seen.append((path, start))
         status = fault.status or (404 if page is None else None)
         if status is not None:
             self.empty(status, fault.headers)
         elif fault.ignore_range:
-            self.send_page(page, fault, 0, body=body)
+            self.send_page(page, fault, 0)
         elif start and start >= len(page.body):
             self.empty(416, ())
         else:
-            self.send_page(page, fault, start, body=body)
+            self.send_page(page, fault, start)
 
     def empty(self, status, headers):
         self.send_response(status)
@@ -75,25 +68,22 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
 
-    def send_page(self, page, fault, start, *, body):
+    def send_page(self, page, fault, start):
         rest = page.body[start:]
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(fault.length or len(rest)))
         self.send_header("Content-Type", page.kind)
-        if fault.encoding:
-            self.send_header("Content-Encoding", fault.encoding)
         self.end_headers()
         with contextlib.suppress(ConnectionError):
             while fault.drip and not self.server.closing.wait(0.05):
                 self.wfile.write(rest[:1])
-            if body:
-                self.wfile.write(rest[: fault.cut])
+            self.wfile.write(rest[: fault.cut])
         if fault.hang:
             self.server.closing.wait(5)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `pages`; each GET of a path takes the next of its `faults`; `seen` has (method, path, start)."""
+    """Serves `pages`; each GET of a path takes the next of its `faults`; `seen` has (path, start)."""
 
     daemon_threads = True
 
@@ -104,8 +94,8 @@ class Server(ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
 
     def bodies(self):
-        """Paths of which a body was requested."""
-        return [path for method, path, _ in self.seen if method == "GET"]
+        """Paths that were requested."""
+        return [path for path, _ in self.seen]
 
 
 @contextlib.contextmanager

@@ -4,6 +4,11 @@ import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
+import pytest
+import wandb
+
+from utils.training import loggers
+
 PROJECT = {"name": "PPAP", "entity": {"name": "me"}}
 
 
@@ -38,6 +43,7 @@ class Handler(BaseHTTPRequestHandler):
         if operation == "RunResumeStatus" and variables["name"] in server.runs:
             return {"model": PROJECT | {"bucket": self.bucket(variables["name"])}}
         if operation == "CreateRunFiles":
+            server.files.update(variables["files"])
             files = [{"name": name, "uploadUrl": f"{server.address}/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
         return {}
@@ -52,20 +58,26 @@ class Handler(BaseHTTPRequestHandler):
         }  # fmt: skip
 
     def stream(self, body):
-        new = json.loads(body).get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
+        files = json.loads(body).get("files", {})
+        new = files.get("wandb-history.jsonl", {"offset": 0, "content": []})
         lines = dict(enumerate(new["content"], start=new["offset"]))
         self.server.runs.setdefault(self.path.split("/")[-2], {}).update(lines)
+        for summary in files.get("wandb-summary.json", {"content": []})["content"]:
+            self.server.summary.update(json.loads(summary))
         return {}
 
 
 class WandbServer(ThreadingHTTPServer):
-    """`runs`: id -> row -> line of the history; `given`: their settings; `asked`: operations."""
+    """`runs`: id -> row -> line of the history; `given`: their settings; `asked`: operations.
+
+    `files` and `summary` are those of all runs.
+    """
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.runs, self.given, self.asked = {}, [], set()
+        self.runs, self.given, self.asked, self.files, self.summary = {}, [], set(), set(), {}
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
 
     def __enter__(self):
@@ -78,3 +90,14 @@ class WandbServer(ThreadingHTTPServer):
 
     def history(self, run):
         return [json.loads(line) for _, line in sorted(self.runs[run].items())]
+
+
+@pytest.fixture
+def wandb_server(monkeypatch):
+    wandb.teardown()  # which has read the address
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        monkeypatch.setattr(loggers, "INIT_SECONDS", 120)
+        yield server
+        wandb.teardown()

@@ -210,8 +210,6 @@ def guarded(main: Callable[[], None], *, then: str = "rerun with --resume") -> i
             return 0
         status, message = error.status, f"{error.label}: {error}"
     except Interrupted as error:
-        if error.code == 128 + signal.SIGUSR1 and not is_rank_zero():  # the first process requeues
-            return 0
         status, message = error.code, f"interrupted; {then}"
     except OSError as error:
         lost = _stdout_is_lost()

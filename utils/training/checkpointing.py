@@ -11,12 +11,11 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from utils.errors import UserError
 from utils.files import replacing
 from utils.training.distributed import Agreement
 from utils.training.loggers import wandb_runs
 from utils.training.run_dir import BEST, LAST, Progress
-from utils.training.stopping import Stopped, StopSignal, requeue, worker_was_killed
+from utils.training.stopping import Stopped, StopSignal, worker_was_killed
 from utils.training.torch_files import write_torch_file
 
 
@@ -31,8 +30,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class CheckpointManager(Callback):
     """Keeps best.ckpt (largest sum of metrics) and last.ckpt, and stops the run on request.
 
-    Saves after each validation, every `train.checkpoint_every` in between, on a stop signal, and when bad
-    data or a killed worker ends the run. Without validation images it saves after each epoch, and best.ckpt
+    Saves after each validation, every `train.checkpoint_every` in between, on a stop signal, and when an
+    error ends the run between two steps. Without validation images it saves after each epoch, and best.ckpt
     is the newest. A checkpoint describes the moment between two steps, so that a resumed run computes what
     the uninterrupted one would. `every`: (steps, seconds) between checkpoints, at most one not None.
     """
@@ -77,15 +76,16 @@ class CheckpointManager(Callback):
             self._save(trainer)
         self._in_step = True
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Records the position in the run."""
-        self._in_step = False
-        validated = not self.validates or trainer.val_check_batch != batch_idx + 1  # see ValidationSteps
+        self._in_step, step_of_epoch = False, trainer.fit_loop.batch_idx + 1
+        validated = not self.validates or trainer.val_check_batch != step_of_epoch  # see ValidationSteps
         self.progress = replace(self.progress, step=trainer.global_step, validated=validated)
         self._loops = _resumable_loops(trainer)
-        self._agreement.start(self.stop.signum is not None, self._due())
+        due = self.steps is not None and trainer.global_step % self.steps == 0
+        if self.seconds is not None:
+            due = time.perf_counter() - self._saved >= self.seconds
+        self._agreement.start(self.stop.signum is not None, due)
 
     def on_validation_start(self, *_: Any) -> None:
         """Installs the handlers again: starting the workers of a validation may have replaced them."""
@@ -110,16 +110,13 @@ class CheckpointManager(Callback):
             self._save(trainer, best=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves if bad data or a killed worker ends a run of one process between two steps.
+        """Saves between two steps, as on damaged data or a killed worker; saving needs all ranks.
 
-        Saving needs all ranks. Within a step, the weights may be ahead of the recorded position.
+        Within a step, the weights may be ahead of the recorded position.
         """
-        bad_data = isinstance(exception, UserError) and not exception.common
-        killed = worker_was_killed(exception)
-        alone = trainer.world_size == 1 and not self._in_step
-        if (bad_data or killed) and alone and self._saved_step < self.progress.step:
+        if trainer.world_size == 1 and not self._in_step and self._saved_step < self.progress.step:
             self._save(trainer)
-        if killed and self.stop.signum is not None:  # the signal reached the workers too
+        if worker_was_killed(exception) and self.stop.signum is not None:  # it reached them too
             raise self._stopped(trainer) from exception
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
@@ -142,11 +139,6 @@ class CheckpointManager(Callback):
         checkpoint["progress"] = asdict(replace(self.progress, seconds=self.spent, wandb_id=wandb_id))
         checkpoint["loops"]["fit_loop"] = self._loops
 
-    def _due(self) -> bool:
-        if self.steps is not None:
-            return self.progress.step % self.steps == 0
-        return self.seconds is not None and time.perf_counter() - self._saved >= self.seconds
-
     def _save(self, trainer: Trainer, *, best: bool = False) -> None:
         for logger in trainer.loggers:
             logger.save()  # first, so that no checkpoint is ahead of metrics.csv
@@ -163,12 +155,8 @@ class CheckpointManager(Callback):
 
     def _stopped(self, trainer: Trainer) -> Stopped:
         total, signum = trainer.estimated_stepping_batches, self.stop.signum or signal.SIGTERM
-        parts = [
-            f"at step {self._saved_step:,} of {total:,}, saved in {self.folder / LAST}",
-            requeue(signum, resumes=self.stop.resumes),
-            "to continue, repeat the command with --resume",
-        ]
-        return Stopped("; ".join(filter(None, parts)), signum=signum)
+        place = f"at step {self._saved_step:,} of {total:,}, saved in {self.folder / LAST}"
+        return Stopped(f"{place}; to continue, repeat the command with --resume", signum=signum)
 
 
 def _resumable_loops(trainer: Trainer) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from utils.config.options import Options
 from utils.errors import UserError, first_line
-from utils.training.launch import check_launch, own_cores
+from utils.training.launch import check_launch
 from utils.training.stopping import worker_was_killed
 
 LOSS_SCALE, GROWTH_INTERVAL = 2048.0, 1000  # as published
@@ -40,10 +40,8 @@ def device_settings(options: Options) -> dict[str, Any]:
                 f"gpu_ids is {list(options.gpu_ids)}, must be {wanted.devices} (trainer.devices) different "
                 f"CUDA devices of the {available} on this machine, numbered from 0"
             )
-    elif found == "mps" and wanted.devices > 1:
-        raise UserError(f"trainer.devices is {wanted.devices}, must be 1 on mps")
-    spread = {"num_nodes": wanted.num_nodes, "strategy": wanted.strategy}
-    return {"accelerator": found, "devices": devices, **spread}
+    nodes, strategy = wanted.num_nodes, wanted.strategy
+    return {"accelerator": found, "devices": devices, "num_nodes": nodes, "strategy": strategy}
 
 
 def hardware_settings(options: Options) -> dict[str, Any]:
@@ -88,7 +86,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained_errors(options: Options) -> Iterator[None]:
+def explained_errors() -> Iterator[None]:
     """Converts exhausted memory and killed workers to a UserError with advice."""
     try:
         yield
@@ -99,17 +97,10 @@ def explained_errors(options: Options) -> Iterator[None]:
                 f"out of memory ({reason}); lower dataloader.val_batch_size, training_coeff.chunk_size or "
                 "dataloader.batch_size (which affects the result), or set dataset.cache_features=disk"
             ) from error
-        if isinstance(error, BrokenExecutor):
-            workers = options.eval.crf_workers or own_cores(options.trainer.devices)
+        if isinstance(error, BrokenExecutor) or worker_was_killed(error):
             raise UserError(
-                "a process of the CRF was killed, usually because memory is full: lower eval.crf_workers "
-                f"(now {workers}), or set eval.crf_backend=torch"
-            ) from error
-        if worker_was_killed(error):
-            raise UserError(
-                f"a DataLoader worker was killed ({reason}), usually because memory or /dev/shm is full: "
-                f"lower dataloader.num_workers (now {options.dataloader.num_workers}) or enlarge /dev/shm "
-                "(docker run --shm-size), then rerun with --resume"
+                f"a worker process was killed ({reason}), usually because memory or /dev/shm is full; lower "
+                "dataloader.num_workers or eval.crf_workers, or enlarge /dev/shm (docker run --shm-size)"
             ) from error
         raise
 

@@ -21,7 +21,6 @@ from utils.files import move_aside
 from utils.training.launch import is_rank_zero
 from utils.training.run_dir import provenance
 
-LESS_THAN_ONLINE = {"offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 INIT_SECONDS, FINISH_SECONDS = 20, 600  # timeouts for wandb to reach its server, and to finish uploading
 
 
@@ -53,35 +52,22 @@ def build_loggers(
     """
     if not is_rank_zero():
         return []
+    loggers: list[Logger] = [csv_logger(folder, step=step)]
     mode, run_id = options.wandb.mode, options.wandb.id or wandb_id
     if mode == "online":
-        mode = LESS_THAN_ONLINE.get(wandb.setup().settings.mode, mode)
-    loggers: list[Logger] = [csv_logger(folder, step=step)]
-    if mode == "online" and _has_unsynced_parts(folder, run_id):
-        print("wandb: recording offline, as earlier parts of this run are not synced yet")
-        mode = "offline"
+        mode = wandb.setup().settings.mode
+    if mode == "disabled":
+        return loggers
     if mode == "online":
         problem = "not logged in (wandb login)"
         server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
         if os.environ.get("WANDB_API_KEY") or get_netrc_auth(server):  # otherwise wandb prompts for a login
             try:
-                online = _start_wandb(options, folder, run_id, mode="online")
-                print(f"wandb: {online.experiment.url}")
-                return [*loggers, online]
+                return [*loggers, _start_wandb(options, folder, run_id, mode="online")]
             except wandb.errors.Error as error:
                 problem = first_line(error)
         print(f"wandb: {problem}; recording offline")
-    if mode == "disabled":
-        return loggers
-    offline = _start_wandb(options, folder, run_id, mode="offline")
-    parts = shlex.quote(str(Path(offline.experiment.dir).parent.parent))  # also those before a resume
-    print(f"wandb: upload with: wandb sync {parts}/offline-run-*-{offline.experiment.id}")
-    return [*loggers, offline]
-
-
-def _has_unsynced_parts(folder: Path, run_id: str | None) -> bool:
-    parts = folder.glob(f"wandb/offline-run-*-{run_id}")
-    return any(not list(part.glob("*.synced")) for part in parts)
+    return [*loggers, _start_wandb(options, folder, run_id, mode="offline")]
 
 
 def csv_logger(folder: Path, *, step: int) -> CSVLogger:
@@ -112,9 +98,7 @@ def _logged_rows(path: Path) -> list[dict[str, str]]:
     Raises:
         KeyError, ValueError, csv.Error: the file is not as Lightning writes it.
     """
-    text = path.read_text(encoding="utf-8")
-    if not text.isascii():  # a spreadsheet's byte order mark
-        raise ValueError(text[:1])
+    text = path.read_text(encoding="ascii")  # not with a spreadsheet's byte order mark
     rows = [row for row in csv.DictReader(text.splitlines(), strict=True) if None not in row.values()]
     for row in rows:
         for cell in filter(None, (row["step"], *row.values())):
@@ -137,17 +121,10 @@ def _start_wandb(options: Options, folder: Path, run_id: str | None, *, mode: st
     run.define_metric("iters")
     run.define_metric("*", step_metric="iters")
     attach(run, folder, ["options.json", "provenance.json"])
+    parts = shlex.quote(str(Path(run.dir).parent.parent))  # also those before a resume
+    offline = f"upload with: wandb sync {parts}/offline-run-*-{run.id}"
+    print(f"wandb: {run.url if mode == 'online' else offline}")
     return StepWandbLogger(experiment=run)
-
-
-def finish_wandb(options: Options) -> None:
-    """Finishes this process's wandb run, which may first have to upload it."""
-    if options.wandb.mode == "disabled" or wandb.run is None:
-        return
-    if not wandb.run.offline:
-        folder = shlex.quote(str(Path(wandb.run.dir).parent))
-        print(f"wandb: uploading; if this fails: wandb sync --include-online {folder}", flush=True)
-    wandb.finish()
 
 
 def attach(run: wandb.Run, folder: Path, names: Sequence[str]) -> None:

@@ -5,8 +5,8 @@ import math
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cache
@@ -20,7 +20,7 @@ from utils.config.loading import as_tree, flatten, is_option
 from utils.config.options import Options
 from utils.config.plugins import plugin_digests, report_changes
 from utils.errors import UserError, first_line
-from utils.files import exclusive, find_checkpoints, make_folder, move_aside, read_json_object, write_json
+from utils.files import exclusive, make_folder, move_aside, read_json_object, write_json
 from utils.training.launch import cores, is_rank_zero
 from utils.training.torch_files import read_torch_file, write_torch_file
 
@@ -57,15 +57,12 @@ class RunDir:
         self.best, self.last = self.path / BEST, self.path / LAST
         self._metrics = self.path / "metrics.json"
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Locks the folder until the block or process ends; raises a UserError if another run holds it."""
         if not is_rank_zero():
-            yield
-            return
+            return nullcontext()
         make_folder(self.path.parent)
-        with exclusive(self.path, advice=", or choose another wandb.name or output_dir"):
-            yield
+        return exclusive(self.path, advice=", or choose another wandb.name or output_dir")
 
     def final_metrics(self) -> dict[str, Any] | None:
         """The content of metrics.json if the run is finished: an evaluation alone has no `train_hours`."""
@@ -74,21 +71,13 @@ class RunDir:
 
     def write_metrics(self, result: dict[str, Any]) -> None:
         """Writes metrics.json."""
-        if is_rank_zero():
-            write_json(self._metrics, result)
+        write_json(self._metrics, result)
 
     def prepare(self, options: Options, damaged: Sequence[str], inventory: dict[str, Any]) -> None:
         """Creates the folder of a new run with options, provenance, damaged files and the data's inventory.
 
         An earlier run of that name is moved aside.
         """
-        if options.checkpoint and options.trainer.world_size > 1:
-            start = find_checkpoints(options.checkpoint, options.output_dir)[0]
-            if start.parent.resolve() == self.path.resolve():
-                raise UserError(
-                    f"checkpoint is {options.checkpoint}, in {self.path}, which a new run moves aside before "
-                    "all processes have read it; choose another wandb.name"
-                )
         if not is_rank_zero():
             return
         if (earlier := move_aside(self.path)) is not None:

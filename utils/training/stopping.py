@@ -6,13 +6,11 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 from threading import Thread
 from typing import Any
 
 from utils.errors import Interrupted, UserError
-from utils.training.launch import in_slurm_job, is_rank_zero
 
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent ends
 
@@ -31,12 +29,11 @@ class Stopped(UserError):
 class StopSignal:
     """Records the first SIGINT, SIGTERM or SIGUSR1 (SLURM's warning); the run acts on it between two steps.
 
-    From `listen` to the end of the block. A second Ctrl-C exits at once. `resumes` says whether the same
-    command would continue the run.
+    From `listen` to the end of the block. A second Ctrl-C exits at once.
     """
 
-    def __init__(self, *, resumes: bool = False) -> None:
-        self.resumes, self.signum = resumes, None
+    def __init__(self) -> None:
+        self.signum: int | None = None
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -106,22 +103,3 @@ def worker_was_killed(error: BaseException) -> bool:
 def _exit_after_main_process() -> None:
     multiprocessing.parent_process().join()  # waits on a pipe that closes with it
     os._exit(0)
-
-
-def requeue(signum: int, *, resumes: bool) -> str:
-    """Requeues a SLURM job that was warned of its time limit, by SIGUSR1, if its command resumes the run.
-
-    Returns a message about the outcome, '' if nothing was to be done. scancel and preemption send SIGTERM.
-    """
-    if not (in_slurm_job() and signum == signal.SIGUSR1 and is_rank_zero()):
-        return ""
-    if not resumes:
-        return "the SLURM job is not requeued, as it would start anew: add resume=auto"
-    job = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, timeout=30)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"SLURM job {job} could not be requeued ({error})"
-    return f"SLURM job {job} is requeued"

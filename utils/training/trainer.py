@@ -26,9 +26,7 @@ class ValidationSteps(Callback):
     def __init__(self, valid_freq: int) -> None:
         self.valid_freq = valid_freq
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, _: Any, batch_idx: int) -> None:
         """Lightning validates after a batch that `val_check_batch` divides."""
         step = batch_idx + 1
         due = step % self.valid_freq == 0 or step == trainer.num_training_batches
@@ -54,26 +52,23 @@ class RunBar(Callback):
     def __init__(self, refresh_rate: int) -> None:
         self.refresh_rate = refresh_rate
         self._bar: Bar | None = None
-        self._best: list[str] = []
+        self._best = ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the bar at the step that the run continues from."""
         total = trainer.estimated_stepping_batches
         self._bar = Bar(total=total, initial=trainer.global_step, bar_format=BAR, desc="training")
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Shows loss and best score every `refresh_rate` steps; newer values would need a GPU sync."""
-        if trainer.global_step % self.refresh_rate == 0 or trainer.global_step == self._bar.total:
-            self._show(trainer, pl_module)
-
-    def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epochs = math.ceil(self._bar.total / trainer.num_training_batches)
+        step, total = trainer.global_step, self._bar.total
+        if step % self.refresh_rate and step != total:
+            return
+        epochs = math.ceil(total / trainer.num_training_batches)
         self._bar.set_description(f"epoch {min(trainer.current_epoch + 1, epochs)}/{epochs}", refresh=False)
-        shown = [f"loss {pl_module.logged['total_loss']:.3f}"] if pl_module.logged else []
-        self._bar.set_postfix_str(", ".join([*shown, *self._best]), refresh=False)
-        self._bar.update(trainer.global_step - self._bar.n)
+        loss = f"loss {pl_module.logged['total_loss']:.3f}" if pl_module.logged else ""
+        self._bar.set_postfix_str(", ".join(filter(None, (loss, self._best))), refresh=False)
+        self._bar.update(step - self._bar.n)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens the bar of an evaluation; a validation during training is shown in that of the training."""
@@ -101,20 +96,19 @@ class RunBar(Callback):
             if f"{head}_mIoU" in metrics
         }
         words = [f"step {trainer.global_step:<6,}", *(f"{name} {pair}" for name, pair in pairs.items())]
+        if pairs and pl_module.improved:
+            self._best = f"best {pairs['clusters']}"
+            words.append("best")
         if pairs:
-            self._best = [f"best {pairs['clusters']}"] if pl_module.improved else self._best
-            self._bar.say("   ".join([*words, *(["best"] if pl_module.improved else [])]))
+            self._bar.say("   ".join(words))
+        self.on_train_batch_end(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Closes the bar, with the score of the last validation."""
-        self._show(trainer, pl_module)
-        self._bar.refresh()
-        self._bar.close()
-
-    def on_exception(self, *_: Any) -> None:
+    def on_train_end(self, *_: Any) -> None:
         """Closes the bar, which would otherwise be written again when it is garbage-collected."""
         if self._bar is not None:
             self._bar.close()
+
+    on_exception = on_train_end
 
 
 def build_trainer(

@@ -1,16 +1,13 @@
 import csv
-import json
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import wandb
 
-from tests.utils.wandb_file import WandbFile
-from tests.utils.wandb_server import WandbServer
+from tests.utils.wandb_server import wandb_server  # noqa: F401
 from utils.files import make_folder
 from utils.training import loggers as loggers_
-from utils.training.loggers import build_loggers, csv_logger, finish_wandb, wandb_runs, wandb_step
+from utils.training.loggers import build_loggers, csv_logger, wandb_runs, wandb_step
 
 
 @pytest.fixture
@@ -41,10 +38,8 @@ def test_csv__has_each_step_once_after_a_resume(tmp_path, recwarn):
     "edited",
     [
         lambda text: "\ufeff" + text,  # byte order mark
-        lambda text: text.replace(",", ";"),
         lambda text: text.replace("0.5", "a half"),
         lambda text: text.replace("step", "steps"),
-        lambda text: text.replace("0.5", '"0.5'),
     ],
 )
 def test_csv__that_was_edited_is_moved_aside(tmp_path, capsys, edited):
@@ -68,10 +63,9 @@ def test_wandb__without_login_is_recorded_offline(logged_out, tmp_path, tiny_opt
     folder = make_folder(tmp_path / "out" / "run")
     loggers = build_loggers(tiny_options(wandb__mode="online"), folder)
     assert "wandb: not logged in (wandb login); recording offline" in capsys.readouterr().out
-    loggers[1].log_metrics({"train_loss": 1.0}, step=1)
     for run in wandb_runs(loggers):
         run.finish()
-    assert [row["train_loss"] for row in WandbFile(folder).history] == [1.0]
+    assert list(folder.rglob("offline-run-*/run-*.wandb"))
 
 
 def test_wandb__without_network_is_recorded_offline(monkeypatch, tmp_path, tiny_options, capsys):
@@ -95,36 +89,13 @@ def test_wandb__mode_of_the_machine_restricts_online(
     options = tiny_options(wandb__mode="online")
     assert len(build_loggers(options, tmp_path)) == 1 + files
     assert "recording offline" not in capsys.readouterr().out  # as after a failure
-    finish_wandb(options)
+    wandb.finish()
     wandb.teardown()
     assert len(list(tmp_path.rglob("offline-run-*/run-*.wandb"))) == files
 
 
-def test_wandb__stays_offline_until_earlier_parts_are_synced(monkeypatch, tmp_path, tiny_options, capsys):
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    (part := tmp_path / "wandb/offline-run-20260101_000000-abc").mkdir(parents=True)
-    started, logger = [], Mock(experiment=Mock(dir="run/files", id="abc"))
-    monkeypatch.setattr(loggers_, "_start_wandb", lambda *_, mode: started.append(mode) or logger)
-    for _ in range(2):
-        build_loggers(tiny_options(wandb__mode="online"), tmp_path, wandb_id="abc")
-        (part / "run-abc.wandb.synced").touch()
-    assert started == ["offline", "online"]
-    assert capsys.readouterr().out.count("are not synced yet") == 1
-
-
-@pytest.fixture
-def wandb_server(monkeypatch):
-    wandb.teardown()  # which has read the address
-    with WandbServer() as server:
-        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-        monkeypatch.setenv("WANDB_BASE_URL", server.address)
-        monkeypatch.setattr(loggers_, "INIT_SECONDS", 120)
-        yield server
-        wandb.teardown()
-
-
-def test_wandb__continues_a_run_online(wandb_server, tmp_path, tiny_options, capsys):
-    options = tiny_options(wandb__mode="online", wandb__tags=["a"], wandb__notes="b")
+def test_wandb__continues_a_run_online(wandb_server, tmp_path, tiny_options, capsys):  # noqa: F811
+    options = tiny_options(wandb__mode="online")
     masks = {"truth": {"mask_data": np.zeros((8, 8), np.uint8), "class_labels": {0: "road", 1: "sky"}}}
     id = None
     for steps, validations in (((1, 2, 3), ()), ((3, 4), (3, 4))):  # stopped in the validation after step 3
@@ -136,18 +107,12 @@ def test_wandb__continues_a_run_online(wandb_server, tmp_path, tiny_options, cap
                 images = [wandb.Image(np.zeros((8, 8, 3), np.uint8), file_type="jpg", masks=masks)]
                 row = {"iters": step, "validation/predictions": images}
                 run.log(row, step=wandb_step(step, validation=True))
-        finish_wandb(options)
-        printed = capsys.readouterr().out
-        assert f"wandb: {wandb_server.address}/me/PPAP/runs/{id}" in printed
-        assert f"wandb sync --include-online {tmp_path}/wandb/run-" in printed
+        run.finish()
+        assert f"wandb: {wandb_server.address}/me/PPAP/runs/{id}" in capsys.readouterr().out
     rows = wandb_server.history(id)
     losses = [(row["iters"], row["loss"]) for row in rows if "loss" in row]
     assert losses == [(step, step / 3) for step in (1, 2, 3, 4)]
     assert [row["iters"] for row in rows if "validation/predictions" in row] == [3, 4]
-    first = wandb_server.given[0]
-    assert (first["tags"], first["notes"]) == (["a"], "b")
-    assert json.loads(first["config"])["training_coeff"]["value"]["tau"] == 0.8
-    assert "git_sha" in first["config"]
     options = tiny_options(wandb__mode="online", wandb__id="abc")
     (run,) = wandb_runs(build_loggers(options, tmp_path, wandb_id=id))
     run.finish()

@@ -119,7 +119,8 @@ def train_and_evaluate(options: Options) -> dict[str, Any]:
                 images.finish(result, folder=run_dir.path, artifact=artifact)
                 run_dir.write_metrics(result)  # last: the run then counts as finished
         finally:
-            wandb.finish()  # so that the next run of a sweep gets its own
+            if options.wandb.mode != "disabled":  # otherwise the run is a notebook's own
+                wandb.finish()  # so that the next run of a sweep gets its own
     return result
 
 

@@ -21,7 +21,7 @@ from utils.config.loading import as_tree
 from utils.config.options import Options
 from utils.errors import UserError
 from utils.files import make_folder, printable, write_text
-from utils.plots.explain_figure import COLOURS
+from utils.plots.figures import SET_COLOURS
 from utils.plots.report import render
 from utils.vision.images import find_images, open_image
 from utils.vision.labels import LabelSpace
@@ -57,14 +57,16 @@ def explore(
         raise UserError(f"--out is {page}: a folder, must be a file, such as {page / 'explore.html'}")
     make_folder(page.parent, named_by="--out")
     options, patch = module.options, module.segmenter.backbone.spec.patch
-    layers = {"sets": {"colours": [ImageColor.getrgb(colour) for colour in COLOURS]}}
+    layers = {"sets": {"colours": [ImageColor.getrgb(colour) for colour in SET_COLOURS]}}
     size = min(MAX_IMAGES, options.dataloader.batch_size)
     if data is None:
         images, names = open_photographs(Path(source), options, size=size)
     else:
         images, names = build_bank(data, source, size=size, flag="--explore")
         if labels is not None:
-            maps = _labels(data.example_split(), names)
+            split = data.example_split()
+            places = {split.name(index): index for index in range(len(split))}
+            maps = torch.stack([split[places[name]].label for name in names])  # (B, H, W)
             if (maps < labels.n_classes).any():
                 layers["labels"] = _layer(maps, labels.names, labels.palette, patch=patch)
     if predictor is not None:
@@ -76,13 +78,7 @@ def explore(
 
 def open_photographs(path: Path, options: Options, *, size: int) -> tuple[Tensor, list[str]]:
     """A photograph, or up to `size` spread over those in a folder, (B, 3, H, W) uint8, and their names."""
-    if not path.exists():
-        raise UserError(
-            f"--explore is {path}, must be an image, a folder, or the index of a validation image"
-        )
     found, others = find_images(path) if path.is_dir() else ([path], "")
-    if not found:
-        raise UserError(f"--explore is {path}: it contains no image; {others}")
     count = min(size, len(found))
     if count < len(found):
         print(f"{path}: showing {count} of {len(found)} images, see dataloader.batch_size")
@@ -93,18 +89,13 @@ def open_photographs(path: Path, options: Options, *, size: int) -> tuple[Tensor
             pixels.append(np.asarray(geometry(open_image(file), None)[0]))  # (H, W, 3)
             names.append(printable(file))
         except UserError as error:
-            if not options.dataset.skip_damaged:
-                raise UserError(f"{error}; dataset.skip_damaged=true skips all damaged files") from None
             print(f"{error}; skipped")
     if not pixels:
-        raise UserError(f"--explore is {path}: none of its images is readable")
+        raise UserError(
+            f"--explore is {path}, must be an image, a folder of images, or the index of a validation image; "
+            f"{others}"
+        )
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), names
-
-
-def _labels(split: Any, names: Sequence[str]) -> Tensor:
-    """Labels (B, H, W) of images of a split."""
-    positions = {split.name(index): index for index in range(len(split))}
-    return torch.stack([split[positions[name]].label for name in names])
 
 
 def _layer(maps: Tensor, names: Sequence[str], palette: Sequence[Any], *, patch: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -23,6 +24,9 @@ IGNORED = (0, 0, 0)
 UNMATCHED = (160, 160, 160)
 LEGEND_ROWS = 16  # per column of a legend
 MOST_NUMBERED = 60  # classes of a confusion matrix whose cells have room for a number
+SETS = ("positives", "ambiguous", "negatives")
+SET_COLOURS = ("#0072b2", "#f0e442", "#d55e00")  # colour-blind safe (Okabe and Ito)
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3, "fontsize": 9, "frameon": False}
 
 
 def colour(classes: np.ndarray, labels: LabelSpace, *, missing: tuple[int, int, int] = IGNORED) -> np.ndarray:
@@ -107,13 +111,23 @@ def draw_sets(path: Path, rows: Sequence[dict[str, float]], *, title: str) -> No
         seaborn.lineplot(x=steps, y=values, ax=quality, marker="o", label=f"{key} of {members}")
     quality.set(xlabel="relocations t", ylabel="%", ylim=(0, 101), xticks=steps)
     quality.set_title(title, fontsize=9)
-    shares = [[row[key] for row in rows] for key in ("positives", "ambiguous", "negatives")]
-    names = ("positives", "ambiguous zone", "negatives")
-    size.stackplot(steps, shares, labels=names, colors=("#4c9f70", "0.8", "#c0504d"))
-    size.set(xlabel="relocations t", ylabel="% of the patches", ylim=(0, 100), xticks=steps)
-    for axis in (quality, size):
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)  # below the axes
+    quality.legend(**BELOW)
+    draw_shares(size, rows)
     save_figure(figure, path)
+
+
+def draw_shares(axis: Axes, rows: Sequence[dict[str, float]]) -> None:
+    """Draws a bar with the percentages of `SETS` for each t = 0..T."""
+    steps = [str(t) for t in range(len(rows))]
+    left = np.zeros(len(rows))
+    for name, colour in zip(SETS, SET_COLOURS, strict=True):
+        share = np.array([row[name] for row in rows])
+        bars = axis.barh(steps, share, left=left, color=colour, alpha=0.8, label=name)
+        axis.bar_label(bars, [f"{value:.1f}" if value >= 6 else "" for value in share], label_type="center")
+        left += share
+    axis.invert_yaxis()
+    axis.legend(**BELOW)
+    axis.set(xlabel="% of the patches of a batch", ylabel="relocations t", xlim=(0, 100))
 
 
 def draw_confusion(path: Path, confusions: dict[str, np.ndarray], *, labels: LabelSpace) -> None:

@@ -46,12 +46,7 @@ def explore(
 ) -> None:
     """Writes the page: all frozen features, and as further layers the labels and clusters that are known.
 
-    Args:
-        data: the data of an evaluation; None if `source` is a photograph or a folder.
-        source: a photograph, a folder, or the index of a validation image, see `build_bank`.
-        page: the file to write.
-        labels: the classes of the data, or None if they are unknown.
-        predictor: source of the clusters, or None.
+    `source` is the index of a validation image of `data`, or, if that is None, a photograph or a folder.
     """
     if page.is_dir():
         raise UserError(f"--out is {page}: a folder, must be a file, such as {page / 'explore.html'}")
@@ -115,10 +110,8 @@ def write_page(
     options: Options,
 ) -> None:
     """Writes a page of at most `MAX_BYTES` for the bank (N, D) of images (B, 3, H, W) uint8."""
-    (height, width), (count, dim), chosen = grid, bank.shape, options.training_coeff
-    coarse = all(round(edge, 2) == edge for edge in (chosen.initialcrit_pos, chosen.initialcrit_amb))
+    (height, width), (count, dim) = grid, bank.shape
     content = {
-        "step": 0.01 if coarse else 0.001,  # of the sliders of both boundaries
         "grid": grid,
         "anchor": height // 2 * width + width // 2,
         "pictures": [(Path(name).name, _jpeg(image)) for name, image in zip(names, images, strict=True)],
@@ -127,17 +120,12 @@ def write_page(
     }
     without = render("explore.html", features={"count": count}, **content)
     features = pack_features(bank, limit=(MAX_BYTES - len(without.encode()) - SCALE_BYTES * dim) * 3 // 4)
-    if features is None:
-        raise UserError(
-            f"--explore: the features of {len(images)} images of {height} x {width} patches do not fit into "
-            f"{MAX_BYTES // 10**6} MB; lower dataloader.batch_size, the number of images, or dataset.val_res"
-        )
     write_text(page, render("explore.html", features=features, **content))
     print(f"\nresults: {page}; {page.stat().st_size / 1e6:.2f} MB, opens in any browser")
 
 
-def pack_features(bank: Tensor, *, limit: int) -> dict[str, Any] | None:
-    """f_j of N patches, (N, D) float32, in at most `limit` bytes; None if the error were too large.
+def pack_features(bank: Tensor, *, limit: int) -> dict[str, Any]:
+    """f_j of N patches, (N, D) float32, in at most `limit` bytes; a UserError if the error is too large.
 
     Principal axes are rounded to steps that are inversely proportional to their standard deviation, as the
     error of an axis is multiplied by a coordinate of a proxy. The page scales rows to unit length again.
@@ -157,7 +145,10 @@ def pack_features(bank: Tensor, *, limit: int) -> dict[str, Any] | None:
             scales = [float(f"{scale:.7g}") for scale in (deviation[-1] / deviation).tolist()]
             return {"codes": _base64(packed), "scales": scales, "count": count}
         step *= max(1.02, 2 ** (8 * (len(packed) - limit) / codes.size))
-    return None
+    raise UserError(
+        f"--explore: the features of {count:,} patches do not fit into {MAX_BYTES // 10**6} MB; lower "
+        "dataloader.batch_size, the number of images, or dataset.val_res"
+    )
 
 
 def _base64(content: bytes) -> str:

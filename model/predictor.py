@@ -17,7 +17,6 @@ from model.evaluator import CLUSTER_ALPHA, HEADS
 from model.module import PPAPModule
 from utils.errors import LeftOut, UserError, listed
 from utils.files import make_folder, write_json
-from utils.plots.figures import draw_legend
 from utils.plots.mask_files import mask_ids, renamed, result_files, write_contact_sheet, write_results
 from utils.progress import Bar
 from utils.training.device import accelerator, chosen_precision
@@ -37,7 +36,7 @@ class Predictor:
     Args:
         module: the network.
         assignment: class of each cluster, outside [0, n_classes) for none; None if clusters were not matched.
-        device: such as "cuda:0"; None selects CUDA, then Apple MPS, then the CPU.
+        device: None selects CUDA, then Apple MPS, then the CPU.
         res: shorter side in pixels at which the network sees a photograph; None is `dataset.val_res`.
         head: "cluster" or "linear".
         crf: whether to refine with the CRF of `eval.crf_backend`.
@@ -72,7 +71,6 @@ class Predictor:
             raise UserError(f"tile is {tile}, must be a multiple of the patch ({patch})")
         if head == "linear":
             assignment = range(labels.n_classes)
-        self.unmatched = assignment is None
         channels = labels.n_classes if head == "linear" else len(module.cluster_probe.clusters)
         self.names, self.palette, ids = mask_ids(labels, assignment, n_clusters=channels)
         self._ids = np.array(ids, dtype=np.uint8)  # of each channel
@@ -183,7 +181,7 @@ def predict_folder(
 ) -> dict[str, Any]:
     """Writes masks of one photograph or of a folder, at the paths of `result_files`.
 
-    The folder `out` also gets overlays, legend.png, an index.html that shows them all, and legend.json.
+    The folder `out` also gets overlays, an index.html that shows them with a legend, and legend.json.
     Returns legend.json's content: `ids`, `images` (a count), `left_out` (messages). `names`: see --names.
 
     Raises:
@@ -192,9 +190,6 @@ def predict_folder(
     files = result_files(images, out, flat=flat)
     named = renamed(predictor.names, names) if names else predictor.names
     make_folder(out, named_by="--out")
-    if predictor.unmatched:
-        why = "trained without labels, or a published checkpoint"
-        print(f"The clusters have no class names ({why}); mask values are cluster numbers.")
     counts, done, skipped = np.zeros(len(named), dtype=np.int64), [], []
     for path, written in Bar(files.items(), desc="masks", unit="image"):
         try:
@@ -211,7 +206,6 @@ def predict_folder(
     legend = [{"id": number, "name": n, "colour": c, "share": share} for number, (n, c, share) in rows]
     result = {"ids": legend, "images": len(done), "left_out": skipped}
     write_json(out / "legend.json", result)
-    draw_legend(out / "legend.png", legend)
     write_contact_sheet(out, done, legend, skipped)
     print(f"\nresults: {out}; open {out / 'index.html'}")
     if skipped:

@@ -43,11 +43,9 @@ class Explanation:
         return np.stack([(self.zones == zone).sum(axis=(2, 3)) for zone in range(len(SETS))], axis=2)
 
     def nearest(self, count: int) -> list[int]:
-        """The other images, sorted by the sum of v_T . f_j over their positives, then over all patches."""
-        similarity = self.similarity[-1]  # (B, h, w)
-        mass = np.where(self.zones[-1] == POSITIVE, similarity, 0).sum(axis=(1, 2))  # (B,)
-        order = np.lexsort((-similarity.sum(axis=(1, 2)), -mass)).tolist()
-        return [image for image in order if image > 0][:count]
+        """The other images with the largest sums of v_T . f_j over their positives."""
+        mass = np.where(self.zones[-1] == POSITIVE, self.similarity[-1], 0).sum(axis=(1, 2))  # (B,)
+        return (1 + np.argsort(-mass[1:], kind="stable")[:count]).tolist()
 
     def numbers(self) -> list[dict[str, Any]]:
         """For t = 0..T: boundaries, m_t, and the sizes of the sets in the bank and in the anchor's image."""
@@ -59,12 +57,10 @@ class Explanation:
         ]
 
 
-def draw_explanation(
-    path: Path, found: Explanation, *, pictures: np.ndarray, names: Sequence[str], about: str
-) -> None:
+def draw_explanation(path: Path, found: Explanation, *, pictures: np.ndarray, names: Sequence[str]) -> None:
     """One column per t; rows of similarities, sets, sets in the three nearest images, and histograms.
 
-    `pictures`, (B, H, W, 3) uint8, and `names` are those of the bank's images, `about` describes the bank.
+    `pictures`, (B, H, W, 3) uint8, and `names` are those of the bank's images.
     """
     shown = [0, *found.nearest(3)]
     rows, columns = len(shown) + 2, len(found.phi) + 1
@@ -73,7 +69,8 @@ def draw_explanation(
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
     row, column = found.anchor
     title = f"Propagation of patch {row},{column} of {Path(names[0]).stem[:60]}"
-    figure.suptitle(f"{title}\n{about}, {found.zones[0].size:,} patches", fontsize=13, parse_math=False)
+    about = f"bank: {len(pictures)} images, {found.zones[0].size:,} patches"
+    figure.suptitle(f"{title}\n{about}", fontsize=13, parse_math=False)
     for axis in (*axes[:-1].flat, axes[-1, 0]):
         axis.set_axis_off()
     handles = [

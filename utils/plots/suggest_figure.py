@@ -40,17 +40,12 @@ def draw_suggestion(path: Path, result: dict[str, Any], curves: dict[str, np.nda
 def _draw_similarities(axis: Axes, result: dict[str, Any], curves: dict[str, np.ndarray]) -> None:
     edges = np.append(curves["threshold"], 1)  # (G + 1,)
     centres, bins = (edges[1:] + edges[:-1]) / 2, edges[:: max(1, len(edges) // 80)]
-    for name, colour, label in (
-        ("adjacent", ADJACENT, "adjacent patches"),
-        ("random", RANDOM, "random patches"),
-    ):
+    for name, colour in (("adjacent", ADJACENT), ("random", RANDOM)):
         how = {"bins": bins, "weights": curves[name], "density": True, "color": colour}
-        axis.hist(centres, **how, alpha=0.45, label=label)
+        axis.hist(centres, **how, alpha=0.45, label=f"{name} patches")
         axis.hist(centres, **how, histtype="step")
-    axis.set(
-        ylabel="density",
-        title=f"Adjacent patches are more similar in {result['separation']:.0f}% of the cases",
-    )
+    title = f"Adjacent patches are more similar in {result['separation']:.0f}% of the cases"
+    axis.set(ylabel="density", title=title)
 
 
 def _draw_estimates(axis: Axes, result: dict[str, Any], curves: dict[str, np.ndarray]) -> None:

@@ -34,7 +34,6 @@ def test_draw__any_steps_bank_and_boundaries(tmp_path, steps, images, phi, psi):
             Explanation((3, 4), similarity, zones, *numbers),
             pictures=drawn.integers(0, 256, (images, 40, 40, 3), dtype=np.uint8),
             names=[f"folder/a$b_{number}^.png" for number in range(images)],
-            about="bank: this image alone",
         )
     width, height = Image.open(tmp_path / "a.png").size
     assert 600 <= width <= 1600

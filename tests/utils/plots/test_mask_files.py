@@ -8,19 +8,11 @@ import pytest
 from PIL import Image
 
 from utils.errors import UserError
-from utils.plots.mask_files import ResultFiles, mask_ids, overlay, renamed, result_files, write_results
+from utils.plots.mask_files import ResultFiles, overlay, renamed, result_files, write_results
 from utils.vision.labels import LabelSpace
 
 LABELS = LabelSpace(("road", "sky", "tree"), ((1, 2, 3), (4, 5, 6), (7, 8, 9)))
 PALETTE = [(200, 0, 0), (0, 0, 200)]
-
-
-def test_ids__matched_clusters_take_their_class_and_others_follow():
-    names, palette, ids = mask_ids(LABELS, [2, -1, 0, 1, 255], n_clusters=5)
-    assert ids == [2, 3, 0, 1, 4]
-    assert names == ["road", "sky", "tree", "cluster 1", "cluster 4"]
-    assert palette[:3] == list(LABELS.palette)
-    assert len(set(palette)) == 5
 
 
 def test_names__from_text_and_file(tmp_path):
@@ -50,10 +42,10 @@ def test_folders__are_nested_and_distinct(tmp_path):
 
 
 def test_flat__names_are_joined_and_distinct(tmp_path):
-    touch(tmp_path / "in", "a.jpg", "b/a.jpg", "b_a.png", "c/d.tif", "legend.jpg")
+    touch(tmp_path / "in", "a.jpg", "b/a.jpg", "b_a.png", "c/d.tif")
     files = result_files(tmp_path / "in", tmp_path / "out", flat=True)
     masks = sorted(each.mask.relative_to(tmp_path / "out").as_posix() for each in files.values())
-    assert masks == ["a.png", "b_a.jpg.png", "b_a.png.png", "c_d.png", "legend.jpg.png"]
+    assert masks == ["a.png", "b_a.jpg.png", "b_a.png.png", "c_d.png"]
     assert files[tmp_path / "in/c/d.tif"].overlay == tmp_path / "out/overlays/c_d.jpg"
     touch(tmp_path / "in", "b_a.jpg")
     with pytest.raises(UserError, match="two photographs have the same name"):

@@ -67,8 +67,8 @@ def open_refiner(options: Options) -> AbstractContextManager[Refiner]:
 class Evaluator(nn.Module):
     """Collects an evaluation batch by batch; each rank adds its own batches, `compute` scores those of all.
 
-    With `is_direct`, the code itself holds the cluster logits. Predictions of the images with an index in
-    `pictured` are kept, and those that the CRF `refiner` refines are scored as well.
+    With `is_direct`, the code itself holds the cluster logits. `pictured` are the indices of the images whose
+    predictions are kept; the predictions of the CRF `refiner`, if there is one, are scored as well.
     """
 
     def __init__(

@@ -90,7 +90,11 @@ class Predictor:
             image = Image.fromarray(image)
         rgb = as_rgb(image, "the image") if isinstance(image, Image.Image) else open_image(Path(image))
         size = rgb.height, rgb.width
-        scaled = np.asarray(rgb.resize(self._network_size(rgb.size), self._resampling))  # (h', w', 3)
+        seen = resized(rgb.size, self.res)  # by the network, (w', h')
+        if not self.tile:  # at most `MAX_PATCHES`
+            shrink = min(1, math.sqrt(MAX_PATCHES * self.patch**2 / math.prod(seen)))
+            seen = tuple(math.ceil(side * shrink) for side in seen)
+        scaled = np.asarray(rgb.resize(seen, self._resampling))  # (h', w', 3)
         height, width = scaled.shape[:2]
         # reflection, as repeated edge pixels would look like streaks
         below, right = -height % self.patch, -width % self.patch
@@ -106,12 +110,6 @@ class Predictor:
             logits, extent = self._refined(pixels[..., :height, :width], code, logits), None  # (1, K, h', w')
         _, channels = upsampled_argmax(logits, size, extent)  # (1, H, W)
         return self._ids[channels[0].cpu().numpy()]
-
-    def _network_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(W, H) at which the network sees a photograph: without `tile`, at most `MAX_PATCHES`."""
-        width, height = resized(size, self.res)
-        shrink = 1 if self.tile else min(1, math.sqrt(MAX_PATCHES * self.patch**2 / (width * height)))
-        return math.ceil(width * shrink), math.ceil(height * shrink)
 
     def _automatic_tile(self, image: Tensor) -> int | None:
         """The tile of an image (1, 3, H, W) that has too many patches for one pass, else None."""

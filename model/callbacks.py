@@ -142,10 +142,10 @@ class HtmlReport(Callback):
             return
         with errors_as_warnings(path):
             names, images = zip(*self.shown, strict=True)
-            stacked, about = torch.stack(images), f"bank: {len(images)} images"  # (P, 3, H, W)
+            stacked = torch.stack(images)  # (P, 3, H, W)
             found = explain_images(module, stacked, patch=None, trainer=trainer)
             pictures = stacked.permute(0, 2, 3, 1).numpy()  # (P, H, W, 3)
-            draw_explanation(path, found, pictures=pictures, names=names, about=about)
+            draw_explanation(path, found, pictures=pictures, names=names)
 
 
 def summary_of(result: dict[str, Any]) -> dict[str, float]:

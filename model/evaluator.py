@@ -67,12 +67,8 @@ def open_refiner(options: Options) -> AbstractContextManager[Refiner]:
 class Evaluator(nn.Module):
     """Collects an evaluation batch by batch; each rank adds its own batches, `compute` scores those of all.
 
-    Args:
-        n_classes, n_clusters: number of outputs of the linear and the cluster probe.
-        is_direct: the code itself holds the cluster logits.
-        with_linear: whether a linear probe was trained.
-        pictured: indices of the images whose predictions are kept.
-        refiner: CRF whose refined predictions are scored as well, or None.
+    With `is_direct`, the code itself holds the cluster logits. `pictured` are the indices of the images whose
+    predictions are kept; the predictions of the CRF `refiner`, if there is one, are scored as well.
     """
 
     def __init__(

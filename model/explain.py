@@ -27,15 +27,14 @@ def explain_image(
 ) -> dict[str, Any]:
     """Draws <image>_<row>_<column>.png for one anchor, and adds its numbers to explain.json in the folder.
 
-    `image` is a file or the index of a validation image; `patch`, (row, column) from 0, the anchor on the
-    patch grid, None the central one. Of the module only the frozen part is used.
+    `image` is a file or the index of a validation image; for `patch` see `explain_images`.
     """
     images, names = build_bank(data, image, size=module.options.dataloader.batch_size)
     found = explain_images(module, images, patch=patch)
     name = re.sub(r"[^\w.=+-]+", "_", f"{Path(names[0]).stem}_{found.anchor[0]}_{found.anchor[1]}")
     file = make_folder(folder) / "explain.json"
-    pictures, about = images.permute(0, 2, 3, 1).numpy(), f"bank: {len(images)} images"  # (B, H, W, 3)
-    draw_explanation(folder / f"{name}.png", found, pictures=pictures, names=names, about=about)
+    pictures = images.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+    draw_explanation(folder / f"{name}.png", found, pictures=pictures, names=names)
     result = {"image": names[0], "patch": list(found.anchor), "grid": list(found.grid), "images": len(images)}
     result["steps"] = found.numbers()
     write_json(file, (read_json_object(file) if file.exists() else {}) | {name: result})

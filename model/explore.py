@@ -21,7 +21,7 @@ from utils.config.loading import as_tree
 from utils.config.options import Options
 from utils.errors import UserError
 from utils.files import make_folder, printable, write_text
-from utils.plots.explain_figure import COLOURS
+from utils.plots.figures import SET_COLOURS
 from utils.plots.report import render
 from utils.vision.images import find_images, open_image
 from utils.vision.labels import LabelSpace
@@ -46,25 +46,22 @@ def explore(
 ) -> None:
     """Writes the page: all frozen features, and as further layers the labels and clusters that are known.
 
-    Args:
-        data: the data of an evaluation; None if `source` is a photograph or a folder.
-        source: a photograph, a folder, or the index of a validation image, see `build_bank`.
-        page: the file to write.
-        labels: the classes of the data, or None if they are unknown.
-        predictor: source of the clusters, or None.
+    `source` is the index of a validation image of `data`, or, if that is None, a photograph or a folder.
     """
     if page.is_dir():
         raise UserError(f"--out is {page}: a folder, must be a file, such as {page / 'explore.html'}")
     make_folder(page.parent, named_by="--out")
     options, patch = module.options, module.segmenter.backbone.spec.patch
-    layers = {"sets": {"colours": [ImageColor.getrgb(colour) for colour in COLOURS]}}
+    layers = {"sets": {"colours": [ImageColor.getrgb(colour) for colour in SET_COLOURS]}}
     size = min(MAX_IMAGES, options.dataloader.batch_size)
     if data is None:
         images, names = open_photographs(Path(source), options, size=size)
     else:
         images, names = build_bank(data, source, size=size, flag="--explore")
         if labels is not None:
-            maps = _labels(data.example_split, names)
+            split = data.example_split
+            places = {split.name(index): index for index in range(len(split))}
+            maps = torch.stack([split[places[name]].label for name in names])  # (B, H, W)
             if (maps < labels.n_classes).any():
                 layers["labels"] = _layer(maps, labels.names, labels.palette, patch=patch)
     if predictor is not None:
@@ -76,13 +73,7 @@ def explore(
 
 def open_photographs(path: Path, options: Options, *, size: int) -> tuple[Tensor, list[str]]:
     """A photograph, or up to `size` spread over those in a folder, (B, 3, H, W) uint8, and their names."""
-    if not path.exists():
-        raise UserError(
-            f"--explore is {path}, must be an image, a folder, or the index of a validation image"
-        )
     found, others = find_images(path) if path.is_dir() else ([path], "")
-    if not found:
-        raise UserError(f"--explore is {path}: it contains no image; {others}")
     count = min(size, len(found))
     if count < len(found):
         print(f"{path}: showing {count} of {len(found)} images, see dataloader.batch_size")
@@ -93,18 +84,13 @@ def open_photographs(path: Path, options: Options, *, size: int) -> tuple[Tensor
             pixels.append(np.asarray(geometry(open_image(file), None)[0]))  # (H, W, 3)
             names.append(printable(file))
         except UserError as error:
-            if not options.dataset.skip_damaged:
-                raise UserError(f"{error}; dataset.skip_damaged=true skips all damaged files") from None
             print(f"{error}; skipped")
     if not pixels:
-        raise UserError(f"--explore is {path}: none of its images is readable")
+        raise UserError(
+            f"--explore is {path}, must be an image, a folder of images, or the index of a validation image; "
+            f"{others}"
+        )
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), names
-
-
-def _labels(split: Any, names: Sequence[str]) -> Tensor:
-    """Labels (B, H, W) of images of a split."""
-    positions = {split.name(index): index for index in range(len(split))}
-    return torch.stack([split[positions[name]].label for name in names])
 
 
 def _layer(maps: Tensor, names: Sequence[str], palette: Sequence[Any], *, patch: int) -> dict[str, Any]:
@@ -124,10 +110,8 @@ def write_page(
     options: Options,
 ) -> None:
     """Writes a page of at most `MAX_BYTES` for the bank (N, D) of images (B, 3, H, W) uint8."""
-    (height, width), (count, dim), chosen = grid, bank.shape, options.training_coeff
-    coarse = all(round(edge, 2) == edge for edge in (chosen.initialcrit_pos, chosen.initialcrit_amb))
+    (height, width), (count, dim) = grid, bank.shape
     content = {
-        "step": 0.01 if coarse else 0.001,  # of the sliders of both boundaries
         "grid": grid,
         "anchor": height // 2 * width + width // 2,
         "pictures": [(Path(name).name, _jpeg(image)) for name, image in zip(names, images, strict=True)],
@@ -136,17 +120,12 @@ def write_page(
     }
     without = render("explore.html", features={"count": count}, **content)
     features = pack_features(bank, limit=(MAX_BYTES - len(without.encode()) - SCALE_BYTES * dim) * 3 // 4)
-    if features is None:
-        raise UserError(
-            f"--explore: the features of {len(images)} images of {height} x {width} patches do not fit into "
-            f"{MAX_BYTES // 10**6} MB; lower dataloader.batch_size, the number of images, or dataset.val_res"
-        )
     write_text(page, render("explore.html", features=features, **content))
     print(f"\nresults: {page}; {page.stat().st_size / 1e6:.2f} MB, opens in any browser")
 
 
-def pack_features(bank: Tensor, *, limit: int) -> dict[str, Any] | None:
-    """f_j of N patches, (N, D) float32, in at most `limit` bytes; None if the error were too large.
+def pack_features(bank: Tensor, *, limit: int) -> dict[str, Any]:
+    """f_j of N patches, (N, D) float32, in at most `limit` bytes; a UserError if the error is too large.
 
     Principal axes are rounded to steps that are inversely proportional to their standard deviation, as the
     error of an axis is multiplied by a coordinate of a proxy. The page scales rows to unit length again.
@@ -166,7 +145,10 @@ def pack_features(bank: Tensor, *, limit: int) -> dict[str, Any] | None:
             scales = [float(f"{scale:.7g}") for scale in (deviation[-1] / deviation).tolist()]
             return {"codes": _base64(packed), "scales": scales, "count": count}
         step *= max(1.02, 2 ** (8 * (len(packed) - limit) / codes.size))
-    return None
+    raise UserError(
+        f"--explore: the features of {count:,} patches do not fit into {MAX_BYTES // 10**6} MB; lower "
+        "dataloader.batch_size, the number of images, or dataset.val_res"
+    )
 
 
 def _base64(content: bytes) -> str:

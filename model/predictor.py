@@ -1,6 +1,5 @@
 """Predicts class maps of photographs: `Predictor` for one photograph, `predict_folder` for files."""
 
-import hashlib
 import math
 from collections.abc import Callable
 from itertools import product
@@ -16,31 +15,17 @@ from torch.nn import functional as F
 from loss import ieee_float32
 from model.evaluator import CLUSTER_ALPHA, HEADS
 from model.module import PPAPModule
-from utils.config.loading import as_tree
-from utils.config.plugins import plugin_digests
 from utils.errors import LeftOut, UserError, listed
 from utils.files import make_folder, write_json
-from utils.plots.figures import draw_legend
-from utils.plots.mask_files import (
-    ResultFiles,
-    kept_mask,
-    mask_ids,
-    origin_of,
-    renamed,
-    result_files,
-    write_contact_sheet,
-    write_results,
-)
+from utils.plots.mask_files import mask_ids, renamed, result_files, write_contact_sheet, write_results
 from utils.progress import Bar
-from utils.training.device import accelerator, chosen_precision, is_out_of_memory
+from utils.training.device import accelerator, chosen_precision
 from utils.vision import crf, mean_field
-from utils.vision.crf import crf_missing, resolve_backend
+from utils.vision.crf import resolve_backend
 from utils.vision.images import as_rgb, open_image
 from utils.vision.transforms import RESAMPLING, normalise, resized, to_eight_bit
 from utils.vision.upsampling import upsampled_argmax, upsampled_norm
 
-CRF_BACKENDS = (False, "pydensecrf", "torch")
-MIN_TILE = 4  # patches per side, of which a quarter overlaps
 MAX_PASS, MAX_PATCHES = 64**2, 2**18  # patches of one forward pass, and of a photograph
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -51,10 +36,10 @@ class Predictor:
     Args:
         module: the network.
         assignment: class of each cluster, outside [0, n_classes) for none; None if clusters were not matched.
-        device: such as "cuda:0"; None selects CUDA, then Apple MPS, then the CPU.
+        device: None selects CUDA, then Apple MPS, then the CPU.
         res: shorter side in pixels at which the network sees a photograph; None is `dataset.val_res`.
         head: "cluster" or "linear".
-        crf: whether to refine; True uses `eval.crf_backend`, "pydensecrf" or "torch" overrides it.
+        crf: whether to refine with the CRF of `eval.crf_backend`.
         tile: side in pixels of overlapping tiles; None tiles photographs of more than 4,096 patches only,
             and reduces extremely large or thin ones to 262,144 patches.
 
@@ -71,30 +56,22 @@ class Predictor:
         device: str | torch.device | None = None,
         res: int | None = None,
         head: str = "cluster",
-        crf: bool | str = False,
+        crf: bool = False,
         tile: int | None = None,
     ) -> None:
         options, labels, patch = module.options, module.labels, module.segmenter.backbone.spec.patch
         self.head, self.tile, self.patch, self._announced = head, tile, patch, False
         self.res = options.dataset.val_res if res is None else res
-        backend = options.eval.crf_backend if crf is True else crf
-        self.crf = resolve_backend(backend) if backend else False
-        channels = labels.n_classes if head == "linear" else len(module.cluster_probe.clusters)
+        self.crf = resolve_backend(options.eval.crf_backend) if crf else None
         heads = HEADS if module.evaluator.with_linear else ("cluster",)
-        tiles = f"a multiple of the patch ({patch}) from {MIN_TILE * patch}"
-        checks = {
-            f"head is {head}, must be {' or '.join(heads)}; linear needs labelled train data": head in heads,
-            f"res is {res}, must be at least {patch}, one patch": self.res >= patch,
-            f"crf is {crf}, must be true, false, pydensecrf or torch": self.crf in CRF_BACKENDS,
-            f"{crf_missing()}; or set eval.crf_backend=torch": self.crf != "pydensecrf" or not crf_missing(),
-            f"{channels} clusters, must be at most 256: masks have 8 bits": channels <= 256,
-            f"tile is {tile}, must be {tiles}": not tile or (tile >= MIN_TILE * patch and tile % patch == 0),
-        }
-        if mistakes := [message for message, valid in checks.items() if not valid]:
-            raise UserError(mistakes)
+        if head not in heads:
+            allowed = f"{' or '.join(heads)}; linear needs labelled train data"
+            raise UserError(f"head is {head}, must be {allowed}")
+        if tile and tile % patch:
+            raise UserError(f"tile is {tile}, must be a multiple of the patch ({patch})")
         if head == "linear":
             assignment = range(labels.n_classes)
-        self.unmatched = assignment is None
+        channels = labels.n_classes if head == "linear" else len(module.cluster_probe.clusters)
         self.names, self.palette, ids = mask_ids(labels, assignment, n_clusters=channels)
         self._ids = np.array(ids, dtype=np.uint8)  # of each channel
         self.device = torch.device(device or accelerator())
@@ -109,9 +86,15 @@ class Predictor:
 
         The photograph is a file, a PIL image of any mode, or an array (H, W, 3) uint8, RGB.
         """
-        rgb = _photograph(image)
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        rgb = as_rgb(image, "the image") if isinstance(image, Image.Image) else open_image(Path(image))
         size = rgb.height, rgb.width
-        scaled = np.asarray(rgb.resize(self._network_size(rgb.size), self._resampling))  # (h', w', 3)
+        seen = resized(rgb.size, self.res)  # by the network, (w', h')
+        if not self.tile:  # at most `MAX_PATCHES`
+            shrink = min(1, math.sqrt(MAX_PATCHES * self.patch**2 / math.prod(seen)))
+            seen = tuple(math.ceil(side * shrink) for side in seen)
+        scaled = np.asarray(rgb.resize(seen, self._resampling))  # (h', w', 3)
         height, width = scaled.shape[:2]
         # reflection, as repeated edge pixels would look like streaks
         below, right = -height % self.patch, -width % self.patch
@@ -128,30 +111,14 @@ class Predictor:
         _, channels = upsampled_argmax(logits, size, extent)  # (1, H, W)
         return self._ids[channels[0].cpu().numpy()]
 
-    def digest(self) -> str:
-        """SHA-256 of all that a class map and its colours depend on, besides the photograph."""
-        settings = self.head, self.res, self.tile, self.crf, self._dtype, self._ids.tolist(), self.palette
-        code = as_tree(self.module.options), sorted(plugin_digests().items())
-        digest = hashlib.sha256(repr((settings, code)).encode())
-        for value in self.module.state_dict().values():
-            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    def _network_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(W, H) at which the network sees a photograph: without `tile`, at most `MAX_PATCHES`."""
-        width, height = resized(size, self.res)
-        shrink = 1 if self.tile else min(1, math.sqrt(MAX_PATCHES * self.patch**2 / (width * height)))
-        return math.ceil(width * shrink), math.ceil(height * shrink)
-
     def _automatic_tile(self, image: Tensor) -> int | None:
         """The tile of an image (1, 3, H, W) that has too many patches for one pass, else None."""
-        side = math.isqrt(MAX_PASS) * self.patch
         if math.prod(self.module.segmenter.grid(image)) <= MAX_PASS:
             return None
         if not self._announced:
             print(f"images above {MAX_PASS:,} patches are tiled, above {MAX_PATCHES:,} shrunk; see --tile")
         self._announced = True
-        return side
+        return math.isqrt(MAX_PASS) * self.patch
 
     def _code(self, image: Tensor) -> Tensor:
         """(1, 3, H, W) uint8 to (1, D, h, w) float32."""
@@ -174,21 +141,6 @@ class Predictor:
             return mean_field.refine(shown, [full])[0][None]
         refined = crf.refine(shown.cpu().numpy(), [crf.HeadLogits(full.cpu().numpy())])[0]
         return torch.from_numpy(refined).to(self.device)[None]
-
-
-def _photograph(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
-    if isinstance(image, (str, Path)):
-        return open_image(Path(image))
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            found = f"{image.shape} {image.dtype}"
-            raise UserError(f"the image is an array {found}, must be (H, W, 3) uint8, RGB")
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise UserError(
-            f"the image is of type {type(image).__name__}, must be a path, a PIL image or an array"
-        )
-    return as_rgb(image, "the image")
 
 
 def tiled_code(
@@ -227,10 +179,8 @@ def predict_folder(
 ) -> dict[str, Any]:
     """Writes masks of one photograph or of a folder, at the paths of `result_files`.
 
-    The folder `out` also gets overlays, legend.png, an index.html that shows them all, and legend.json.
+    The folder `out` also gets overlays, an index.html that shows them with a legend, and legend.json.
     Returns legend.json's content: `ids`, `images` (a count), `left_out` (messages). `names`: see --names.
-
-    Masks that an earlier call with the same network and settings wrote are kept.
 
     Raises:
         LeftOut: some photographs are damaged; the others have masks.
@@ -238,20 +188,15 @@ def predict_folder(
     files = result_files(images, out, flat=flat)
     named = renamed(predictor.names, names) if names else predictor.names
     make_folder(out, named_by="--out")
-    if predictor.unmatched:
-        why = "trained without labels, or a published checkpoint"
-        print(f"The clusters have no class names ({why}); mask values are cluster numbers.")
-    counts, done, skipped, kept = np.zeros(len(named), dtype=np.int64), [], [], 0
-    maker = predictor.digest()
+    counts, done, skipped = np.zeros(len(named), dtype=np.int64), [], []
     for path, written in Bar(files.items(), desc="masks", unit="image"):
-        origin = origin_of(path, maker)
-        classes = kept_mask(written, origin)  # (H, W)
-        kept += classes is not None
         try:
-            classes = _segment(predictor, path, written, origin) if classes is None else classes
+            image = open_image(path)
         except UserError as error:
             skipped.append(str(error))
             continue
+        classes = predictor(image)  # (H, W)
+        write_results(written, image, classes, predictor.palette)
         counts += np.bincount(classes.ravel(), minlength=len(counts))
         done.append(written)
     shares = (100 * counts / max(1, counts.sum())).tolist()
@@ -259,28 +204,9 @@ def predict_folder(
     legend = [{"id": number, "name": n, "colour": c, "share": share} for number, (n, c, share) in rows]
     result = {"ids": legend, "images": len(done), "left_out": skipped}
     write_json(out / "legend.json", result)
-    draw_legend(out / "legend.png", legend)
     write_contact_sheet(out, done, legend, skipped)
-    notes = f"; {kept:,} of {len(done):,} masks already existed" if kept else ""
-    print(f"\nresults: {out}; open {out / 'index.html'}{notes}")
+    print(f"\nresults: {out}; open {out / 'index.html'}")
     if skipped:
-        count = "1 image" if len(skipped) == 1 else f"{len(skipped)} images"
-        raise LeftOut(
-            listed(f"{count} in {images} could not be read; the other {len(done)} are done", skipped)
-        )
+        heading = f"{images}: {len(skipped)} unreadable, the other {len(done)} are done"
+        raise LeftOut(listed(heading, skipped))
     return result
-
-
-def _segment(predictor: Predictor, path: Path, written: ResultFiles, origin: str) -> np.ndarray:
-    """Writes the mask (H, W) of a photograph; a UserError if it is damaged or does not fit into memory."""
-    image = open_image(path)
-    try:
-        classes = predictor(image)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        size = f"{image.width} x {image.height}"
-        hint = "set --tile or a smaller --res"
-        raise UserError(f"{path}: {size} pixels do not fit into memory; {hint}") from None
-    write_results(written, image, classes, predictor.palette, origin=origin)
-    return classes

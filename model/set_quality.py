@@ -20,15 +20,14 @@ from utils.training.trainer import build_trainer
 from utils.vision.labels import IGNORE
 
 CHUNK = 256  # anchors that are compared with all patches of a batch at a time
+# precision and recall of positives, purity of negatives, shares, and the precision of all patches
 MEASURES = ("precision", "recall", "purity", "positives", "negatives", "ambiguous", "chance")
 
 
 def measure_sets(module: PPAPModule, data: Any, *, folder: Path) -> list[dict[str, float]]:
-    """Writes sets.json and sets.png for the validation images, in batches as large as those of training.
+    """Writes sets.json, whose content it returns, and sets.png for the validation images.
 
-    Returns:
-        For t = 0..T means over anchors in percent: precision and recall of positives, purity of negatives,
-        shares of positives, negatives and ambiguous patches, and `chance`, the precision of all patches.
+    Batches are as large as those of training; the rows for t = 0..T hold `means` over all anchors.
     """
     options, criterion, n_classes = module.options, module.method.criterion, data.labels.n_classes
     if not data.validation_labelled:

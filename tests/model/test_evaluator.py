@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -28,30 +30,32 @@ def add(evaluator, batch, first=0):
     evaluator.update(batch["code"], batch["image"], batch["label"], first=first, **probes)
 
 
+def upsampled(batch):
+    """The upsampled code, (B, D, H, W), and its cosines to the centroids, (B, K, H, W)."""
+    full = F.interpolate(batch["code"], size=(40, 48), mode="bilinear")
+    centroids = F.normalize(batch["cluster"].clusters, dim=1)[:, :, None, None]
+    return full, F.conv2d(F.normalize(full, dim=1), centroids)
+
+
 def test_update__equals_probes_on_the_upsampled_code(batch):
     """The literal order of the published evaluation: upsample the code, then apply the probes."""
     evaluator = Evaluator(3, 4, is_direct=False, with_linear=True)
     add(evaluator, batch)
-    full = F.interpolate(batch["code"], size=(40, 48), mode="bilinear")
-    cosine = F.conv2d(
-        F.normalize(full, dim=1), F.normalize(batch["cluster"].clusters, dim=1)[:, :, None, None]
-    )
-    label = batch["label"]
+    (full, cosine), label = upsampled(batch), batch["label"]
     for name, prediction in (("cluster", cosine.argmax(1)), ("linear", batch["linear"](full).argmax(1))):
         expected = torch.zeros(3, evaluator.plain[name].n_predictions, dtype=torch.int64)
         for true, predicted in zip(label[label < 3].tolist(), prediction[label < 3].tolist(), strict=True):
             expected[true, predicted] += 1
         assert (evaluator.plain[name].compute() - expected).abs().sum() <= 2  # ties
-    literal = -cosine.max(1).values.mean().item()
-    assert evaluator.compute().valid_loss == pytest.approx(literal, abs=1e-5)
+    assert evaluator.compute().valid_loss == pytest.approx(-cosine.max(1).values.mean().item(), abs=1e-5)
 
 
 def test_update__images_count_equally_in_batches_of_any_size(batch):
     apart, mixed = (Evaluator(3, 4, is_direct=False, with_linear=True) for _ in range(2))
-    ones = [
+    first, second = (
         {k: v[[place]] if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for place in (0, 1)
-    ]
-    for evaluator, parts in ((apart, (*ones, ones[0])), (mixed, (batch, ones[0]))):
+    )
+    for evaluator, parts in ((apart, (first, second, first)), (mixed, (batch, first))):
         for part in parts:
             add(evaluator, part)
     for name in ("cluster", "linear"):
@@ -83,29 +87,14 @@ def test_direct__code_is_the_cluster_logits(batch):
 def test_crf__literal_logits_reach_the_workers(batch):
     """log-softmax of the linear logits, and of twice the cosines of the upsampled code."""
     seen = []
-
-    class Recorder:
-        on_device = False
-
-        def submit(self, image, heads, tag):
-            seen.append((image, heads))
-
-        def finished(self, *, wait_for_one=False):
-            return iter(())
-
-        def __len__(self):
-            return 0
-
-    evaluator = Evaluator(3, 4, is_direct=False, with_linear=True, refiner=Recorder())
+    refiner = SimpleNamespace(on_device=False, submit=lambda *given, tag: seen.append(given))
+    refiner.finished = lambda **_: ()
+    evaluator = Evaluator(3, 4, is_direct=False, with_linear=True, refiner=refiner)
     with torch.no_grad():
         add(evaluator, batch)
-        full = F.interpolate(batch["code"], size=(40, 48), mode="bilinear")
-        cosine = F.conv2d(
-            F.normalize(full, dim=1), F.normalize(batch["cluster"].clusters, dim=1)[:, :, None, None]
-        )
+        full, cosine = upsampled(batch)
         expected = (CLUSTER_ALPHA * cosine, batch["linear"](full))
-    for place in range(2):
-        image, heads = seen[place]
+    for place, (image, heads) in enumerate(seen):
         assert image.shape == (40, 48, 3)
         for head, literal in zip(heads, expected, strict=True):
             np.testing.assert_allclose(head.at((40, 48)), literal[place].numpy(), atol=1e-4)

@@ -12,7 +12,7 @@ import eval as evaluation
 from dataset import build_data
 from loss.propagation import Boundaries, propagate, select_sets
 from model.explain import build_bank, explain
-from tests.dataset.files import SIZE, picture, save
+from tests.dataset.files import picture, save
 from utils.errors import UserError
 from utils.plots.explain_figure import AMBIGUOUS, ANCHOR, NEGATIVE, POSITIVE
 
@@ -76,35 +76,18 @@ def test_explain__counts_numbers_and_nearest(bank):
     assert mass == sorted(mass, reverse=True)
 
 
-def test_explain__alone_in_its_boundary_it_stays():
-    found = explain(torch.eye(6), (1, 1), grid=(2, 3), boundaries=Boundaries(0.5, -1.0, 2, 3.0, 3.0))
-    assert found.moved.tolist() == [0, 0, 0]
-    assert found.counts()[:, 0].tolist() == [[0, 5, 0]] * 3
-
-
 @pytest.mark.parametrize(
     ("phi", "psi", "counts"),
     [
-        (-math.inf, -math.inf, [59, 0, 0]),
-        (math.inf, math.inf, [0, 0, 59]),
-        (math.inf, -math.inf, [0, 59, 0]),
-        (-math.inf, math.inf, [59, 0, 0]),  # a patch of both sets is positive
+        (0.5, -1.0, [0, 5, 0]),  # alone in its boundary, so the proxy stays
+        (-math.inf, math.inf, [5, 0, 0]),  # a patch of both sets is positive
     ],
 )
-def test_explain__infinite_boundaries(bank, phi, psi, counts):
-    found = explain(bank, (0, 0), grid=GRID, boundaries=Boundaries(phi, psi, 2, math.inf, math.inf))
-    assert found.counts().sum(axis=1).tolist() == [counts] * 3
-    assert np.isfinite(found.similarity).all()
+def test_explain__extreme_boundaries(phi, psi, counts):
+    found = explain(torch.eye(6), (1, 1), grid=(2, 3), boundaries=Boundaries(phi, psi, 2, math.inf, math.inf))
+    assert found.counts()[:, 0].tolist() == [counts] * 3
     assert np.isfinite(found.moved).all()
-
-
-@pytest.mark.gpu
-def test_explain__cuda_equals_cpu(bank):
-    on_cpu, on_cuda = (
-        explain(bank.to(device), (2, 3), grid=GRID, boundaries=BOUNDARIES) for device in ("cpu", "cuda")
-    )
-    np.testing.assert_allclose(on_cuda.similarity, on_cpu.similarity, atol=1e-5)
-    np.testing.assert_array_equal(on_cuda.zones, on_cpu.zones)
+    assert found.moved[1] == 0 or phi < 0
 
 
 @pytest.fixture
@@ -130,39 +113,27 @@ def test_bank__the_image_and_others_spread_over_the_split(photographs, tmp_path)
     assert torch.equal(images[3], data.validation_set[5].image)
     whole, _ = build_bank(data, str(tmp_path / "imgs/val/4.png"), size=64)
     assert torch.equal(whole, build_bank(data, "4", size=64)[0])  # not twice in its own bank
+    wide = np.zeros((40, 160, 3), dtype=np.uint8)
+    wide[:, 60:100] = 255  # all that a centre crop keeps
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    images, _ = build_bank(data, str(tmp_path / "wide.png"), size=8)
+    assert images[0].min() == 255
     for image in ("9", "-1", "nowhere.png"):
         with pytest.raises(UserError, match=f"--explain is {image}, must be an image file or an index"):
             build_bank(data, image, size=8)
 
 
-def test_bank__a_file_takes_the_geometry_of_the_split(photographs, tmp_path):
-    data = photographs(train=3, val=0)
-    wide = np.zeros((40, 160, 3), dtype=np.uint8)
-    wide[:, 60:100] = 255  # all that a centre crop keeps
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    images, _ = build_bank(data, str(tmp_path / "wide.png"), size=8)
-    assert images.shape == (4, 3, 32, 32)
-    assert images[0].min() == 255
-
-
-def test_command__needs_no_number_of_classes(photographs, tiny_file, tmp_path):
-    photographs(train=0, val=3)
-    for number in range(3):  # of classes that are unknown
-        save(tmp_path / f"labels/val/{number}.png", np.full((SIZE[1], SIZE[0]), 7))
-    path = tiny_file(dataset__data_type="directory", dataset__data_path=str(tmp_path))
-    (found,) = evaluation.main(["--opt", path, "--explain", "1"])
-    assert found["images"] == 3
-    page = str(tmp_path / "page.html")
-    evaluation.main(["--opt", path, "--explore", "1", "--out", page])
-
-
-def test_command__skips_damaged_train_images(photographs, tiny_file, tmp_path):
+def test_command__needs_no_number_of_classes_and_skips_damaged_images(photographs, tiny_file, tmp_path):
     photographs(train=4, val=0)
     (tmp_path / "imgs/train/0.png").write_bytes(b"no image")
     chosen = {"dataset__data_type": "directory", "dataset__data_path": str(tmp_path)}
-    (found,) = evaluation.main(["--opt", tiny_file(**chosen, dataset__skip_damaged=True), "--explain", "0"])
+    path = tiny_file(**chosen, dataset__skip_damaged=True)
+    (found,) = evaluation.main(["--opt", path, "--explain", "0"])
     assert found["image"].endswith("1.png")
     assert found["images"] == 3
+    page = tmp_path / "page.html"
+    evaluation.main(["--opt", path, "--explore", "0", "--out", str(page)])
+    assert page.exists()
 
 
 def test_command__writes_figures_and_numbers(tiny_file, tmp_path, capsys):

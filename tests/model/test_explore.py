@@ -59,15 +59,10 @@ def test_features__similarities_survive_within_the_limit(limit, error):
     assert (rows @ rows.T - bank @ bank.T).abs().max() < error
 
 
-def test_features__too_coarse_ones_are_refused():
-    assert pack_features(drawn_bank(), limit=30_000) is None
-
-
 def test_command__page_of_a_validation_image(tiny_file, tiny_options, tmp_path, capsys):
     page = tmp_path / "new/explore.html"
-    evaluation.main(
-        ["--opt", tiny_file(training_coeff__sigma_amb="inf"), "--explore", "2", "--out", str(page)]
-    )
+    path = tiny_file(training_coeff__sigma_amb="inf")
+    evaluation.main(["--opt", path, "--explore", "2", "--out", str(page)])
     assert str(page) in capsys.readouterr().out
     content, options = content_of(page), tiny_options()
     data = build_data(options, train=False)
@@ -85,15 +80,10 @@ def test_command__page_of_a_validation_image(tiny_file, tiny_options, tmp_path, 
     assert torch.equal(ids_of(labels).long(), expected)
     assert labels["names"] == list(data.labels.names)
     assert list(content["layers"]) == ["sets", "labels"]
-
-
-def test_page__needs_nothing_else_and_is_small(tiny_file, tmp_path):
-    page = tmp_path / "explore.html"
-    evaluation.main(["--opt", tiny_file(), "--explore", "0", "--out", str(page)])
-    text = page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")  # nothing from elsewhere
     assert not re.search(r"https?://|url\(|@import|<link|fetch\(|import\(", text)
     assert all(source.startswith("data:image/jpeg;base64,") for source in re.findall(r'src="([^"]*)', text))
-    assert page.stat().st_size < 100_000
+    assert len(text) < 100_000
 
 
 @pytest.fixture
@@ -115,13 +105,10 @@ def test_command__photographs_without_a_data_set(photographs, tiny_file, tmp_pat
     evaluation.main(["--opt", path, "--explore", str(photographs / "5.png"), "--out", str(page)])
     assert content_of(page)["features"]["count"] == 16
     (photographs / "0.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"0\.png: not a readable image .* dataset\.skip_damaged=true"):
-        evaluation.main(["--opt", path, "--explore", str(photographs), "--out", str(page)])
-    words = ["dataset.skip_damaged=true", "training_coeff.initialcrit_pos=0.977"]
-    evaluation.main(["--opt", path, "--explore", str(photographs), "--out", str(page), *words])
+    evaluation.main(["--opt", path, "--explore", str(photographs), "--out", str(page)])
+    assert "0.png: not a readable image" in capsys.readouterr().out
     text = page.read_text(encoding="utf-8")
     assert re.findall(r'data-name="(.*?)"', text) == ["1.png", "3.png", "4.png"]
-    assert 'max="1" step="0.001"' in text
 
 
 def test_command__checkpoint_adds_clusters(photographs, tmp_path):
@@ -141,14 +128,11 @@ def test_command__mistakes(tiny_file, tmp_path, monkeypatch):
     for source, out, words in (
         ("0", str(tmp_path), "--out is .*: a folder, must be a file"),
         ("99", page, "--explore is 99, must be"),
-        ("nowhere", page, "--explore is nowhere, must be an image, a folder, or the index"),
-        (str(empty), page, "contains no image"),
+        ("nowhere", page, "--explore is nowhere, must be an image"),
+        (str(empty), page, "must be an image, a folder of images, or the index"),
     ):
         with pytest.raises(UserError, match=words):
             evaluation.main(["--opt", path, "--explore", source, "--out", out])
     monkeypatch.setattr("model.explore.MAX_BYTES", 20_000)
-    with pytest.raises(UserError, match=r"4 images of 4 x 4 patches do not fit.*dataloader.batch_size"):
+    with pytest.raises(UserError, match="64 patches do not fit"):
         evaluation.main(["--opt", path, "--explore", "0", "--out", page])
-    for words in (["--explore", "0"], ["--explain", "0", "--out", page]):
-        with pytest.raises(SystemExit):
-            evaluation.main(["--opt", path, *words])

@@ -48,21 +48,6 @@ def test_set_quality__a_patch_of_both_sets_is_positive():
     assert found["positives"] + found["negatives"] == pytest.approx(100)
 
 
-def test_set_quality__compares_as_the_loss_does():
-    """A float16 proxy may be on the other side of a boundary."""
-    rows = torch.randn(400, 64, generator=torch.Generator().manual_seed(0))
-    bank = torch.nn.functional.normalize(rows, dim=1)
-    rounded = bank[0].half().float() @ bank[1]
-    edge = (bank[0] @ bank[1] + rounded).item() / 2  # between the float32 and float16 similarity of patch 1
-    boundaries, classes = Boundaries(edge, -2.0, 0, math.inf, math.inf), torch.zeros(400, dtype=torch.int64)
-    half, full = (
-        set_quality(bank, classes, anchors=torch.tensor([0]), boundaries=boundaries, operand=operand)
-        for operand in (torch.float16, torch.float32)
-    )
-    difference = means(half)[0]["positives"] - means(full)[0]["positives"]
-    assert abs(difference) == pytest.approx(100 / 399)
-
-
 def test_patch_classes__are_the_most_frequent():
     label = torch.tensor([[3, 3, 255, 255], [3, 0, 255, 2], [1, 1, 0, 0], [1, 2, 255, 255]])
     assert patch_classes(label[None], 2, n_classes=4).tolist() == [3, IGNORE, 1, IGNORE]  # ignore wins a tie

@@ -14,11 +14,9 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from utils.plots.figures import save_figure  # selects a backend without a display
+from utils.plots.figures import SET_COLOURS, SETS, save_figure  # selects a backend without a display
 
-SETS = ("positives", "ambiguous", "negatives")
 POSITIVE, AMBIGUOUS, NEGATIVE, ANCHOR = range(4)  # values of `Explanation.zones`
-COLOURS = ("#0072b2", "#f0e442", "#d55e00")  # of SETS, colour-blind safe (Okabe and Ito)
 LABELS = (r"positives: $v_t \cdot f_j > \Phi_t$", "ambiguous zone", r"negatives: $v_t \cdot f_j < \Psi_t$")
 STAR = {"marker": "*", "markerfacecolor": "white", "markeredgecolor": "black", "markersize": 15}
 OPACITY = 0.55  # of a set over its image
@@ -45,11 +43,9 @@ class Explanation:
         return np.stack([(self.zones == zone).sum(axis=(2, 3)) for zone in range(len(SETS))], axis=2)
 
     def nearest(self, count: int) -> list[int]:
-        """The other images, sorted by the sum of v_T . f_j over their positives, then over all patches."""
-        similarity = self.similarity[-1]  # (B, h, w)
-        mass = np.where(self.zones[-1] == POSITIVE, similarity, 0).sum(axis=(1, 2))  # (B,)
-        order = np.lexsort((-similarity.sum(axis=(1, 2)), -mass)).tolist()
-        return [image for image in order if image > 0][:count]
+        """The other images with the largest sums of v_T . f_j over their positives."""
+        mass = np.where(self.zones[-1] == POSITIVE, self.similarity[-1], 0).sum(axis=(1, 2))  # (B,)
+        return (1 + np.argsort(-mass[1:], kind="stable")[:count]).tolist()
 
     def numbers(self) -> list[dict[str, Any]]:
         """For t = 0..T: boundaries, m_t, and the sizes of the sets in the bank and in the anchor's image."""
@@ -61,12 +57,10 @@ class Explanation:
         ]
 
 
-def draw_explanation(
-    path: Path, found: Explanation, *, pictures: np.ndarray, names: Sequence[str], about: str
-) -> None:
+def draw_explanation(path: Path, found: Explanation, *, pictures: np.ndarray, names: Sequence[str]) -> None:
     """One column per t; rows of similarities, sets, sets in the three nearest images, and histograms.
 
-    `pictures`, (B, H, W, 3) uint8, and `names` are those of the bank's images, `about` describes the bank.
+    `pictures`, (B, H, W, 3) uint8, and `names` are those of the bank's images.
     """
     shown = [0, *found.nearest(3)]
     rows, columns = len(shown) + 2, len(found.phi) + 1
@@ -75,10 +69,17 @@ def draw_explanation(
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
     row, column = found.anchor
     title = f"Propagation of patch {row},{column} of {Path(names[0]).stem[:60]}"
-    figure.suptitle(f"{title}\n{about}, {found.zones[0].size:,} patches", fontsize=13, parse_math=False)
+    about = f"bank: {len(pictures)} images, {found.zones[0].size:,} patches"
+    figure.suptitle(f"{title}\n{about}", fontsize=13, parse_math=False)
     for axis in (*axes[:-1].flat, axes[-1, 0]):
         axis.set_axis_off()
-    axes[0, 0].legend(handles=_legend(), loc="center", fontsize=10, frameon=False)
+    handles = [
+        *(Patch(color=colour, label=label) for colour, label in zip(SET_COLOURS, LABELS, strict=True)),
+        Line2D([], [], linestyle="none", label="anchor", **STAR),
+        Line2D([], [], color="black", label=r"$\Phi_t$"),
+        Line2D([], [], color="black", linestyle="dashed", label=r"$\Psi_t$"),
+    ]
+    axes[0, 0].legend(handles=handles, loc="center", fontsize=10, frameon=False)
     pixels = pictures.shape[1]
     _draw_similarities(axes[0, 1:], found, pixels=pixels)
     for line, image in zip(axes[1:-1], shown, strict=True):
@@ -92,15 +93,6 @@ def draw_explanation(
         axis.plot(x, y, **STAR)
     _draw_histograms(axes[-1, 1:], found)
     save_figure(figure, path, dpi=105, bbox_inches=None)
-
-
-def _legend() -> list[Patch | Line2D]:
-    return [
-        *(Patch(color=colour, label=label) for colour, label in zip(COLOURS, LABELS, strict=True)),
-        Line2D([], [], linestyle="none", label="anchor", **STAR),
-        Line2D([], [], color="black", label=r"$\Phi_t$"),
-        Line2D([], [], color="black", linestyle="dashed", label=r"$\Psi_t$"),
-    ]
 
 
 def _draw_similarities(row: Sequence[Axes], found: Explanation, *, pixels: int) -> None:
@@ -121,7 +113,7 @@ def _draw_histograms(row: Sequence[Axes], found: Explanation) -> None:
     bins = np.linspace(found.similarity.min(), found.similarity.max() + 1e-6, 61)
     for t, axis in enumerate(row):
         parts = [found.similarity[t][found.zones[t] == zone] for zone in range(len(SETS))]
-        axis.hist(parts, bins=bins, stacked=True, color=COLOURS, log=True)
+        axis.hist(parts, bins=bins, stacked=True, color=SET_COLOURS, log=True)
         for value, style in ((found.phi[t], "solid"), (found.psi[t], "dashed")):
             if bins[0] <= value <= bins[-1]:
                 axis.axvline(value, color="black", linestyle=style)
@@ -133,7 +125,7 @@ def _draw_histograms(row: Sequence[Axes], found: Explanation) -> None:
 
 def _draw_counts(axis: Axes, counts: np.ndarray) -> None:
     """Writes the sizes of the sets, (3,), and their shares above a panel, on their colours."""
-    for place, (count, colour) in enumerate(zip(counts, COLOURS, strict=True)):
+    for place, (count, colour) in enumerate(zip(counts, SET_COLOURS, strict=True)):
         text = f"{count:,}\n{count / max(1, counts.sum()):.0%}"
         box = {"facecolor": colour, "alpha": 0.6, "edgecolor": "none", "boxstyle": "square,pad=0.2"}
         where = {"transform": axis.transAxes, "ha": "center", "va": "bottom"}
@@ -145,6 +137,6 @@ def painted(picture: np.ndarray, zones: np.ndarray) -> np.ndarray:
     grey = np.asarray(Image.fromarray(picture).convert("L"))[..., None] / 255  # (H, W, 1)
     grey = 0.35 + 0.6 * grey  # black would hide a colour
     zones = Image.fromarray(zones).resize(picture.shape[1::-1], Image.Resampling.NEAREST)
-    colours = np.array([*map(to_rgb, COLOURS), (1, 1, 1)])[np.asarray(zones)]  # (H, W, 3)
+    colours = np.array([*map(to_rgb, SET_COLOURS), (1, 1, 1)])[np.asarray(zones)]  # (H, W, 3)
     opacity = np.where(np.asarray(zones) == ANCHOR, 0, OPACITY)[..., None]  # (H, W, 1)
     return (255 * ((1 - opacity) * grey + opacity * colours)).round().astype(np.uint8)

@@ -1,9 +1,8 @@
-"""Figures of an evaluation: predictions, confusion matrices, IoU per class, sweeps, sets and legends."""
+"""Figures of an evaluation: predictions, confusion matrices, IoU per class, sweeps and sets."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -12,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -21,8 +21,10 @@ from utils.vision.labels import LabelSpace
 
 IGNORED = (0, 0, 0)
 UNMATCHED = (160, 160, 160)
-LEGEND_ROWS = 16  # per column of a legend
 MOST_NUMBERED = 60  # classes of a confusion matrix whose cells have room for a number
+SETS = ("positives", "ambiguous", "negatives")
+SET_COLOURS = ("#0072b2", "#f0e442", "#d55e00")  # colour-blind safe (Okabe and Ito)
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 3, "fontsize": 9, "frameon": False}
 
 
 def colour(classes: np.ndarray, labels: LabelSpace, *, missing: tuple[int, int, int] = IGNORED) -> np.ndarray:
@@ -49,16 +51,11 @@ def draw_predictions(path: Path, rows: Sequence[dict[str, np.ndarray]], *, label
             axis.imshow(picture)
             if line == 0:
                 axis.set_title(title, fontsize=10)
-    _legend(figure, named, loc="outside lower center", ncols=ncols)
-    save_figure(figure, path)
-
-
-def _legend(figure: Figure, named: Sequence[tuple[str, tuple[int, ...]]], **arguments: Any) -> None:
-    """A legend of (name, colour), outlined because some colours are nearly white."""
+    # outlined, because some colours are nearly white
     handles = [Patch(facecolor=np.array(c) / 255, edgecolor="0.5", linewidth=0.5, label=n) for n, c in named]
-    legend = figure.legend(handles=handles, fontsize=9, frameon=False, handlelength=1.2, **arguments)
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a class name may contain $
+    how = {"loc": "outside lower center", "fontsize": 9, "frameon": False, "handlelength": 1.2}
+    figure.legend(handles=handles, ncols=ncols, **how)
+    save_figure(figure, path)
 
 
 def save_figure(figure: Figure, path: Path, *, dpi: int = 120, bbox_inches: str | None = "tight") -> None:
@@ -100,20 +97,27 @@ def draw_sets(path: Path, rows: Sequence[dict[str, float]], *, title: str) -> No
 
     Each row has the keys `precision`, `recall`, `purity`, `positives`, `ambiguous` and `negatives`.
     """
-    steps = list(range(len(rows)))
     figure, (quality, size) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for key, members in (("purity", "negatives"), ("precision", "positives"), ("recall", "positives")):
-        values = [row[key] for row in rows]
-        seaborn.lineplot(x=steps, y=values, ax=quality, marker="o", label=f"{key} of {members}")
-    quality.set(xlabel="relocations t", ylabel="%", ylim=(0, 101), xticks=steps)
-    quality.set_title(title, fontsize=9)
-    shares = [[row[key] for row in rows] for key in ("positives", "ambiguous", "negatives")]
-    names = ("positives", "ambiguous zone", "negatives")
-    size.stackplot(steps, shares, labels=names, colors=("#4c9f70", "0.8", "#c0504d"))
-    size.set(xlabel="relocations t", ylabel="% of the patches", ylim=(0, 100), xticks=steps)
-    for axis in (quality, size):
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)  # below the axes
+        quality.plot([row[key] for row in rows], marker="o", label=f"{key} of {members}")
+    quality.set(xlabel="relocations t", ylabel="%", ylim=(0, 101), xticks=range(len(rows)), title=title)
+    quality.legend(**BELOW)
+    draw_shares(size, rows)
     save_figure(figure, path)
+
+
+def draw_shares(axis: Axes, rows: Sequence[dict[str, float]]) -> None:
+    """Draws a bar with the percentages of `SETS` for each t = 0..T."""
+    steps = [str(t) for t in range(len(rows))]
+    left = np.zeros(len(rows))
+    for name, colour in zip(SETS, SET_COLOURS, strict=True):
+        share = np.array([row[name] for row in rows])
+        bars = axis.barh(steps, share, left=left, color=colour, alpha=0.8, label=name)
+        axis.bar_label(bars, [f"{value:.1f}" if value >= 6 else "" for value in share], label_type="center")
+        left += share
+    axis.invert_yaxis()
+    axis.legend(**BELOW)
+    axis.set(xlabel="% of the patches of a batch", ylabel="relocations t", xlim=(0, 100))
 
 
 def draw_confusion(path: Path, confusions: dict[str, np.ndarray], *, labels: LabelSpace) -> None:
@@ -151,7 +155,7 @@ def draw_class_iou(path: Path, iou: dict[str, dict[str, float]], *, labels: Labe
     colours = np.array(labels.palette) / 255  # (C, 3)
     for axis, (title, values) in zip(axes[0], iou.items(), strict=True):
         percent = np.array([values[name] for name in labels.names])  # (C,)
-        mean = np.nanmean(percent) if np.isfinite(percent).any() else np.nan
+        mean = np.nanmean(percent)
         bars = axis.barh(labels.names, np.nan_to_num(percent), color=colours, edgecolor="0.4", linewidth=0.5)
         shown = ["no pixel" if np.isnan(value) else f"{value:.1f}" for value in percent]
         axis.bar_label(bars, shown, padding=3, fontsize=8.5)
@@ -161,12 +165,3 @@ def draw_class_iou(path: Path, iou: dict[str, dict[str, float]], *, labels: Labe
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylim(labels.n_classes - 0.4, -0.6)  # first class on top
     save_figure(figure, path)
-
-
-def draw_legend(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Draws the `id`, `colour`, `name` and `share` in percent of each id of a mask; absent ids are grey."""
-    named = [(f"{row['id']:3}  {row['name']}  {row['share']:.1f}%", row["colour"]) for row in rows]
-    figure = plt.figure()
-    ink = ["black" if row["share"] else "0.6" for row in rows]
-    _legend(figure, named, loc="center", ncols=math.ceil(len(rows) / LEGEND_ROWS), labelcolor=ink)
-    save_figure(figure, path, dpi=150)

@@ -1,7 +1,5 @@
 """Mask files of photographs: ids with names and colours, result folders, masks and overlays."""
 
-import hashlib
-import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,8 +9,6 @@ from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from scipy import ndimage
 
 from utils.errors import UserError
 from utils.files import read_json_object, replacing, write_text
@@ -22,11 +18,8 @@ from utils.vision.labels import IGNORE, LabelSpace
 
 MASK, OVERLAY, OVERLAYS = "mask.png", "overlay.jpg", "overlays"
 MAX_OVERLAY_SIDE = 2048  # pixels; the mask keeps the full size
-ORIGIN = "Origin"  # text in a mask's file that identifies photograph and network
 OPACITY = 0.5
-LONGEST = 230  # bytes of a file name without numbers and endings
 CONTOUR = 255  # white; tinted segments never are
-SPECK = 2000  # a segment smaller than 1 / SPECK of the image gets no contour, which would hide it
 CONTOUR_EVERY = 600  # pixels of the shorter side per pixel of a contour's width
 
 Colour = tuple[int, int, int]
@@ -41,8 +34,7 @@ def mask_ids(
     numbers. Returns name and (red, green, blue) of each id, and the id of each cluster.
     """
     spread = LabelSpace.with_spread_colours(tuple(map(str, range(IGNORE)))).palette
-    unused = [colour for colour in spread[labels.n_classes :] if colour not in labels.palette]
-    palette = [*labels.palette, *unused, *spread][:n_clusters]
+    palette = [*labels.palette, *spread[labels.n_classes :]][:n_clusters]
     if assignment is None:
         return [f"cluster {cluster}" for cluster in range(n_clusters)], palette, list(range(n_clusters))
     names, ids = list(labels.names), list(assignment)
@@ -82,83 +74,48 @@ def result_files(images: Path, out: Path, *, flat: bool = False) -> dict[Path, R
     """Maps each photograph to its files in `out`, named by its path below `images` without the ending.
 
     They are <name>/mask.png and <name>/overlay.jpg, or with `flat` <name>.png and overlays/<name>.jpg, where
-    folders are joined by "_". Photographs that differ only in the ending keep it; names that are still taken
-    are numbered. A folder `out` below `images` is not searched.
+    folders are joined by "_". Photographs that differ only in the ending keep it. A folder `out` below
+    `images` is not searched.
 
     Raises:
         UserError: there is no image, `out` is `images`, or a mask would replace another file.
     """
-    if images.is_file():
-        names = {images: Path(images.name)}
-    else:
-        names = {images / name: name for name in _photographs_below(images, without=out)}
+    root = images.parent if images.is_file() else images.resolve()
+    found = [images] if images.is_file() else _photographs(root, out.resolve())
+    names = {file: file.relative_to(root) for file in found}
     if flat:
-        names = {file: _flat(name) for file, name in names.items()}
-    count = Counter(str(name.with_suffix("")).casefold() for name in names.values())  # as some file systems
-    files, taken = {}, {"legend"} if flat else set()  # legend.png is no mask
+        names = {file: Path("_".join(name.parts)) for file, name in names.items()}
+    count = Counter(map(_stem, names.values()))
+    files = {}
     for file, name in names.items():
-        stem = name.with_suffix("")
-        plain = name = stem if count[str(stem).casefold()] == 1 else name
-        for number in itertools.count(2):
-            if str(name).casefold() not in taken:
-                break
-            name = plain.with_name(f"{plain.name}-{number}")
-        taken.add(str(name).casefold())
+        name = name.with_suffix("") if count[_stem(name)] == 1 else name
         mask, shown = (f"{name}.png", f"{OVERLAYS}/{name}.jpg") if flat else (name / MASK, name / OVERLAY)
-        files[file] = ResultFiles(out / mask, out / shown)
-        if files[file].mask.exists() and not files[file].overlay.exists():  # an earlier result has both
-            raise UserError(f"--out is {out}, but {files[file].mask} is no mask; choose another folder")
+        files[file] = each = ResultFiles(out / mask, out / shown)
+        if each.mask.exists() and not each.overlay.exists():  # an earlier result has both
+            raise UserError(f"--out is {out}, but {each.mask} is no mask; choose another folder")
+    if len(set(files.values())) < len(files):
+        raise UserError("--flat: two photographs have the same name with _ for /; omit it")
     return files
 
 
-def _flat(name: Path) -> Path:
-    """The parts of a path joined by "_"; of a name that is too long for a file, its end."""
-    stem = os.fsencode("_".join(name.with_suffix("").parts))
-    stem = stem if len(stem) <= LONGEST else stem[-LONGEST:].decode(errors="ignore").encode()
-    return Path(os.fsdecode(stem) + name.suffix)
+def _stem(name: Path) -> str:
+    """The name without its ending, as a file system that ignores case sees it."""
+    return str(name.with_suffix("")).casefold()
 
 
-def _photographs_below(images: Path, *, without: Path) -> list[Path]:
-    if not images.exists():
-        raise UserError(f"--images is {images}: no such file or folder")
-    root = images.resolve()
-    if root == without.resolve():
-        raise UserError(f"--out is {without}, the folder of the photographs; choose another")
-    found, others = find_images(root, without=without.resolve())
+def _photographs(images: Path, out: Path) -> list[Path]:
+    if images == out:
+        raise UserError(f"--out is {out}, the folder of the photographs; choose another")
+    found, others = find_images(images, without=out)
     if not found:
-        raise UserError(f"--images is {images}: it contains no image; {others}")
+        raise UserError(f"--images is {images}: it is missing or contains no image; {others}")
     if others:
         print(f"{images}: skipped {others}")
-    return [file.relative_to(root) for file in found]
-
-
-def origin_of(photograph: Path, maker: str) -> str:
-    """SHA-256 of what made a mask and of the photograph's name, size and time, '' if it is unreadable."""
-    try:
-        status = photograph.stat()
-    except OSError:
-        return ""
-    origin = maker, photograph.name, status.st_size, status.st_mtime_ns
-    return hashlib.sha256(repr(origin).encode()).hexdigest()
-
-
-def kept_mask(files: ResultFiles, origin: str) -> np.ndarray | None:
-    """The mask (H, W) uint8 that was written with the same origin, if its overlay exists too."""
-    try:
-        with Image.open(files.mask, formats=["PNG"]) as mask:
-            same = origin and mask.info.get(ORIGIN) == origin and files.overlay.exists()
-            return np.asarray(mask) if same else None
-    except (OSError, SyntaxError, ValueError):  # missing or damaged
-        return None
+    return found
 
 
 def write_results(
-    files: ResultFiles,
-    image: Image.Image,
-    classes: np.ndarray,
-    palette: Sequence[Colour],
-    *,
-    origin: str = "",
+    files: ResultFiles, image: Image.Image, classes: np.ndarray, palette: Sequence[Colour]
 ) -> None:
     """Writes the mask, the ids (H, W) uint8 of an RGB image, and the overlay, the image in their colours."""
     for path in files:
@@ -169,10 +126,8 @@ def write_results(
     with replacing(files.overlay) as temporary:  # first, see `result_files`
         overlay(small, reduced, palette).save(temporary, format="JPEG", quality=90, subsampling=0)
     mask.putpalette(np.array(palette, dtype=np.uint8).tobytes())
-    text = PngInfo()
-    text.add_text(ORIGIN, origin)
     with replacing(files.mask) as temporary:
-        mask.save(temporary, format="PNG", pnginfo=text)
+        mask.save(temporary, format="PNG")
 
 
 def write_contact_sheet(
@@ -193,20 +148,9 @@ def overlay(image: Image.Image, classes: np.ndarray, palette: Sequence[Colour]) 
     """The photograph (mode RGB) tinted by class (H, W), with white contours between segments."""
     colours = np.array(palette, dtype=np.float32)[classes]  # (H, W, 3)
     mixed = np.asarray(image) * (1 - OPACITY) + colours * OPACITY  # (H, W, 3)
-    mixed[_contours(classes)] = CONTOUR
-    return Image.fromarray(mixed.round().astype(np.uint8))
-
-
-def _contours(classes: np.ndarray) -> np.ndarray:
-    """Pixels (H, W) bool left of or above another segment, wider on large images; none around specks."""
-    edges, specks = np.zeros((2, *classes.shape), dtype=bool)
-    width = 1 + min(classes.shape) // CONTOUR_EVERY
-    for distance in range(1, 1 + width):
+    edges = np.zeros(classes.shape, dtype=bool)  # left of or above another segment
+    for distance in range(1, 2 + min(classes.shape) // CONTOUR_EVERY):
         edges[:, :-distance] |= classes[:, :-distance] != classes[:, distance:]
         edges[:-distance] |= classes[:-distance] != classes[distance:]
-    for class_id in np.unique(classes):
-        segments, _ = ndimage.label(classes == class_id)  # (H, W), 0 is another class
-        small = np.bincount(segments.ravel()) * SPECK < classes.size
-        small[0] = False
-        specks |= small[segments]
-    return edges & ~ndimage.binary_dilation(specks, iterations=width)
+    mixed[edges] = CONTOUR
+    return Image.fromarray(mixed.round().astype(np.uint8))

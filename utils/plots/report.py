@@ -58,13 +58,13 @@ def write_report(
     scalars = read_scalars(folder / "metrics.csv")
     provenance = flatten(read_json_object(folder / "provenance.json"))
     provenance |= {key: f"{result[key]:.2f}" for key in ("train_hours", "peak_memory_gib") if key in result}
-    figures, results = {}, [("step", result), ("last step", result.get("last_step") or {})]
+    figures, steps = {}, {"step": result, "last step": result.get("last_step") or {}}
     if pictures:
         frozen = folder.with_name(f"{folder.name}{FROZEN}")
         figures = {title: folder / f"{title.lower()}.png" for title in PICTURES}
         figures["Frozen baseline"] = frozen / "predictions.png"
         if (baseline := frozen / "metrics.json").exists():
-            results.append(("frozen baseline, step", read_json_object(baseline)))
+            steps["frozen baseline, step"] = read_json_object(baseline)
     method = "frozen" if options["train.frozen"] else options["method"]
     page = render(
         NAME,
@@ -73,7 +73,12 @@ def write_report(
         defaults=defaults,
         state=state,
         metrics=METRIC_TITLES,
-        results=_results(scalars, results),
+        results=[
+            (f"{title} {step['step']}, {words}", [percent(metrics.get(name)) for name in METRICS])
+            for title, step in steps.items()
+            for stage, words in STAGES.items()
+            if (metrics := step.get(stage))
+        ],
         shares=result.get("cluster_shares"),
         after_crf_missing=result.get("after_crf_missing"),
         charts=_charts(scalars),
@@ -123,9 +128,8 @@ def render(template: str, **content: Any) -> str:
 
 
 def embedded(path: Path) -> str:
-    """A picture as a data URL."""
-    kind = "jpeg" if path.suffix == ".jpg" else "png"
-    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    """A PNG file as a data URL."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def read_scalars(path: Path) -> list[dict[str, float]]:
@@ -134,21 +138,6 @@ def read_scalars(path: Path) -> list[dict[str, float]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return [{key: float(cell) for key, cell in row.items() if cell} for row in csv.DictReader(file)]
-
-
-def _results(
-    rows: Sequence[Mapping[str, float]], results: Sequence[tuple[str, Mapping[str, Any]]]
-) -> list[tuple[str, list[str]]]:
-    """Rows of the metrics table: the evaluated steps, and the last validation if it is not among them."""
-    table, result = [], results[0][1]
-    for title, evaluated in results:
-        for stage, words in STAGES.items():
-            if metrics := evaluated.get(stage):
-                table.append((f"{title} {evaluated['step']}, {words}", metrics))
-    validations = [row for row in rows if any(name in row for name in METRICS)]
-    if validations and "last_step" not in result and validations[-1]["iters"] != result["step"]:
-        table.append((f"last validation (step {validations[-1]['iters']:.0f})", validations[-1]))
-    return [(title, [percent(metrics.get(name)) for name in METRICS]) for title, metrics in table]
 
 
 def _charts(rows: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:

@@ -7,8 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from utils.plots.explain_figure import COLOURS, SETS
-from utils.plots.figures import save_figure
+from utils.plots.figures import SET_COLOURS, draw_shares, save_figure
 
 ADJACENT, RANDOM = "#009e73", "#cc79a7"  # colour-blind safe (Okabe and Ito)
 
@@ -25,7 +24,8 @@ def draw_suggestion(path: Path, result: dict[str, Any], curves: dict[str, np.nda
     figure.suptitle(rf"Suggested boundaries: $\Phi_0$ = {phi}, $\Psi_0$ = {psi}" + f"\n{about}", fontsize=13)
     _draw_similarities(axes[0, 0], result, curves)
     _draw_estimates(axes[0, 1], result, curves)
-    _draw_shares(axes[1, 0], result["shares"])
+    draw_shares(axes[1, 0], result["shares"])
+    axes[1, 0].set_title("Sets of propagation with these boundaries")
     _draw_stability(axes[1, 1], result)
     for axis in axes[0]:
         axis.axvline(phi, color="black", label=r"$\Phi_0$")
@@ -40,38 +40,19 @@ def draw_suggestion(path: Path, result: dict[str, Any], curves: dict[str, np.nda
 def _draw_similarities(axis: Axes, result: dict[str, Any], curves: dict[str, np.ndarray]) -> None:
     edges = np.append(curves["threshold"], 1)  # (G + 1,)
     centres, bins = (edges[1:] + edges[:-1]) / 2, edges[:: max(1, len(edges) // 80)]
-    for name, colour, label in (
-        ("adjacent", ADJACENT, "adjacent patches"),
-        ("random", RANDOM, "random patches"),
-    ):
+    for name, colour in (("adjacent", ADJACENT), ("random", RANDOM)):
         how = {"bins": bins, "weights": curves[name], "density": True, "color": colour}
-        axis.hist(centres, **how, alpha=0.45, label=label)
+        axis.hist(centres, **how, alpha=0.45, label=f"{name} patches")
         axis.hist(centres, **how, histtype="step")
-    axis.set(
-        ylabel="density",
-        title=f"Adjacent patches are more similar in {result['separation']:.0f}% of the cases",
-    )
+    title = f"Adjacent patches are more similar in {result['separation']:.0f}% of the cases"
+    axis.set(ylabel="density", title=title)
 
 
 def _draw_estimates(axis: Axes, result: dict[str, Any], curves: dict[str, np.ndarray]) -> None:
-    for name, colour, at in (("precision", COLOURS[0], "pos"), ("recall", COLOURS[2], "amb")):
+    for name, colour, at in (("precision", SET_COLOURS[0], "pos"), ("recall", SET_COLOURS[2], "amb")):
         axis.plot(curves["threshold"], 100 * curves[name], color=colour, label=f"{name} above it")
         axis.plot(result[f"initialcrit_{at}"], result[name], "o", color=colour)
     axis.set(ylabel="estimated %", ylim=(0, 101), title="Pairs of one class")
-
-
-def _draw_shares(axis: Axes, rows: list[dict[str, float]]) -> None:
-    steps = [str(t) for t in range(len(rows))]
-    left = np.zeros(len(rows))
-    for name, colour in zip(SETS, COLOURS, strict=True):
-        share = np.array([row[name] for row in rows])
-        bars = axis.barh(steps, share, left=left, color=colour, alpha=0.8, label=name)
-        axis.bar_label(bars, [f"{value:.1f}" if value >= 6 else "" for value in share], label_type="center")
-        left += share
-    axis.invert_yaxis()
-    axis.legend(fontsize=9, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    axis.set(xlabel="% of the patches of a batch", ylabel="relocations t", xlim=(0, 100))
-    axis.set_title("Sets of propagation with these boundaries")
 
 
 def _draw_stability(axis: Axes, result: dict[str, Any]) -> None:

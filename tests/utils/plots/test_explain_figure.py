@@ -8,13 +8,13 @@ from PIL import Image
 from utils.plots.explain_figure import (
     AMBIGUOUS,
     ANCHOR,
-    COLOURS,
     NEGATIVE,
     POSITIVE,
     Explanation,
     draw_explanation,
     painted,
 )
+from utils.plots.figures import SET_COLOURS
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,6 @@ def test_draw__any_steps_bank_and_boundaries(tmp_path, steps, images, phi, psi):
             Explanation((3, 4), similarity, zones, *numbers),
             pictures=drawn.integers(0, 256, (images, 40, 40, 3), dtype=np.uint8),
             names=[f"folder/a$b_{number}^.png" for number in range(images)],
-            about="bank: this image alone",
         )
     width, height = Image.open(tmp_path / "a.png").size
     assert 600 <= width <= 1600
@@ -44,6 +43,6 @@ def test_draw__any_steps_bank_and_boundaries(tmp_path, steps, images, phi, psi):
 def test_painted__each_patch_has_the_colour_of_its_set():
     zones = np.array([[POSITIVE, AMBIGUOUS], [NEGATIVE, ANCHOR]], dtype=np.uint8)
     picture = painted(np.full((4, 4, 3), 255, dtype=np.uint8), zones)
-    for (y, x), colour in {(0, 1): COLOURS[0], (0, 2): COLOURS[1], (3, 0): COLOURS[2]}.items():
+    for (y, x), colour in {(0, 1): SET_COLOURS[0], (0, 2): SET_COLOURS[1], (3, 0): SET_COLOURS[2]}.items():
         assert np.corrcoef(picture[y, x].astype(float), to_rgb(colour))[0, 1] > 0.99
     assert len(set(picture[3, 3].tolist())) == 1  # grey: the anchor is in no set

@@ -1,16 +1,10 @@
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from utils.plots.figures import (
-    colour,
-    draw_class_iou,
-    draw_confusion,
-    draw_legend,
-    draw_predictions,
-    write_strip,
-)
+from utils.plots.figures import colour, draw_class_iou, draw_confusion, draw_predictions, save_figure
 from utils.vision.labels import LabelSpace
 
 
@@ -23,30 +17,20 @@ def test_colour__palette_and_missing(dtype):
 
 
 @pytest.mark.filterwarnings("error")  # matplotlib warns of a legend that does not fit
-@pytest.mark.parametrize(("n_classes", "images"), [(2, 5), (27, 5), (80, 1)])
+@pytest.mark.parametrize(("n_classes", "images"), [(2, 5), (80, 1)])
 def test_figures__few_and_many_classes(tmp_path, n_classes, images):
-    """Classes without pixels are allowed, and names may contain $."""
+    """Classes without pixels are allowed."""
     labels = LabelSpace.with_spread_colours(tuple(f"class {n}" for n in range(n_classes)))
     counts = np.eye(n_classes, n_classes + 1, dtype=np.int64)
     counts[0] = 0
-    draw_confusion(tmp_path / "confusion.png", {"cluster": counts, "linear": counts}, labels=labels)
     iou = dict.fromkeys(labels.names, 50.0) | {"class 0": float("nan")}
-    draw_class_iou(
-        tmp_path / "iou.png", {"cluster, before CRF": iou, "linear, before CRF": iou}, labels=labels
-    )
-    maps = {"image": np.zeros((4, 4, 3), np.uint8)}
-    draw_predictions(tmp_path / "predictions.png", [maps] * images, labels=labels)
-    legend = [{"id": n, "name": "$_$", "colour": c, "share": 0.0} for n, c in enumerate(labels.palette)]
-    draw_legend(tmp_path / "legend.png", legend)
-    for name in ("confusion", "iou", "predictions", "legend"):
-        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+    draw_confusion(tmp_path / "a.png", {"cluster": counts, "linear": counts}, labels=labels)
+    draw_class_iou(tmp_path / "b.png", {"cluster": iou, "linear": iou}, labels=labels)
+    draw_predictions(tmp_path / "c.png", [{"image": np.zeros((4, 4, 3), np.uint8)}] * images, labels=labels)
+    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in "abc")
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [lambda path: draw_legend(path, []), lambda path: write_strip(path, [np.zeros((4, 4, 3), np.uint8)])],
-)
-def test_figures__an_interruption_leaves_the_old_file(tmp_path, monkeypatch, draw):
+def test_figures__an_interruption_leaves_the_old_file(tmp_path, monkeypatch):
     def interrupted(image, file, **_):
         Path(file).write_text("half")
         raise KeyboardInterrupt
@@ -54,5 +38,5 @@ def test_figures__an_interruption_leaves_the_old_file(tmp_path, monkeypatch, dra
     (tmp_path / "a.png").write_text("old")
     monkeypatch.setattr("PIL.Image.Image.save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        draw(tmp_path / "a.png")
+        save_figure(plt.figure(), tmp_path / "a.png")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

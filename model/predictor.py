@@ -17,6 +17,7 @@ from model.evaluator import CLUSTER_ALPHA, HEADS
 from model.module import PPAPModule
 from utils.errors import LeftOut, UserError, listed
 from utils.files import make_folder, write_json
+from utils.plots.figures import draw_legend
 from utils.plots.mask_files import mask_ids, renamed, result_files, write_contact_sheet, write_results
 from utils.progress import Bar
 from utils.training.device import accelerator, chosen_precision
@@ -72,6 +73,8 @@ class Predictor:
         if head == "linear":
             assignment = range(labels.n_classes)
         channels = labels.n_classes if head == "linear" else len(module.cluster_probe.clusters)
+        if channels > 256:
+            raise UserError(f"{channels} clusters, must be at most 256: masks have 8 bits")
         self.names, self.palette, ids = mask_ids(labels, assignment, n_clusters=channels)
         self._ids = np.array(ids, dtype=np.uint8)  # of each channel
         self.device = torch.device(device or accelerator())
@@ -179,7 +182,7 @@ def predict_folder(
 ) -> dict[str, Any]:
     """Writes masks of one photograph or of a folder, at the paths of `result_files`.
 
-    The folder `out` also gets overlays, an index.html that shows them with a legend, and legend.json.
+    The folder `out` also gets overlays, legend.png, an index.html that shows them all, and legend.json.
     Returns legend.json's content: `ids`, `images` (a count), `left_out` (messages). `names`: see --names.
 
     Raises:
@@ -204,6 +207,7 @@ def predict_folder(
     legend = [{"id": number, "name": n, "colour": c, "share": share} for number, (n, c, share) in rows]
     result = {"ids": legend, "images": len(done), "left_out": skipped}
     write_json(out / "legend.json", result)
+    draw_legend(out / "legend.png", legend)
     write_contact_sheet(out, done, legend, skipped)
     print(f"\nresults: {out}; open {out / 'index.html'}")
     if skipped:

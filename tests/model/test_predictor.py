@@ -216,6 +216,7 @@ def test_images__command_line_and_python_agree(run, checkpoint, tmp_path):
     legend = json.loads((tmp_path / "masks/legend.json").read_text())
     assert [row["name"] for row in legend["ids"]] == ["ground", "sky", "tree"]
     assert sum(row["share"] for row in legend["ids"]) == pytest.approx(100)
+    assert (tmp_path / "masks/legend.png").is_file()
     evaluation.main([*run, str(tmp_path / "photos/a.png"), "--res", "48", "--tile", "32", "--head", "linear"])
     linear = load_segmenter(checkpoint, res=48, tile=32, head="linear")
     mask = Image.open(tmp_path / "masks/a/mask.png")

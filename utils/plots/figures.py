@@ -1,8 +1,9 @@
-"""Figures of an evaluation: predictions, confusion matrices, IoU per class, sweeps and sets."""
+"""Figures of an evaluation: predictions, confusion matrices, IoU per class, sweeps, sets and legends."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -21,6 +22,7 @@ from utils.vision.labels import LabelSpace
 
 IGNORED = (0, 0, 0)
 UNMATCHED = (160, 160, 160)
+LEGEND_ROWS = 16  # per column of a legend
 MOST_NUMBERED = 60  # classes of a confusion matrix whose cells have room for a number
 SETS = ("positives", "ambiguous", "negatives")
 SET_COLOURS = ("#0072b2", "#f0e442", "#d55e00")  # colour-blind safe (Okabe and Ito)
@@ -51,11 +53,22 @@ def draw_predictions(path: Path, rows: Sequence[dict[str, np.ndarray]], *, label
             axis.imshow(picture)
             if line == 0:
                 axis.set_title(title, fontsize=10)
-    # outlined, because some colours are nearly white
-    handles = [Patch(facecolor=np.array(c) / 255, edgecolor="0.5", linewidth=0.5, label=n) for n, c in named]
-    how = {"loc": "outside lower center", "fontsize": 9, "frameon": False, "handlelength": 1.2}
-    figure.legend(handles=handles, ncols=ncols, **how)
+    _legend(figure, named, loc="outside lower center", ncols=ncols)
     save_figure(figure, path)
+
+
+def _legend(figure: Figure, named: Sequence[tuple[str, tuple[int, ...]]], **place: Any) -> None:
+    """A legend of (name, colour), outlined because some colours are nearly white."""
+    handles = [Patch(facecolor=np.array(c) / 255, edgecolor="0.5", linewidth=0.5, label=n) for n, c in named]
+    figure.legend(handles=handles, fontsize=9, frameon=False, handlelength=1.2, **place)
+
+
+def draw_legend(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draws the `id`, `name` and `share` in percent of each id of a mask, in its `colour`."""
+    named = [(f"{row['id']:3}  {row['name']}  {row['share']:.1f}%", row["colour"]) for row in rows]
+    figure = plt.figure()
+    _legend(figure, named, loc="center", ncols=math.ceil(len(rows) / LEGEND_ROWS))
+    save_figure(figure, path, dpi=150)
 
 
 def save_figure(figure: Figure, path: Path, *, dpi: int = 120, bbox_inches: str | None = "tight") -> None:

@@ -7,9 +7,9 @@ import torch
 
 from model.backbone import Backbone, BackboneSpec, FrozenViT
 from model.checkpoint import Checkpoint, open_checkpoint, stored_options
-from model.criterion import register_loss
 from model.methods import build_segmenter, register_method
 from model.methods.base import Method, MethodOutput
+from model.methods.ppap import register_loss
 from model.module import PPAPModule
 from model.predictor import Predictor
 from model.segmenter import BlockSegmenter, BranchSegmenter, Segmenter

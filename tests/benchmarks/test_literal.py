@@ -11,7 +11,7 @@ from dataset.base import SegmentationDataset
 from dataset.crops import prepared_folder
 from dataset.datamodule import prepared_crops
 from loss import PPAPLoss
-from model.criterion import build_criterion
+from model.methods.ppap import build_criterion
 from tests.benchmarks import literal
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.inputs import SHAPES, loss_inputs, shape_options, write_photographs

@@ -15,7 +15,7 @@ from model.predictor import Predictor
 from model.segmenter import BlockSegmenter, BranchSegmenter, Segmenter
 from model.weights import build_backbone, load_backbone, load_strictly, register_backbone
 from utils.config.loading import build_options, find_option_file, load_options, with_changes
-from utils.config.options import ARCHS, LOSSES, METHODS, Options
+from utils.config.options import Options
 from utils.config.plugins import load_plugins, report_changes
 from utils.errors import UserError
 from utils.training.randomness import seeded
@@ -38,10 +38,6 @@ __all__ = [
     "register_loss",
     "register_method",
 ]
-KEPT_OPTIONS = (
-    "method", "model.", "hp.", "own.", "eval.", "dataset.res", "dataset.val_res", "dataset.interpolation",
-    "dataloader.batch_size", "train.precision", "train.frozen",
-)  # fmt: skip
 
 
 def build_module(
@@ -124,7 +120,10 @@ def load_segmenter(
         opt = load_options(find_option_file(str(opt)))
     loaded = open_checkpoint(str(checkpoint), (opt or Options()).output_dir)
     about = loaded.about
-    opt = opt or _stored_options(loaded, trust_plugins=trust_plugins)
+    if opt is None:
+        flat = stored_options(loaded)
+        load_plugins(flat, trusted=trust_plugins)
+        opt = build_options(flat, source=f"the options in {loaded.path}")
     if about:
         labels = LabelSpace(about["class_names"], about["palette"])
     elif labels is None:
@@ -133,16 +132,3 @@ def load_segmenter(
     opt = with_changes(opt, {"train.compile": False})  # photographs of each size would be compiled anew
     module = build_module(opt, labels, checkpoint=loaded)
     return Predictor(module, assignment=about.get("assignment"), **arguments)
-
-
-def _stored_options(checkpoint: Checkpoint, *, trust_plugins: bool) -> Options:
-    """The options in a checkpoint on which predictions depend; runs its plugins if it needs them."""
-    flat = stored_options(checkpoint)
-    loss = flat.get("training_coeff.loss", "ppap")
-    known = flat.get("model.arch", "dino") in ARCHS and flat.get("method", "ppap") in METHODS
-    known = known and (loss in LOSSES or not any(name.startswith("method.") for name in checkpoint.state))
-    if trust_plugins or not known:
-        load_plugins(flat, trusted=trust_plugins)
-    sections = (*KEPT_OPTIONS, "training_coeff.") if loss in LOSSES else KEPT_OPTIONS
-    kept = {key: value for key, value in flat.items() if key.startswith(sections)}
-    return build_options(kept, source=f"the options in {checkpoint.path}")

@@ -70,19 +70,22 @@ def test_frozen__never_trains():
     assert not backbone.tokens(image(16, 16)).requires_grad
 
 
-@pytest.mark.parametrize("registers", [0, 4])
-def test_attention_logits__are_those_of_the_last_block(registers):
+def check_attention_logits(backbone, tokens, grid):
     """The log of a softmax is its logits less a constant per row, and so is the mean over heads."""
-    torch.manual_seed(0)
-    spec = BackboneSpec(24, 2, 3, 4, 16, registers=registers, layer_scale=True)
-    backbone, seen = FrozenViT(spec), []
-    attention = backbone.blocks[-1].attn
+    attention, seen = backbone.blocks[-1].attn, []
+    logits = backbone.attention_logits(tokens, grid)
     attention.fused_attn = False
-    attention.qkv.weight.mul_(20)  # unlike attention, not uniform
     attention.attn_drop.register_forward_hook(lambda _, given, __: seen.append(given[0]))
-    tokens = backbone.tokens(image(16, 16))
-    backbone.last_features(tokens, (4, 4))
-    expected, logits = seen[0].log().mean(dim=1), backbone.attention_logits(tokens, (4, 4))
+    backbone.last_features(tokens, grid)
+    expected = seen[0].log().mean(dim=1)
     centred = [each - each.mean(dim=-1, keepdim=True) for each in (logits, expected)]
     assert centred[1].std() > 0.1
     torch.testing.assert_close(*centred, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_attention_logits__are_those_of_the_last_block(registers):
+    torch.manual_seed(0)
+    backbone = FrozenViT(BackboneSpec(24, 2, 3, 4, 16, registers=registers, layer_scale=True))
+    backbone.blocks[-1].attn.qkv.weight.mul_(20)  # unlike attention, not uniform
+    check_attention_logits(backbone, backbone.tokens(image(16, 16)), (4, 4))

@@ -79,7 +79,7 @@ def test_find__order_of_names_and_places(tmp_path):
         find_checkpoints("", str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [{"weights": 1}, [1, 2], {}, {"ppap": {}}])
+@pytest.mark.parametrize("content", [{"weights": 1}, [1, 2], {"ppap": {}}])
 def test_read__neither_format(tmp_path, content):
     torch.save(content, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match=r"x\.ckpt: neither"):
@@ -92,20 +92,15 @@ def test_read__neither_format(tmp_path, content):
         ("class_names", None, "ppap.class_names"),
         ("class_names", ["a", "b"], "ppap: .*2 names and 3 colours"),
         ("palette", [[1, 2, 3], [1, 2, 3.5], [1, 2, 300]], "ppap.palette.1.2"),
-        ("assignment", {0: 1}, "ppap.assignment"),
         ("assignment", [0, 1], "ppap: .*2 entries for 3 clusters"),
-        ("options", [], "ppap.options"),
         ("options", {"model": {"dim": torch.ones(1)}}, "ppap.options.model"),
-        ("options", {"plugins": [5]}, "ppap.options.plugins.0"),
         ("step", "last", "ppap.step"),
-        ("state", {"a.weight": 1}, "state_dict: a.weight is of type int"),
         ("state", [], "state_dict is of type list"),
-        ("state", {"cluster_probe.clusters": torch.ones(())}, "ppap: .*3 entries for 1 clusters"),
-        ("state", {"a.weight": torch.ones(2, dtype=torch.int64)}, "a.weight is torch.int64"),
-        ("state", {"a.bias": torch.ones(2, dtype=torch.complex64)}, "a.bias is torch.complex64"),
-        ("state", {"a.bias": torch.eye(2).to_sparse()}, "a.bias is .*sparse"),
-        ("state", {"a.bias": torch.tensor([1.0, torch.nan])}, "a.bias is not finite"),
-        ("state", {"a.bias": torch.tensor([torch.inf])}, "a.bias is not finite"),
+        ("state", {"a.bias": 1}, "a.bias must be a dense tensor"),
+        ("state", {"a.bias": torch.ones(2, dtype=torch.int64)}, "a.bias must be a dense tensor"),
+        ("state", {"a.bias": torch.eye(2).to_sparse()}, "a.bias must be a dense tensor"),
+        ("state", {"a.bias": torch.tensor([1.0, torch.nan])}, "a.bias must be .* without NaN"),
+        ("state", {"a.bias": torch.tensor([torch.inf])}, "a.bias must be .* without NaN and infinity"),
     ],
 )
 def test_read__an_entry_of_the_wrong_form_is_named(tiny_options, tmp_path, key, value, named):
@@ -113,28 +108,19 @@ def test_read__an_entry_of_the_wrong_form_is_named(tiny_options, tmp_path, key, 
     entry = {"palette": [list(colour) for colour in LABELS.palette], "options": as_tree(module.options)}
     entry |= {"class_names": list(LABELS.names), "assignment": [0, 1, 2]}
     state = value if key == "state" else module.state_dict()
-    content = {"state_dict": state, CHECKPOINT_ENTRY: entry | {key: value}}
-    torch.save(content, tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match=rf"x\.ckpt: .*{named}") as error:
+    torch.save({"state_dict": state, CHECKPOINT_ENTRY: entry | {key: value}}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=rf"x\.ckpt: .*{named}"):
         read_checkpoint(tmp_path / "x.ckpt")
-    assert "\n" not in str(error.value)
 
 
-def test_read__a_published_part_of_the_wrong_form_is_named(tmp_path):
-    torch.save(NONE_PARTS, tmp_path / "ckpt.pth")
-    with pytest.raises(UserError, match=r"ckpt\.pth: net_model_state_dict is of type NoneType"):
-        read_checkpoint(tmp_path / "ckpt.pth")
-
-
-def test_read__a_published_checkpoint_of_another_method_or_of_dataparallel(tiny_options, tmp_path):
+def test_read__a_published_checkpoint_of_dataparallel_or_of_the_wrong_form(tiny_options, tmp_path):
     path = exported(build_module(tiny_options(), LABELS), tmp_path / "ckpt.pth")
     content, expected = torch.load(path, weights_only=True), read_checkpoint(path).state
     net = content["net_model_state_dict"]
     torch.save(content | {"net_model_state_dict": {f"module.{name}": net[name] for name in net}}, path)
     assert read_checkpoint(path).state.keys() == expected.keys()
-    others = {name.replace("decoder", "cluster1"): net[name] for name in net}
-    torch.save(content | {"net_model_state_dict": others}, path)
-    with pytest.raises(UserError, match=r"no parameter decoder\.\*"):
+    torch.save(NONE_PARTS, path)
+    with pytest.raises(UserError, match=r"ckpt\.pth: net_model_state_dict is of type NoneType"):
         read_checkpoint(path)
 
 

@@ -16,7 +16,7 @@ from torchvision.transforms import ColorJitter, Compose, GaussianBlur, RandomApp
 
 from loss.hidden_positive import hidden_positive_loss
 from model.methods.base import Method, MethodOutput, Progress
-from model.methods.pools import ReferencePools
+from model.methods.pools import ReferencePools, unit_rows
 from model.segmenter import Segmenter, dropout_mask
 from utils.config.options import Options
 from utils.training.distributed import all_reduce_mean, rank, world_size
@@ -59,9 +59,8 @@ class HP(Method):
 
     def prepare(self, segmenter: Segmenter, batches: Iterable[Any], step: int) -> None:
         """Renews the pool of codes, in the first step also that of features."""
-        drawn = generator(self.seed, "pools", step)
-        how = {"dropout": self.dropout, "both": step == 1}
-        self.pools.renew(segmenter, self.average, batches, drawn, **how)
+        drawn, both = generator(self.seed, "pools", step), step == 1
+        self.pools.renew(segmenter, self.average, batches, drawn, dropout=self.dropout, both=both)
 
     def draws(self, images: int, grid: tuple[int, int], step: int, *, dim: int) -> dict[str, Any]:
         """Dropout masks by what they apply to."""
@@ -89,8 +88,8 @@ class HP(Method):
         loss = hidden_positive_loss(
             z,
             self._project(mixed * draws["mixed"]),
-            f=_unit_rows(features * draws["features"]),
-            e=_unit_rows(averaged * draws["average"]),
+            f=unit_rows(features * draws["features"]),
+            e=unit_rows(averaged * draws["average"]),
             pool_ag=self.pools.agnostic,
             pool_sp=self.pools.specific,
             keep=self._kept(len(z), math.prod(grid), progress.step),
@@ -147,26 +146,17 @@ def specific_weight(step: int, total: int, warmup: int) -> float:
     return max(0, step - 1 - warmup) / (total - warmup) if total > warmup else 0.0
 
 
-def _unit_rows(values: Tensor) -> Tensor:
-    """(B, K, h, w) -> (B*h*w, K) float32, unit length."""
-    return F.normalize(values.permute(0, 2, 3, 1).flatten(0, 2).float(), dim=1)
-
-
 @torch.no_grad()
 def local_attention(attention_logits: Tensor, grid: tuple[int, int]) -> Tensor:
     """Attention of each patch to its 3x3 neighbourhood, (B, 9, h, w) float32; 0 outside the grid.
 
-    Args:
-        attention_logits: of the frozen last block, before softmax, (B, heads, 1 + h*w, 1 + h*w). Heads are
-            averaged, and tokens before the patches ignored.
-        grid: (h, w).
+    `attention_logits` (B, heads, T, T) are those of the frozen last block before softmax. Heads are averaged,
+    and tokens before the patches ignored.
     """
-    height, width = grid
-    where = {"device": attention_logits.device}
-    rows, columns = torch.arange(height, **where)[:, None], torch.arange(width, **where)  # (h, 1), (w,)
-    found = []
+    (height, width), device, found = grid, attention_logits.device, []
+    rows, columns = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+    patches = height * width
     for image in attention_logits:  # one at a time, as sorting takes several times the memory
-        patches = height * width
         logits = image[:, -patches:, -patches:].float().mean(dim=0)  # (h*w, h*w)
         ordered = logits.sort(dim=1).values  # (h*w, h*w)
         low, high = (_quantile(ordered, share) for share in QUANTILES)  # (h*w, 1) each
@@ -190,11 +180,7 @@ def mix_local(code: Tensor, attention_logits: Tensor) -> Tensor:
     """The mean over each patch's 3x3 neighbourhood of attention times code, (B, K, h, w).
 
     Only neighbours inside the grid count; attention below the patch's mean is set to 0. The gradient flows to
-    the code of all neighbours.
-
-    Args:
-        code: (B, K, h, w).
-        attention_logits: see `local_attention`.
+    the code (B, K, h, w) of all neighbours. For the logits see `local_attention`.
     """
     grid = code.shape[-2:]
     attention = local_attention(attention_logits, grid)  # (B, 9, h, w)

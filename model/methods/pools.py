@@ -36,34 +36,32 @@ class ReferencePools(nn.Module):
     ) -> None:
         """Fills the specific pool, or both, with one random patch of each image.
 
-        The two pools take different patches of an image. Every rank passes its slice of the same batches and
+        The two pools take different patches of an image. Every rank passes its slices of the same batches and
         ends with the same pools.
 
         Args:
-            segmenter: computes the frozen features.
             average: the averaged head, which computes the code.
             batches: on the device, M images over all ranks.
             generator: on the CPU, in the same state on all ranks.
             dropout: probability of channel dropout of features and code.
-            both: whether to renew the agnostic pool, too.
         """
+
+        def mask(values: Tensor) -> Tensor:
+            drawn = dropout_mask(values.shape[:2], probability=dropout, generator=generator)
+            return upload(drawn, values.device)
+
         agnostic, specific = [], []
         for batch in batches:
             grid = segmenter.grid(batch.label)
             features = segmenter.features(segmenter.tokens(batch.inputs), grid)  # (B, D, h, w)
-            masks = [_mask(features, generator, dropout) for _ in range(3)]
+            masks = [mask(features) for _ in range(3)]
             patch = _random_patch(features, generator)  # (B, D, 1, 1)
-            agnostic.append(_unit_rows(patch * masks[0]))
+            agnostic.append(all_gather(unit_rows(patch * masks[0])))
             code = average(_random_patch(features, generator), masks[1:])  # (B, K, 1, 1)
-            specific.append(_unit_rows(code * _mask(code, generator, dropout)))
+            specific.append(all_gather(unit_rows(code * mask(code))))
         self.specific.copy_(torch.cat(specific))
         if both:
             self.agnostic.copy_(torch.cat(agnostic))
-
-
-def _mask(values: Tensor, generator: torch.Generator, dropout: float) -> Tensor:
-    mask = dropout_mask(values.shape[:2], probability=dropout, generator=generator)
-    return upload(mask, values.device)
 
 
 def _random_patch(values: Tensor, generator: torch.Generator) -> Tensor:
@@ -74,6 +72,6 @@ def _random_patch(values: Tensor, generator: torch.Generator) -> Tensor:
     return values.flatten(2).gather(2, patch)[..., None]
 
 
-def _unit_rows(values: Tensor) -> Tensor:
-    """Unit-length rows of all ranks, (B, K, 1, 1) -> (world_size * B, K) float32."""
-    return F.normalize(all_gather(values.flatten(1).float()), dim=1)
+def unit_rows(values: Tensor) -> Tensor:
+    """(B, K, h, w) -> (B*h*w, K) float32, unit length."""
+    return F.normalize(values.permute(0, 2, 3, 1).flatten(0, 2).float(), dim=1)

@@ -62,7 +62,7 @@ def build_module(
     if train_labelled is None:
         train_labelled = checkpoint is None or checkpoint.about.get("train_labelled", True)
     weights = options.model.pretrained.pretrained_weights
-    source = load_backbone(backbone, weights) if checkpoint is None else checkpoint.path
+    source = checkpoint.path if checkpoint else load_backbone(backbone, weights)
     with seeded(options.train.seed, "projection"):
         segmenter = build_segmenter(options, backbone, code_dim)
     _check_channels(options, n_classes=labels.n_classes, asked=code_dim, found=segmenter.code_dim)

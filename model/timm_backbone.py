@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from model.backbone import Backbone
-from utils.config.options import Options
 from utils.errors import UserError, closest, first_line
 from utils.vision.transforms import MEAN, STD
 
@@ -31,6 +30,10 @@ class TimmViT(Backbone):
 
     def __init__(self, name: str, depth: int | None = None) -> None:
         super().__init__()
+        known = timm.list_models(module=MODULES) + timm.list_models(module=MODULES, include_tags=True)
+        if name not in known:
+            wanted = f"a plain or rotary ViT of timm ({', '.join(MODULES)})"
+            raise UserError(f"model.name is {name}, must be {wanted}.{closest(name, known)}")
         self.vit = timm.create_model(name, num_classes=0, dynamic_img_size=True)
         blocks = len(self.vit.blocks)
         if depth and depth > blocks:
@@ -114,13 +117,3 @@ class _Attention(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             self.seen.append(args[:2])
         return function(*args, **(kwargs or {}))
-
-
-def build_timm(options: Options) -> TimmViT:
-    """The model of timm that `model.name` selects, without its weights."""
-    name = options.model.name
-    known = timm.list_models(module=MODULES) + timm.list_models(module=MODULES, include_tags=True)
-    if name not in known:
-        wanted = f"a plain or rotary ViT of timm ({', '.join(MODULES)})"
-        raise UserError(f"model.name is {name}, must be {wanted}.{closest(name, known)}")
-    return TimmViT(name, options.model.pretrained.depth)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.backbone import Backbone, BackboneSpec, FrozenViT
-from model.timm_backbone import TimmViT, build_timm
+from model.timm_backbone import TimmViT
 from utils.config.options import ARCHS, FULL_DEPTH, WIDTH_AND_HEADS, Options, register_name
 from utils.download import DownloadError, download
 from utils.errors import UserError
@@ -42,7 +42,9 @@ SHA256 = {  # as checked by public projects, such as finegrain's refiners; none 
     "dinov2_vitb14_pretrain.pth": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
     "dinov2_vitb14_reg4_pretrain.pth": "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
 }
-_builders: dict[str, Callable[[Options], Backbone]] = {"timm": build_timm}
+_builders: dict[str, Callable[[Options], Backbone]] = {
+    "timm": lambda options: TimmViT(options.model.name, options.model.pretrained.depth)
+}
 
 
 def register_backbone(name: str, build: Callable[[Options], Backbone]) -> None:

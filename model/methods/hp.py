@@ -66,8 +66,7 @@ class HP(Method):
         """Dropout masks by what they apply to."""
         names = {"linear": dim, "average linear": dim, "nonlinear": dim, "average nonlinear": dim}
         names |= {"features": dim, "average": self.channels, "mixed": self.channels}
-        if self.chosen.alpha:
-            names |= {"view linear": dim, "view nonlinear": dim}
+        names |= {"view linear": dim, "view nonlinear": dim}
         drawn, found = generator(self.seed, "dropout", step), {}
         for name, channels in names.items():
             found[name] = dropout_mask((images, channels), probability=self.dropout, generator=drawn)
@@ -114,12 +113,10 @@ class HP(Method):
         return F.normalize(self.projection(code.permute(0, 2, 3, 1).flatten(0, 2)).float(), dim=1)
 
     def _kept(self, rows: int, block: int, step: int) -> Tensor:
-        """The random part of the denominators, equal on all ranks: (block, N) bool; (1, 1) if it is all."""
-        device, rho = self.projection.weight.device, self.chosen.rho
-        if rho == 1:
-            return torch.ones(1, 1, dtype=torch.bool, device=device)
+        """The random part of the denominators, (block, N) bool, equal on all ranks."""
+        device = self.projection.weight.device
         drawn = torch.Generator(device).manual_seed(derived_seed(self.seed, "denominator", step))
-        return torch.rand(block, world_size() * rows, generator=drawn, device=device) < rho
+        return torch.rand(block, world_size() * rows, generator=drawn, device=device) < self.chosen.rho
 
     def _view(self, images: Tensor, step: int) -> Tensor:
         """Normalised images in other colours, of uint8 images (B, 3, H, W).

@@ -1,7 +1,7 @@
 """Models of timm as backbones, with random weights, compared with timm's own forward pass."""
 
 import json
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import timm
@@ -15,7 +15,7 @@ from model.segmenter import BlockSegmenter
 from model.timm_backbone import TimmViT
 from model.weights import build_backbone, load_backbone
 from tests.conftest import write_tiny
-from tests.model.test_backbone import check_attention_logits
+from tests.model.test_backbone import check_attention_logits, image
 from utils.config.loading import build_options
 from utils.errors import UserError
 from utils.vision.labels import LabelSpace
@@ -35,34 +35,17 @@ def randomised(module):
     return module.eval()
 
 
-@pytest.fixture(scope="module")
-def reference():
+@cache
+def reference(name):
     """timm's model of a name, which takes images of any size."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            torch.manual_seed(0)
-            made[name] = randomised(timm.create_model(name, num_classes=0, dynamic_img_size=True))
-        return made[name]
-
-    return get
+    torch.manual_seed(0)
+    return randomised(timm.create_model(name, num_classes=0, dynamic_img_size=True))
 
 
-@pytest.fixture
-def backbone(reference):
-    def build(name, depth=None):
-        found = TimmViT(name, depth)
-        state, own = reference(name).state_dict(), found.vit.state_dict()
-        found.vit.load_state_dict({key: state[key] for key in own})
-        return found
-
-    return build
-
-
-def image(height, width):
-    """Normalised with ImageNet's mean and standard deviation."""
-    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+def backbone(name, depth=None):
+    found, state = TimmViT(name, depth), reference(name).state_dict()
+    found.vit.load_state_dict({key: state[key] for key in found.vit.state_dict()})
+    return found
 
 
 def as_timm(values, vit):
@@ -81,7 +64,7 @@ def features_of(backbone, values):
     ("name", "sizes"),
     [(DINOV3, [(256, 256), (96, 160)]), (EVA, [(224, 224), (56, 112)]), (PLAIN, [(224, 224), (112, 32)])],
 )
-def test_features__equal_timm_at_native_and_other_sizes(reference, backbone, name, sizes):
+def test_features__equal_timm_at_native_and_other_sizes(name, sizes):
     theirs, ours = reference(name), backbone(name)
     for size in sizes:
         values = image(*size)
@@ -94,7 +77,7 @@ def test_features__equal_timm_at_native_and_other_sizes(reference, backbone, nam
 
 
 @pytest.mark.parametrize("name", [DINOV3, MIXED, WITHOUT_CLS])
-def test_features__equal_timm_after_an_inner_block(reference, backbone, name):
+def test_features__equal_timm_after_an_inner_block(name):
     theirs, values = reference(name), image(64, 48)
     (expected,) = theirs.forward_intermediates(
         as_timm(values, theirs), indices=[4], norm=True, intermediates_only=True
@@ -102,7 +85,7 @@ def test_features__equal_timm_after_an_inner_block(reference, backbone, name):
     torch.testing.assert_close(features_of(backbone(name, 5), values), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_segmenter__head_is_rotated_and_starts_as_the_frozen_features(backbone):
+def test_segmenter__head_is_rotated_and_starts_as_the_frozen_features():
     network = BlockSegmenter(backbone(DINOV3, 3))
     values = torch.randint(256, (2, 3, 48, 64), dtype=torch.uint8)
     tokens = network.tokens(values)
@@ -119,7 +102,7 @@ def test_segmenter__head_is_rotated_and_starts_as_the_frozen_features(backbone):
 
 
 @pytest.mark.parametrize("name", [DINOV3, EVA, PLAIN])
-def test_attention_logits__are_those_of_the_last_block(backbone, name):
+def test_attention_logits__are_those_of_the_last_block(name):
     ours = backbone(name, 2)
     check_attention_logits(ours, ours.tokens(image(4 * ours.spec.patch, 2 * ours.spec.patch)), (4, 2))
 
@@ -136,10 +119,6 @@ def original_dinov3(state):
     return renamed
 
 
-def of_timm(state):
-    return state
-
-
 def of_training(state):
     return {"teacher": {f"backbone.{key}": value for key, value in state.items()}}
 
@@ -151,13 +130,13 @@ def of_mae(state):
 @pytest.mark.parametrize(
     ("name", "form", "file"),
     [
-        (DINOV3, of_timm, "w.safetensors"),
+        (DINOV3, dict, "w.safetensors"),
         (DINOV3, original_dinov3, "w.pth"),
         (DINOV3, of_training, "w.pth"),
         (PLAIN, of_mae, "w.pth"),
     ],
 )
-def test_load__files_of_timm_and_of_the_original_code(reference, tmp_path, capsys, name, form, file):
+def test_load__files_of_timm_and_of_the_original_code(tmp_path, capsys, name, form, file):
     state, path, found = reference(name).state_dict(), tmp_path / file, TimmViT(name, 3)
     (save_file if path.suffix == ".safetensors" else torch.save)(form(state), path)
     assert load_backbone(found, str(path)) == str(path)
@@ -165,14 +144,14 @@ def test_load__files_of_timm_and_of_the_original_code(reference, tmp_path, capsy
     assert capsys.readouterr().out == ""
 
 
-def test_load__file_of_another_model(reference, tmp_path):
+def test_load__file_of_another_model(tmp_path):
     torch.save(reference(PLAIN).state_dict(), tmp_path / "w.pth")
     for name in (DINOV3, EVA):
         with pytest.raises(UserError, match=r"w\.pth does not fit"):
             load_backbone(TimmViT(name, 2), str(tmp_path / "w.pth"))
 
 
-def test_load__official_weights(reference, monkeypatch):
+def test_load__official_weights(monkeypatch):
     with pytest.raises(UserError, match=r"is test_vit4: timm cannot load .*pretrained_weights to a local"):
         load_backbone(TimmViT("test_vit4", 2), None)  # which has none
     theirs, found = reference(PLAIN), TimmViT(PLAIN, 2)
@@ -216,7 +195,7 @@ def test_options__a_name_with_timm_alone(arch, name):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_run__trains_from_cached_tokens_and_predicts(reference, tmp_path):
+def test_run__trains_from_cached_tokens_and_predicts(tmp_path):
     torch.save(reference(DINOV3).state_dict(), tmp_path / "w.pth")
     path = write_tiny(
         tmp_path, model__arch="timm", model__name=DINOV3, model__dim=384, model__pretrained__depth=2,

@@ -76,26 +76,25 @@ def build_module(
 def _restore(module: PPAPModule, checkpoint: Checkpoint) -> None:
     """Loads all parameters; a UserError names both sides if classes, keys or shapes differ."""
     report_changes(checkpoint.about.get("plugins", {}), checkpoint.path)
-    names, labels = checkpoint.about.get("class_names"), module.labels
-    if names is not None and tuple(names) != labels.names:
+    here, data = module.labels.names, module.options.dataset.data_type
+    if (names := checkpoint.about.get("class_names", here)) != here:
         raise UserError(
             f"{checkpoint.path}: trained on the {len(names)} classes {', '.join(names)}; the data set of the "
-            f"options ({module.options.dataset.data_type}) has the {labels.n_classes} classes "
-            f"{', '.join(labels.names)}; use the option file that the checkpoint was trained with"
+            f"options ({data}) has the {len(here)} classes {', '.join(here)}; use the option file that the "
+            "checkpoint was trained with"
         )
     load_strictly(module, checkpoint.state, str(checkpoint.path))
 
 
 def _check_channels(options: Options, *, n_classes: int, asked: int, found: int) -> None:
-    key = "model.dim" if options.model.continuous else "model.continuous is false: D = n_classes"
     if asked != found:
+        key = "model.dim" if options.model.continuous else "model.continuous is false: D = n_classes"
         raise UserError(f"{key} is {asked}, must be {found}, the backbone's width")
-    n_clusters = n_classes + options.model.extra_clusters
-    if options.eval.is_direct and found != n_clusters:
-        raise UserError(
-            f"eval.is_direct takes the {found} channels of the code as cluster logits, so there must be "
-            f"{found} clusters, not {n_clusters}; set eval.is_direct false"
+    if options.eval.is_direct and found != (clusters := n_classes + options.model.extra_clusters):
+        channels = (
+            f"eval.is_direct takes the {found} channels of the code as the logits of {clusters} clusters"
         )
+        raise UserError(f"{channels}; the two must be equal, or set eval.is_direct false")
 
 
 def load_segmenter(

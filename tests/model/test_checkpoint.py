@@ -133,7 +133,7 @@ def test_export__writes_to_a_file_alone(tmp_path):
 
 
 def test_build__other_classes_are_named(tiny_options):
-    content = Checkpoint(Path("best.ckpt"), {}, {"class_names": ["x", "y"]})
+    content = Checkpoint(Path("best.ckpt"), {}, {"class_names": ("x", "y")})
     with pytest.raises(UserError, match=r"2 classes x, y.*\(synthetic\) has the 3 classes a, b, c"):
         build_module(tiny_options(), LABELS, checkpoint=content)
 

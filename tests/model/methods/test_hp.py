@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from loss.hidden_positive import hidden_positive_loss
 from model.methods.base import Progress
-from model.methods.hp import COLOUR_VIEW, HP, mix_local, specific_weight, update_average
-from model.methods.pools import unit_rows
+from model.methods.hp import COLOUR_VIEW, HP, mix_local, specific_weight, unit_rows, update_average
 from model.segmenter import TwoBranchHead
 from tests.model.methods.conftest import GRID, IMAGES
 from utils.training.randomness import seeded
@@ -181,6 +180,31 @@ def test_hp__pools_are_due_at_the_start_and_within_epochs(segmenter, options_of)
     method = HP(options_of(renew_interval=3), segmenter)
     steps = [(step, (step - 1) % 5) for step in range(1, 11)]  # epochs of five steps
     assert [step for step, batch_idx in steps if method.reference_images(step, batch_idx)] == [1, 4, 9]
+
+
+def test_hp__pools_take_a_patch_of_each_image(segmenter, options_of, batch_of):
+    method, batches = HP(options_of(dropout=0.0), segmenter), [batch_of(1), batch_of(2)]
+    method.prepare(segmenter, batches, 1)
+    features = torch.cat([segmenter.features(segmenter.tokens(each.inputs), GRID) for each in batches])
+    maps, chosen = {"agnostic": features, "specific": segmenter.head(features).detach()}, []
+    for name, rows in method.pools.named_buffers():
+        patches = F.normalize(maps[name].flatten(2), dim=1)  # (8, D, 16)
+        distance = (patches - rows.float()[:, :, None]).norm(dim=1)  # (8, 16)
+        assert distance.amin(dim=1).max() < 2e-3  # float16
+        chosen.append(distance.argmin(dim=1))
+    assert not torch.equal(*chosen)
+
+
+def test_hp__pools_are_a_function_of_seed_and_step(segmenter, options_of, batch_of):
+    first, again = (HP(options_of(dropout=0.3), segmenter) for _ in range(2))
+    first.prepare(segmenter, [batch_of(1), batch_of(2)], 1)
+    torch.manual_seed(5)
+    again.prepare(segmenter, [batch_of(1), batch_of(2)], 1)
+    assert all(map(torch.equal, first.pools.buffers(), again.pools.buffers()))
+    assert (first.pools.agnostic == 0).any(), "dropout of channels"
+    again.prepare(segmenter, [batch_of(1), batch_of(2)], 2)
+    assert torch.equal(first.pools.agnostic, again.pools.agnostic)
+    assert not torch.equal(first.pools.specific, again.pools.specific)
 
 
 def test_hp__denominator_is_a_function_of_seed_and_step(segmenter, options_of):

@@ -9,7 +9,7 @@ import run
 from dataset import DATA_SETS
 from model import PPAPModule, build_module
 from model.backbone import FrozenViT
-from model.checkpoint import CHECKPOINT_ENTRY, Checkpoint, export, read_checkpoint
+from model.checkpoint import CHECKPOINT_ENTRY, PUBLISHED, Checkpoint, export, read_checkpoint
 from model.segmenter import BlockSegmenter
 from model.weights import backbone_spec
 from utils.config.loading import as_tree, load_options
@@ -23,7 +23,6 @@ EXPERIMENTS = {
     "cityscapes_vitb8": "cityscapes_base.json",
     "potsdam_vitb8": "potsdam.json",
 }
-NONE_PARTS = dict.fromkeys(("net_model_state_dict", "linear_model_state_dict", "cluster_model_state_dict"))
 LABELS = LabelSpace.with_spread_colours(("a", "b", "c"))
 
 
@@ -32,19 +31,22 @@ def exported(module, path, **about):
     return path
 
 
-def test_published_format__round_trip(tiny_options, tmp_path):
-    module = build_module(tiny_options(), LABELS)
-    content = read_checkpoint(exported(module, tmp_path / "ckpt.pth"))
-    loaded = build_module(tiny_options(train__seed=5), LABELS, checkpoint=content)
+def test_published_format__round_trip_and_other_forms(tiny_options, tmp_path):
+    module, path = build_module(tiny_options(), LABELS), tmp_path / "ckpt.pth"
+    checkpoint = read_checkpoint(exported(module, path))
+    loaded = build_module(tiny_options(train__seed=5), LABELS, checkpoint=checkpoint)
     for name, value in module.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
-
-
-def test_published_format__other_number_of_classes_names_both_shapes(tiny_options, tmp_path):
-    path = exported(build_module(tiny_options(), LABELS), tmp_path / "ckpt.pth")
     two = LabelSpace.with_spread_colours(("a", "b"))
     with pytest.raises(UserError, match=r"ckpt\.pth does not fit .*\[3, 24, 1, 1\].*\[2, 24, 1, 1\]"):
-        build_module(tiny_options(), two, checkpoint=read_checkpoint(path))
+        build_module(tiny_options(), two, checkpoint=checkpoint)
+    content = torch.load(path, weights_only=True)
+    net = {f"module.{name}": value for name, value in content["net_model_state_dict"].items()}
+    torch.save(content | {"net_model_state_dict": net}, path)  # of DataParallel
+    assert read_checkpoint(path).state.keys() == checkpoint.state.keys()
+    torch.save(dict.fromkeys(PUBLISHED), path)
+    with pytest.raises(UserError, match=r"ckpt\.pth: net_model_state_dict is of type NoneType"):
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -55,13 +57,12 @@ def test_export__entries_keys_and_shapes_of_the_released_files(shared, name, tmp
     module = PPAPModule(options, labels, BlockSegmenter(FrozenViT(backbone_spec(options))))
     content = {}
     monkeypatch.setattr("model.checkpoint.write_torch_file", lambda written, path: content.update(written))
-    exported(
-        module, tmp_path / "ckpt.pth", step=300, epoch=2, metrics={"Cluster_mIoU": 12.5, "Linear_mIoU": 30.0}
-    )
+    metrics = {"Cluster_mIoU": 12.5, "Linear_mIoU": 30.0}
+    exported(module, tmp_path / "ckpt.pth", step=300, epoch=2, metrics=metrics)
     assert set(content) == set(listed["top_level"])
     found = [content[key] for key in ("iter", "epoch", "best", "net_optimizer_state_dict")]
     assert found == [300, 2, 42.5, None]
-    for part in NONE_PARTS:
+    for part in PUBLISHED:
         assert {key: list(value.shape) for key, value in content[part].items()} == listed[part]
 
 
@@ -111,17 +112,6 @@ def test_read__an_entry_of_the_wrong_form_is_named(tiny_options, tmp_path, key, 
     torch.save({"state_dict": state, CHECKPOINT_ENTRY: entry | {key: value}}, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match=rf"x\.ckpt: .*{named}"):
         read_checkpoint(tmp_path / "x.ckpt")
-
-
-def test_read__a_published_checkpoint_of_dataparallel_or_of_the_wrong_form(tiny_options, tmp_path):
-    path = exported(build_module(tiny_options(), LABELS), tmp_path / "ckpt.pth")
-    content, expected = torch.load(path, weights_only=True), read_checkpoint(path).state
-    net = content["net_model_state_dict"]
-    torch.save(content | {"net_model_state_dict": {f"module.{name}": net[name] for name in net}}, path)
-    assert read_checkpoint(path).state.keys() == expected.keys()
-    torch.save(NONE_PARTS, path)
-    with pytest.raises(UserError, match=r"ckpt\.pth: net_model_state_dict is of type NoneType"):
-        read_checkpoint(path)
 
 
 def test_export__writes_to_a_file_alone(tmp_path):

@@ -6,7 +6,6 @@ from torch.nn import functional as F
 
 SIGMA = 28.0  # scale of the attention, at any grid
 QUANTILES = (0.1, 0.9)  # the logits of each patch are clipped to these
-SIDE = 3  # patches per side of a neighbourhood
 
 
 @torch.no_grad()
@@ -25,9 +24,8 @@ def local_attention(attention_logits: Tensor, grid: tuple[int, int]) -> Tensor:
         low, high = (_quantile(ordered, share) for share in QUANTILES)  # (h*w, 1) each
         attention = logits.clamp(low, high).softmax(dim=1)
         attention = torch.where(attention < 1 / patches, 0, SIGMA * attention)  # 1 / (h*w) is the mean
-        padded = F.pad(attention.view(height, width, height, width), (1, 1, 1, 1))  # (h, w, h + 2, w + 2)
-        near = [padded[rows, columns, rows + y, columns + x] for y in range(SIDE) for x in range(SIDE)]
-        found.append(torch.stack(near))  # (9, h, w)
+        shifted = _shifted(attention.view(height, width, height, width))  # (h, w, h, w) each
+        found.append(torch.stack([part[rows, columns, rows, columns] for part in shifted]))  # (9, h, w)
     return torch.stack(found)
 
 
@@ -53,7 +51,7 @@ def mix_local(code: Tensor, attention_logits: Tensor) -> Tensor:
 
 
 def _shifted(values: Tensor) -> list[Tensor]:
-    """The nine neighbours of each position of (..., h, w), 0 outside, in the order of `local_attention`."""
+    """The nine neighbours of each position of (..., h, w), 0 outside."""
     height, width = values.shape[-2:]
     padded = F.pad(values, (1, 1, 1, 1))  # (..., h + 2, w + 2)
-    return [padded[..., y : y + height, x : x + width] for y in range(SIDE) for x in range(SIDE)]
+    return [padded[..., y : y + height, x : x + width] for y in range(3) for x in range(3)]

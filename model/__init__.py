@@ -7,15 +7,15 @@ import torch
 
 from model.backbone import Backbone, BackboneSpec, FrozenViT
 from model.checkpoint import Checkpoint, open_checkpoint, stored_options
-from model.criterion import register_loss
 from model.methods import build_segmenter, register_method
 from model.methods.base import Method, MethodOutput
+from model.methods.ppap import register_loss
 from model.module import PPAPModule
 from model.predictor import Predictor
 from model.segmenter import BlockSegmenter, BranchSegmenter, Segmenter
 from model.weights import build_backbone, load_backbone, load_strictly, register_backbone
 from utils.config.loading import build_options, find_option_file, load_options, with_changes
-from utils.config.options import ARCHS, LOSSES, METHODS, Options
+from utils.config.options import Options
 from utils.config.plugins import load_plugins, report_changes
 from utils.errors import UserError
 from utils.training.randomness import seeded
@@ -38,10 +38,6 @@ __all__ = [
     "register_loss",
     "register_method",
 ]
-KEPT_OPTIONS = (
-    "method", "model.", "hp.", "own.", "eval.", "dataset.res", "dataset.val_res", "dataset.interpolation",
-    "dataloader.batch_size", "train.precision", "train.frozen",
-)  # fmt: skip
 
 
 def build_module(
@@ -66,7 +62,7 @@ def build_module(
     if train_labelled is None:
         train_labelled = checkpoint is None or checkpoint.about.get("train_labelled", True)
     weights = options.model.pretrained.pretrained_weights
-    source = load_backbone(backbone, weights) if checkpoint is None else checkpoint.path
+    source = checkpoint.path if checkpoint else load_backbone(backbone, weights)
     with seeded(options.train.seed, "projection"):
         segmenter = build_segmenter(options, backbone, code_dim)
     _check_channels(options, n_classes=labels.n_classes, asked=code_dim, found=segmenter.code_dim)
@@ -80,26 +76,25 @@ def build_module(
 def _restore(module: PPAPModule, checkpoint: Checkpoint) -> None:
     """Loads all parameters; a UserError names both sides if classes, keys or shapes differ."""
     report_changes(checkpoint.about.get("plugins", {}), checkpoint.path)
-    names, labels = checkpoint.about.get("class_names"), module.labels
-    if names is not None and tuple(names) != labels.names:
+    here, data = module.labels.names, module.options.dataset.data_type
+    if (names := checkpoint.about.get("class_names", here)) != here:
         raise UserError(
             f"{checkpoint.path}: trained on the {len(names)} classes {', '.join(names)}; the data set of the "
-            f"options ({module.options.dataset.data_type}) has the {labels.n_classes} classes "
-            f"{', '.join(labels.names)}; use the option file that the checkpoint was trained with"
+            f"options ({data}) has the {len(here)} classes {', '.join(here)}; use the option file that the "
+            "checkpoint was trained with"
         )
     load_strictly(module, checkpoint.state, str(checkpoint.path))
 
 
 def _check_channels(options: Options, *, n_classes: int, asked: int, found: int) -> None:
-    key = "model.dim" if options.model.continuous else "model.continuous is false: D = n_classes"
     if asked != found:
+        key = "model.dim" if options.model.continuous else "model.continuous is false: D = n_classes"
         raise UserError(f"{key} is {asked}, must be {found}, the backbone's width")
-    n_clusters = n_classes + options.model.extra_clusters
-    if options.eval.is_direct and found != n_clusters:
-        raise UserError(
-            f"eval.is_direct takes the {found} channels of the code as cluster logits, so there must be "
-            f"{found} clusters, not {n_clusters}; set eval.is_direct false"
+    if options.eval.is_direct and found != (clusters := n_classes + options.model.extra_clusters):
+        channels = (
+            f"eval.is_direct takes the {found} channels of the code as the logits of {clusters} clusters"
         )
+        raise UserError(f"{channels}; the two must be equal, or set eval.is_direct false")
 
 
 def load_segmenter(
@@ -124,7 +119,10 @@ def load_segmenter(
         opt = load_options(find_option_file(str(opt)))
     loaded = open_checkpoint(str(checkpoint), (opt or Options()).output_dir)
     about = loaded.about
-    opt = opt or _stored_options(loaded, trust_plugins=trust_plugins)
+    if opt is None:
+        flat = stored_options(loaded)
+        load_plugins(flat, trusted=trust_plugins)
+        opt = build_options(flat, source=f"the options in {loaded.path}")
     if about:
         labels = LabelSpace(about["class_names"], about["palette"])
     elif labels is None:
@@ -133,16 +131,3 @@ def load_segmenter(
     opt = with_changes(opt, {"train.compile": False})  # photographs of each size would be compiled anew
     module = build_module(opt, labels, checkpoint=loaded)
     return Predictor(module, assignment=about.get("assignment"), **arguments)
-
-
-def _stored_options(checkpoint: Checkpoint, *, trust_plugins: bool) -> Options:
-    """The options in a checkpoint on which predictions depend; runs its plugins if it needs them."""
-    flat = stored_options(checkpoint)
-    loss = flat.get("training_coeff.loss", "ppap")
-    known = flat.get("model.arch", "dino") in ARCHS and flat.get("method", "ppap") in METHODS
-    known = known and (loss in LOSSES or not any(name.startswith("method.") for name in checkpoint.state))
-    if trust_plugins or not known:
-        load_plugins(flat, trusted=trust_plugins)
-    sections = (*KEPT_OPTIONS, "training_coeff.") if loss in LOSSES else KEPT_OPTIONS
-    kept = {key: value for key, value in flat.items() if key.startswith(sections)}
-    return build_options(kept, source=f"the options in {checkpoint.path}")

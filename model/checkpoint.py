@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import BaseModel, Field, JsonValue, ValidationError, ValidationInfo, model_validator
 from torch import Tensor
 
@@ -31,18 +30,13 @@ OF_MACHINE = ("checkpoint", "gpu_ids", "output_dir", "resume", "trainer.", "wand
 Byte = Annotated[int, Field(ge=0, le=255)]
 
 
-class _StoredOptions(BaseModel, extra="allow"):
-    __pydantic_extra__: dict[str, JsonValue]
-    plugins: list[str] = []
-
-
 class _Entry(BaseModel, extra="allow"):
     """The keys of our entry that are read; others describe the run to people."""
 
     class_names: tuple[str, ...] = Field(min_length=1, max_length=IGNORE)
     palette: tuple[tuple[Byte, Byte, Byte], ...]
     assignment: list[int] | None  # class of each cluster
-    options: _StoredOptions
+    options: dict[str, JsonValue]
     metrics: dict[str, float] = {}
     train_labelled: bool = True
     step: int | None = None
@@ -54,7 +48,7 @@ class _Entry(BaseModel, extra="allow"):
     def _consistent(self, info: ValidationInfo) -> "_Entry":
         """Cross-field validation; the context is the state dict."""
         LabelSpace(self.class_names, self.palette)
-        clusters = info.context.get("cluster_probe.clusters", torch.ones(0)).shape[:1].numel()
+        clusters = len(info.context.get("cluster_probe.clusters", ()))
         if self.assignment is not None and len(self.assignment) != clusters:
             raise ValueError(f"assignment has {len(self.assignment)} entries for {clusters} clusters")
         return self
@@ -71,7 +65,7 @@ class Checkpoint:
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Reads and validates a checkpoint of either format."""
-    return parse_checkpoint(path, read_torch_file(path, "checkpoint"))
+    return parse_checkpoint(path, read_torch_file(path))
 
 
 def open_checkpoint(name: str, output_dir: str) -> Checkpoint:
@@ -87,22 +81,19 @@ def open_checkpoint(name: str, output_dir: str) -> Checkpoint:
 
 def parse_checkpoint(path: Path, content: Any) -> Checkpoint:
     """Validates the content of a checkpoint of either format; errors name the file and the entry."""
-    keys = ", ".join(map(str, list(content)[:6])) if isinstance(content, dict) else type(content).__name__
-    if isinstance(content, dict) and content.keys() >= {CHECKPOINT_ENTRY, "state_dict"}:
-        state = checked_state(content["state_dict"], f"{path}: state_dict")
-        return Checkpoint(path, state, _checked_entry(path, content[CHECKPOINT_ENTRY], state))
-    if isinstance(content, dict) and content.keys() >= PUBLISHED.keys():
+    keys = content.keys() if isinstance(content, dict) else set()
+    if keys >= PUBLISHED.keys():
         return Checkpoint(path, _published_state(path, content), {})
-    raise UserError(f"{path}: neither one of our checkpoints nor a published one (it contains: {keys})")
-
-
-def _checked_entry(path: Path, entry: Any, state: dict[str, Tensor]) -> dict[str, Any]:
+    if not keys >= {CHECKPOINT_ENTRY, "state_dict"}:
+        raise UserError(f"{path}: neither one of our checkpoints nor a published one")
+    state = checked_state(content["state_dict"], f"{path}: state_dict")
     try:
-        return _Entry.model_validate(entry, context=state).model_dump(exclude_unset=True)
+        entry = _Entry.model_validate(content[CHECKPOINT_ENTRY], context=state)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, (CHECKPOINT_ENTRY, *first["loc"])))
         raise UserError(f"{path}: {where}: {first['msg']}; the checkpoint cannot be used") from None
+    return Checkpoint(path, state, entry.model_dump(exclude_unset=True))
 
 
 def stored_options(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -126,8 +117,6 @@ def _published_state(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
             name = name.removeprefix("module.")  # of DataParallel
             prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
             state[prefixes.get(prefix, "") + name.removeprefix(prefix)] = value
-    if not any(name.startswith("segmenter.head.") for name in state):
-        raise UserError(f"{path}: has no parameter decoder.*, so it is not a checkpoint of PPAP")
     return state
 
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from model.criterion import build_criterion
 from model.explain import build_bank, frozen_bank
+from model.methods.ppap import build_criterion
 from model.module import PPAPModule
 from model.predictor import Predictor
 from model.set_quality import patch_classes

@@ -107,8 +107,8 @@ class PPAPModule(LightningModule):
         grid, dim = self.segmenter.grid(batch.label), self.segmenter.backbone.spec.dim
         images = self.method.images(batch)
         draws = self.method.draws(images, grid, step, dim=dim)  # before the GPU has anything to do
-        tensors = {name: value for name, value in draws.items() if isinstance(value, Tensor)}
-        draws |= {name: upload(value, self.device) for name, value in tensors.items()}
+        for name, value in draws.items():
+            draws[name] = upload(value, self.device) if isinstance(value, Tensor) else value
         code, losses, statistics = self.method(self.segmenter, batch, draws, Progress(step, total_steps))
         if self.train_labelled:
             losses["linear_loss"] = self.linear_probe.loss(code.detach(), batch.label[:images])

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -65,24 +66,22 @@ class SetWatch:
     """
 
     def __init__(self) -> None:
-        self._sums, self._count = [0.0, 0.0, 0.0], 0
+        self._seen: list[tuple[float, float, float]] = []
 
     def add(self, scalars: Mapping[str, float], *, patches: int, logged_steps: int) -> None:
         """Adds the scalars of a logged step, whose bank has `patches` entries; prints a warning if due."""
-        if "without_positives" not in scalars:
+        due = max(1, min(10, logged_steps // 4))
+        if "without_positives" not in scalars or len(self._seen) == due:
             return
-        shares = (scalars["num_positives"] / patches, scalars["num_negatives"] / patches)
-        found = (*shares, scalars["without_positives"])
-        self._sums, self._count = [a + b for a, b in zip(self._sums, found, strict=True)], self._count + 1
-        if self._count != max(1, min(10, logged_steps // 4)):
-            return
-        positives, negatives, alone = (total / self._count for total in self._sums)
+        positives, negatives = scalars["num_positives"] / patches, scalars["num_negatives"] / patches
+        self._seen.append((positives, negatives, scalars["without_positives"]))
+        positives, negatives, alone = map(fmean, zip(*self._seen, strict=True))
         problems = [f"{positives:.1%} of the patches are positives"] if positives > MOST_POSITIVES else []
         problems += [f"{negatives:.2%} are negatives"] if negatives < LEAST_NEGATIVES else []
         problems += [f"{alone:.0%} of the anchors have no positive"] if alone > MOST_ALONE else []
-        if problems and is_rank_zero():
+        if problems and len(self._seen) == due and is_rank_zero():
             print(
-                f"\nwarning: training will learn little: {', '.join(problems)} (over {self._count} logged "
+                f"\nwarning: training will learn little: {', '.join(problems)} (over {due} logged "
                 "steps). Adapt training_coeff.initialcrit_pos and training_coeff.initialcrit_amb to the "
                 "backbone's similarities: run.py --suggest estimates them without labels; eval.py --explain "
                 "and, with labels, --measure-sets show the sets",

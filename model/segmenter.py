@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +54,7 @@ class Segmenter(nn.Module):
 
     def trainable(self) -> list[nn.Parameter]:
         """The net's optimizer group, whose gradient is clipped."""
-        return [
-            parameter
-            for name, part in self.named_children()
-            if name != "backbone"
-            for parameter in part.parameters()
-        ]
+        return [value for name, value in self.named_parameters() if not name.startswith("backbone.")]
 
     def _code(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         raise NotImplementedError
@@ -68,21 +63,13 @@ class Segmenter(nn.Module):
         """`tokens` and `last_features` of the backbone, or of its copy in the dtype of autocast."""
         chosen, key = self.backbone, None
         weight = next(chosen.parameters())
-        if torch.is_autocast_enabled(weight.device.type) and isinstance(chosen, Backbone):
+        if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
             key = weight.device, dtype, weight._version  # of the loaded weights
         if key not in self._frozen:
             chosen = chosen.cast(dtype) if key else chosen
             self._frozen = {key: (self._wrap(chosen.tokens), self._wrap(chosen.last_features))}
         return self._frozen[key]
-
-
-class BlockOutput(NamedTuple):
-    """Output of a `BlockSegmenter` for a batch of images."""
-
-    code: Tensor  # head output after the final LayerNorm, (B, D, h, w)
-    crit: Tensor  # criterion features without dropout, (B, D, h, w), no gradient
-    z: Tensor  # normalised projections, (B*h*w, D), rows in (image, row, column) order
 
 
 class BlockSegmenter(Segmenter):
@@ -96,11 +83,9 @@ class BlockSegmenter(Segmenter):
         self.head = copy.deepcopy(backbone.blocks[-1]).requires_grad_(True)
         self.projection = nn.Linear(backbone.spec.dim, backbone.spec.dim)
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> BlockOutput:
-        """All that training needs, from (B, T, D) tokens of the second-last block."""
-        code = self.code(tokens, grid)  # (B, D, h, w)
-        rows = code.permute(0, 2, 3, 1).flatten(0, 2)  # (B*h*w, D)
-        return BlockOutput(code, self.features(tokens, grid), F.normalize(self.projection(rows), dim=1))
+    def project(self, code: Tensor) -> Tensor:
+        """Unit-length projections (B*h*w, D) of a code (B, D, h, w), in (image, row, column) order."""
+        return F.normalize(self.projection(code.permute(0, 2, 3, 1).flatten(0, 2)), dim=1)
 
     def _code(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.backbone.to_map(self.backbone.apply_block(self.head, tokens, grid), grid)

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Subset
 
 from loss import PPAPLoss
 from loss.propagation import Boundaries
-from model.criterion import build_criterion
 from model.kmeans import assign, clear_size, kmeans, stability
+from model.methods.ppap import build_criterion
 from model.module import PPAPModule
 from model.set_quality import CHUNK, means, set_quality
 from utils.files import make_folder, write_json

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from contextlib import redirect_stdout
-from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -17,21 +15,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from model.backbone import Backbone
-from utils.config.options import Options
-from utils.errors import UserError, first_line
+from utils.errors import UserError, closest, first_line
 from utils.vision.transforms import MEAN, STD
 
 MODULES = ["vision_transformer", "deit", "eva"]  # those of timm whose models are plain or rotary ViTs
-
-
-@dataclass(frozen=True)
-class TimmSpec:
-    """A model of timm and its dimensions."""
-
-    name: str
-    dim: int  # D, width of a token
-    depth: int  # number of blocks kept
-    patch: int  # pixels of a patch's side
 
 
 class TimmViT(Backbone):
@@ -43,13 +30,17 @@ class TimmViT(Backbone):
 
     def __init__(self, name: str, depth: int | None = None) -> None:
         super().__init__()
+        known = timm.list_models(module=MODULES) + timm.list_models(module=MODULES, include_tags=True)
+        if name not in known:
+            wanted = f"a plain or rotary ViT of timm ({', '.join(MODULES)})"
+            raise UserError(f"model.name is {name}, must be {wanted}.{closest(name, known)}")
         self.vit = timm.create_model(name, num_classes=0, dynamic_img_size=True)
         blocks = len(self.vit.blocks)
         if depth and depth > blocks:
             raise UserError(f"model.pretrained.depth is {depth}, must be at most {blocks} with {name}")
         self.vit.prune_intermediate_layers([(depth or blocks) - 1], prune_head=False)
-        patch = self.vit.feature_info[-1]["reduction"]
-        self.spec = TimmSpec(name, self.vit.embed_dim, len(self.vit.blocks), patch)
+        patch, depth = self.vit.feature_info[-1]["reduction"], len(self.vit.blocks)
+        self.spec = SimpleNamespace(name=name, dim=self.vit.embed_dim, depth=depth, patch=patch)
         self.prefix = self.vit.num_prefix_tokens
         mean, std = (torch.tensor(self.vit.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
         ours = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]  # (3, 1, 1) each
@@ -90,28 +81,19 @@ class TimmViT(Backbone):
 
     @torch.no_grad()
     def attention_logits(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """See `Backbone`; a UserError if the block has no attention of the usual form."""
+        """See `Backbone`; a block with parallel attentions has none."""
         with torch.autocast(tokens.device.type, enabled=False), _Attention() as attention:
             self.apply_block(self.blocks[-1], tokens.float(), grid)
-        if len(attention.seen) != 1:
-            raise UserError(
-                f"model.name is {self.spec.name}: the attention of its last block cannot be read; choose "
-                "another model or method"
-            )
-        queries, keys = attention.seen[0]  # (B, heads, T, D / heads) each
+        ((queries, keys),) = attention.seen  # (B, heads, T, D / heads) each
         return (queries @ keys.transpose(2, 3)).mean(dim=1) * queries.shape[-1] ** -0.5
 
-    def converted(self, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    def converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """timm's conversion of the state dict in a file, whose names may be those of the original code."""
         convert = partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)
         if isinstance(self.vit, eva.Eva):
             convert = eva.checkpoint_filter_fn
-        try:
-            with redirect_stdout(None):  # timm prints each bias of DINOv3's file that its model does not have
-                return convert(state, self.vit)
-        except Exception as error:  # of resampling and renaming, which have no common base
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(f"{path}: does not fit model.name {self.spec.name} ({reason})") from None
+        with redirect_stdout(None):  # timm prints each bias of DINOv3's file that its model does not have
+            return convert(state, self.vit)
 
     def official_state(self) -> dict[str, Tensor]:
         """The weights that timm downloads or has in its cache."""
@@ -135,14 +117,3 @@ class _Attention(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             self.seen.append(args[:2])
         return function(*args, **(kwargs or {}))
-
-
-def build_timm(options: Options) -> TimmViT:
-    """The model of timm that `model.name` selects, without its weights."""
-    name = options.model.name
-    known = timm.list_models(module=MODULES) + timm.list_models(module=MODULES, include_tags=True)
-    if name not in known:
-        wrong = f"model.name is {name}, must be a plain or rotary ViT of timm ({', '.join(MODULES)})"
-        similar = ", ".join(get_close_matches(name, known))
-        raise UserError(f"{wrong}; similar: {similar}" if similar else wrong)
-    return TimmViT(name, options.model.pretrained.depth)

@@ -7,16 +7,15 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from model.backbone import Backbone, BackboneSpec, FrozenViT
-from model.timm_backbone import TimmViT, build_timm
+from model.timm_backbone import TimmViT
 from utils.config.options import ARCHS, FULL_DEPTH, WIDTH_AND_HEADS, Options, register_name
 from utils.download import DownloadError, download
 from utils.errors import UserError
 from utils.files import exclusive, sha256_of, weights_file
-from utils.training.torch_files import read_torch_file, unreadable
+from utils.training.torch_files import read_torch_file
 
 NATIVE_RES = {"dino": 224, "dinov2": 518}  # pixels
 WRAPPERS = ("teacher", "target_encoder", "model", "state_dict")  # of files that hold more
@@ -43,7 +42,9 @@ SHA256 = {  # as checked by public projects, such as finegrain's refiners; none 
     "dinov2_vitb14_pretrain.pth": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
     "dinov2_vitb14_reg4_pretrain.pth": "73182a088cf94833c94b1666d1c99e02fe87e2007bff57b564fb6206e25dba71",
 }
-_builders: dict[str, Callable[[Options], Backbone]] = {"timm": build_timm}
+_builders: dict[str, Callable[[Options], Backbone]] = {
+    "timm": lambda options: TimmViT(options.model.name, options.model.pretrained.depth)
+}
 
 
 def register_backbone(name: str, build: Callable[[Options], Backbone]) -> None:
@@ -62,7 +63,7 @@ def build_backbone(options: Options) -> Backbone:
     """The backbone that `model.*` describes, without its weights."""
     build = _builders.get(options.model.arch)
     backbone = build(options) if build else FrozenViT(backbone_spec(options))
-    patch, sizes = backbone.spec.patch, {key: getattr(options.dataset, key) for key in ("res", "val_res")}
+    patch, sizes = backbone.spec.patch, {"res": options.dataset.res, "val_res": options.dataset.val_res}
     wanted = f"must be a multiple of {patch}, the patch size of model.arch {options.model.arch}"
     if wrong := [f"dataset.{key} is {size}, {wanted}" for key, size in sizes.items() if size % patch]:
         raise UserError(wrong)
@@ -93,51 +94,45 @@ def backbone_spec(options: Options) -> BackboneSpec:
 
 def load_backbone(backbone: Backbone, weights: str | None) -> str:
     """Loads a weights file, or the published weights if `weights` is None; returns what was loaded."""
-    if isinstance(backbone, TimmViT):
-        return _load_timm(backbone, weights)
-    published = getattr(backbone.spec, "published", None)
-    if weights is None and published is None:
+    depth, published = backbone.spec.depth, getattr(backbone.spec, "published", None)
+    if weights or published:
+        path = weights_file(weights) if weights else published_file(published)
+        state, source = read_state(path), str(path)
+    elif isinstance(backbone, TimmViT):
+        state, source = backbone.official_state(), f"timm's weights of {backbone.spec.name}"
+    else:
         return "random weights (the backbone is untrained)"
-    path = weights_file(weights) if weights else published_file(published)
-    depth, state = backbone.spec.depth, read_state(path)
+    if isinstance(backbone, TimmViT):
+        stripped = {re.sub(PREFIXES, "", name): value for name, value in state.items()}
+        state, backbone = backbone.converted(stripped), backbone.vit
     if state.keys() != backbone.state_dict().keys():
         state = clean_state(state, depth)
         blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
         if 0 < blocks < depth:
-            allowed = f"at most {blocks}, the number of blocks in {path}"
+            allowed = f"at most {blocks}, the number of blocks in {source}"
             raise UserError(f"model.pretrained.depth is {depth}, must be {allowed}")
-    load_strictly(backbone, state, str(path))
-    return str(path)
-
-
-def _load_timm(backbone: TimmViT, weights: str | None) -> str:
-    if weights is None:
-        state, source = backbone.official_state(), f"timm's weights of {backbone.spec.name}"
-    else:
-        path = weights_file(weights)
-        state = {re.sub(PREFIXES, "", name): value for name, value in read_state(path).items()}
-        state, source = backbone.converted(state, path), str(path)
-    load_strictly(backbone.vit, clean_state(state, backbone.spec.depth), source)
+    load_strictly(backbone, state, source)
     return source
 
 
 def published_file(name: str) -> Path:
     """torch.hub's cached file of a published backbone, downloaded if necessary and checked by SHA-256."""
     path = hub_file(name)
-    sha256 = SHA256.get(path.name)
+    url, sha256 = BACKBONES[name], SHA256.get(path.name)
     if path.is_file():  # without a lock, as the cache may be read-only
         if sha256 not in (None, sha256_of(path)):
             raise UserError(f"{path}: its SHA-256 is not {sha256}; delete it to download it again")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(path):
-        if not path.is_file():  # another process may have finished it
-            print(f"downloading {BACKBONES[name]}", flush=True)
-            try:
-                download([BACKBONES[name]], path, sha256=sha256)
-            except DownloadError as error:
-                hint = f"save it as {path}, or set model.pretrained.pretrained_weights to a file"
-                raise UserError(f"download the file elsewhere and {hint}; {error.mistakes[0]}") from None
+        if path.is_file():  # another process has finished it
+            return path
+        print(f"downloading {url}", flush=True)
+        try:
+            download([url], path, sha256=sha256)
+        except DownloadError as error:
+            hint = f"save it as {path}, or set model.pretrained.pretrained_weights to a file"
+            raise UserError(f"download the file elsewhere and {hint}; {error.mistakes[0]}") from None
     return path
 
 
@@ -148,15 +143,9 @@ def hub_file(name: str) -> Path:
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The state dict in a .pth or .safetensors file: bare, or under one of `WRAPPERS`."""
-    if path.suffix == ".safetensors":
-        try:
-            state = load_file(path)
-        except Exception as error:  # the format's own errors have no common base
-            raise unreadable(path, "weights file", error) from None
-    else:
-        state = read_torch_file(path, "weights file")
-        for key in WRAPPERS:
-            state = state.get(key, state) if isinstance(state, dict) else state
+    state = read_torch_file(path)
+    for key in WRAPPERS:
+        state = state.get(key, state) if isinstance(state, dict) else state
     return checked_state(state, f"{path}: the state dict, bare or under {', '.join(WRAPPERS)}")
 
 
@@ -165,16 +154,12 @@ def checked_state(state: Any, source: str) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise UserError(f"{source} is of type {type(state).__name__}, must be a dict of tensors")
     for name, value in state.items():
-        found = None
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            found = f"of type {type(value).__name__}"
-        elif name.endswith(PARAMETERS):
-            if value.layout != torch.strided or not value.is_floating_point():
-                found = f"{value.dtype}, {value.layout}"
-            elif not value.float().isfinite().all():
-                found = "not finite: it contains NaN or infinity"
-        if found:
-            raise UserError(f"{source}: {name} is {found}; must be a dense tensor of finite numbers")
+        valid = isinstance(value, Tensor)
+        if valid and name.endswith(PARAMETERS):
+            valid = value.layout == torch.strided and value.is_floating_point()
+            valid = valid and bool(value.float().isfinite().all())
+        if not valid:
+            raise UserError(f"{source}: {name} must be a dense tensor of numbers, without NaN and infinity")
     return state
 
 

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 import run
 from loss import PPAPLossOutput
-from model import criterion, register_loss
+from model import register_loss
 from model.callbacks import HtmlReport
+from model.methods import ppap
 from model.module import PPAPModule
 from tests.conftest import METHODS, needs_pydensecrf, without_figures, write_tiny
 from tests.dataset.files import picture, save
@@ -171,7 +172,7 @@ def test_resume__a_loss_that_draws_from_global_generators(tiny_file, tmp_path, s
         run.main([*words, "wandb.name=whole"])
     finally:
         LOSSES.remove("drawing")
-        del criterion._registered["drawing"]
+        del ppap._registered["drawing"]
     assert_same_run(tmp_path / "output/tiny", tmp_path / "output/whole")
 
 

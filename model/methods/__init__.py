@@ -1,7 +1,6 @@
 """The methods by name, and the network that each of them trains."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from model.backbone import Backbone
 from model.methods.base import Method
@@ -11,19 +10,11 @@ from model.methods.stego import STEGO
 from model.segmenter import BlockSegmenter, BranchSegmenter, Segmenter
 from utils.config.options import METHODS, Options, register_name
 
-
-class Kind(NamedTuple):
-    """A method and its network."""
-
-    method: Callable[[Options, Segmenter], Method]
-    segmenter: Callable[..., Segmenter]
-
-
-_kinds = {
-    "ppap": Kind(PPAP, BlockSegmenter),
-    "frozen": Kind(Frozen, BlockSegmenter),
-    "stego": Kind(STEGO, BranchSegmenter),
-    "hp": Kind(HP, BranchSegmenter),
+_kinds: dict[str, tuple[Callable[[Options, Segmenter], Method], Callable[..., Segmenter]]] = {
+    "ppap": (PPAP, BlockSegmenter),
+    "frozen": (Frozen, BlockSegmenter),
+    "stego": (STEGO, BranchSegmenter),
+    "hp": (HP, BranchSegmenter),
 }
 
 
@@ -41,14 +32,16 @@ def register_method(
             `BranchSegmenter` or a `Segmenter` of your own.
     """
     register_name(METHODS, name)
-    _kinds[name] = Kind(method, segmenter)
+    _kinds[name] = method, segmenter
 
 
 def build_segmenter(options: Options, backbone: Backbone, code_dim: int) -> Segmenter:
     """The untrained network around a backbone."""
-    return _kinds[options.trained_by].segmenter(backbone, code_dim, compile=options.train.compile)
+    _, segmenter = _kinds[options.trained_by]
+    return segmenter(backbone, code_dim, compile=options.train.compile)
 
 
 def build_method(options: Options, segmenter: Segmenter) -> Method:
     """The losses of a run."""
-    return _kinds[options.trained_by].method(options, segmenter)
+    method, _ = _kinds[options.trained_by]
+    return method(options, segmenter)

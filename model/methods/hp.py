@@ -16,19 +16,29 @@ from torchvision.transforms import ColorJitter, Compose, GaussianBlur, RandomApp
 
 from loss.hidden_positive import hidden_positive_loss
 from model.methods.base import Method, MethodOutput, Progress
-from model.methods.pools import ReferencePools
+from model.methods.local_mixing import mix_local
 from model.segmenter import Segmenter, dropout_mask
 from utils.config.options import Options
-from utils.training.distributed import all_reduce_mean, rank, world_size
+from utils.training.device import upload
+from utils.training.distributed import all_gather, all_reduce_mean, own_slice, rank, world_size
 from utils.training.randomness import derived_seed, generator, seeded
 from utils.vision.transforms import normalise
 
-SIGMA = 28.0  # scale of the attention, at any grid
-QUANTILES = (0.1, 0.9)  # the logits of each patch are clipped to these
-SIDE = 3  # patches per side of a neighbourhood
 COLOUR_VIEW = Compose(  # leaves every pixel where it is
     [ColorJitter(0.3, 0.3, 0.3, 0.1), RandomGrayscale(0.2), RandomApply([GaussianBlur(5, (0.1, 2.0))], 0.5)]
 )
+
+
+class ReferencePools(nn.Module):
+    """Unit-length rows, float16: `agnostic` (M, D) of the frozen features, `specific` (M, K) of the code.
+
+    Buffers, so that a resumed run compares with the same rows.
+    """
+
+    def __init__(self, size: int, dim: int, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("agnostic", torch.zeros(size, dim, dtype=torch.float16))
+        self.register_buffer("specific", torch.zeros(size, channels, dtype=torch.float16))
 
 
 class HP(Method):
@@ -57,18 +67,31 @@ class HP(Method):
         due = step == 1 or (batch_idx > 0 and batch_idx % self.chosen.renew_interval == 0)
         return self.chosen.pool_size if due else 0
 
+    @torch.no_grad()
     def prepare(self, segmenter: Segmenter, batches: Iterable[Any], step: int) -> None:
-        """Renews the pool of codes, in the first step also that of features."""
-        drawn = generator(self.seed, "pools", step)
-        how = {"dropout": self.dropout, "both": step == 1}
-        self.pools.renew(segmenter, self.average, batches, drawn, **how)
+        """Renews the pool of codes, in the first step also that of features, by one patch of each image.
+
+        The two take different patches. Every rank passes its slices of the same batches, M images in all, and
+        ends with the same pools.
+        """
+        drawn, agnostic, specific = generator(self.seed, "pools", step), [], []
+        for batch in batches:
+            grid = segmenter.grid(batch.label)
+            features = segmenter.features(segmenter.tokens(batch.inputs), grid)  # (B, D, h, w)
+            masks = [self._mask(features, drawn) for _ in range(3)]
+            patch = random_patch(features, drawn)  # (B, D, 1, 1)
+            agnostic.append(all_gather(unit_rows(patch * masks[0])))
+            code = self.average(random_patch(features, drawn), masks[1:])  # (B, K, 1, 1)
+            specific.append(all_gather(unit_rows(code * self._mask(code, drawn))))
+        self.pools.specific.copy_(torch.cat(specific))
+        if step == 1:
+            self.pools.agnostic.copy_(torch.cat(agnostic))
 
     def draws(self, images: int, grid: tuple[int, int], step: int, *, dim: int) -> dict[str, Any]:
         """Dropout masks by what they apply to."""
         names = {"linear": dim, "average linear": dim, "nonlinear": dim, "average nonlinear": dim}
         names |= {"features": dim, "average": self.channels, "mixed": self.channels}
-        if self.chosen.alpha:
-            names |= {"view linear": dim, "view nonlinear": dim}
+        names |= {"view linear": dim, "view nonlinear": dim}
         drawn, found = generator(self.seed, "dropout", step), {}
         for name, channels in names.items():
             found[name] = dropout_mask((images, channels), probability=self.dropout, generator=drawn)
@@ -89,8 +112,8 @@ class HP(Method):
         loss = hidden_positive_loss(
             z,
             self._project(mixed * draws["mixed"]),
-            f=_unit_rows(features * draws["features"]),
-            e=_unit_rows(averaged * draws["average"]),
+            f=unit_rows(features * draws["features"]),
+            e=unit_rows(averaged * draws["average"]),
             pool_ag=self.pools.agnostic,
             pool_sp=self.pools.specific,
             keep=self._kept(len(z), math.prod(grid), progress.step),
@@ -110,17 +133,19 @@ class HP(Method):
             losses["consistency_loss"] = self.chosen.alpha * all_reduce_mean(distance)
         return MethodOutput(code, losses, {"lambda": torch.full((), lmbd, device=z.device)})
 
+    def _mask(self, values: Tensor, drawn: torch.Generator) -> Tensor:
+        mask = dropout_mask(values.shape[:2], probability=self.dropout, generator=drawn)
+        return upload(mask, values.device)
+
     def _project(self, code: Tensor) -> Tensor:
         """Unit-length projections (B*h*w, K) float32."""
         return F.normalize(self.projection(code.permute(0, 2, 3, 1).flatten(0, 2)).float(), dim=1)
 
     def _kept(self, rows: int, block: int, step: int) -> Tensor:
-        """The random part of the denominators, equal on all ranks: (block, N) bool; (1, 1) if it is all."""
-        device, rho = self.projection.weight.device, self.chosen.rho
-        if rho == 1:
-            return torch.ones(1, 1, dtype=torch.bool, device=device)
+        """The random part of the denominators, (block, N) bool, equal on all ranks."""
+        device = self.projection.weight.device
         drawn = torch.Generator(device).manual_seed(derived_seed(self.seed, "denominator", step))
-        return torch.rand(block, world_size() * rows, generator=drawn, device=device) < rho
+        return torch.rand(block, world_size() * rows, generator=drawn, device=device) < self.chosen.rho
 
     def _view(self, images: Tensor, step: int) -> Tensor:
         """Normalised images in other colours, of uint8 images (B, 3, H, W).
@@ -147,64 +172,14 @@ def specific_weight(step: int, total: int, warmup: int) -> float:
     return max(0, step - 1 - warmup) / (total - warmup) if total > warmup else 0.0
 
 
-def _unit_rows(values: Tensor) -> Tensor:
+def unit_rows(values: Tensor) -> Tensor:
     """(B, K, h, w) -> (B*h*w, K) float32, unit length."""
     return F.normalize(values.permute(0, 2, 3, 1).flatten(0, 2).float(), dim=1)
 
 
-@torch.no_grad()
-def local_attention(attention_logits: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Attention of each patch to its 3x3 neighbourhood, (B, 9, h, w) float32; 0 outside the grid.
-
-    Args:
-        attention_logits: of the frozen last block, before softmax, (B, heads, 1 + h*w, 1 + h*w). Heads are
-            averaged, and tokens before the patches ignored.
-        grid: (h, w).
-    """
-    height, width = grid
-    where = {"device": attention_logits.device}
-    rows, columns = torch.arange(height, **where)[:, None], torch.arange(width, **where)  # (h, 1), (w,)
-    found = []
-    for image in attention_logits:  # one at a time, as sorting takes several times the memory
-        patches = height * width
-        logits = image[:, -patches:, -patches:].float().mean(dim=0)  # (h*w, h*w)
-        ordered = logits.sort(dim=1).values  # (h*w, h*w)
-        low, high = (_quantile(ordered, share) for share in QUANTILES)  # (h*w, 1) each
-        attention = logits.clamp(low, high).softmax(dim=1)
-        attention = torch.where(attention < 1 / patches, 0, SIGMA * attention)  # 1 / (h*w) is the mean
-        padded = F.pad(attention.view(height, width, height, width), (1, 1, 1, 1))  # (h, w, h + 2, w + 2)
-        near = [padded[rows, columns, rows + y, columns + x] for y in range(SIDE) for x in range(SIDE)]
-        found.append(torch.stack(near))  # (9, h, w)
-    return torch.stack(found)
-
-
-def _quantile(ordered: Tensor, share: float) -> Tensor:
-    """A quantile of each sorted row, interpolated, (n, 1); torch.quantile would wait for a GPU."""
-    place = share * (ordered.shape[1] - 1)
-    below = int(place)
-    values = ordered[:, below : below + 2]  # (n, 2), or (n, 1) at the end
-    return values[:, :1].lerp(values[:, -1:], place - below)
-
-
-def mix_local(code: Tensor, attention_logits: Tensor) -> Tensor:
-    """The mean over each patch's 3x3 neighbourhood of attention times code, (B, K, h, w).
-
-    Only neighbours inside the grid count; attention below the patch's mean is set to 0. The gradient flows to
-    the code of all neighbours.
-
-    Args:
-        code: (B, K, h, w).
-        attention_logits: see `local_attention`.
-    """
-    grid = code.shape[-2:]
-    attention = local_attention(attention_logits, grid)  # (B, 9, h, w)
-    neighbours = sum(_shifted(code.new_ones(grid)))  # (h, w): 4 in corners, 6 at borders, 9 inside
-    mixed = sum(a[:, None] * part for a, part in zip(attention.unbind(1), _shifted(code), strict=True))
-    return mixed / neighbours
-
-
-def _shifted(values: Tensor) -> list[Tensor]:
-    """The nine neighbours of each position of (..., h, w), 0 outside, in the order of `local_attention`."""
-    height, width = values.shape[-2:]
-    padded = F.pad(values, (1, 1, 1, 1))  # (..., h + 2, w + 2)
-    return [padded[..., y : y + height, x : x + width] for y in range(SIDE) for x in range(SIDE)]
+def random_patch(values: Tensor, drawn: torch.Generator) -> Tensor:
+    """One patch of each image, (B, D, h, w) -> (B, D, 1, 1)."""
+    images, _, height, width = values.shape
+    chosen = own_slice(torch.randint(height * width, (world_size() * images,), generator=drawn))
+    patch = upload(chosen, values.device)[:, None, None].expand(-1, values.shape[1], 1)  # (B, D, 1)
+    return values.flatten(2).gather(2, patch)[..., None]

@@ -21,16 +21,13 @@ class STEGO(Method):
 
     def __init__(self, options: Options, segmenter: Segmenter) -> None:
         super().__init__(options, segmenter)
-        self.chosen = chosen = options.stego
-        self.neighbours, self.dropout = chosen.num_neighbors, options.model.criterion_dropout
-        self.weights = {"self": chosen.weight_self, "knn": chosen.weight_knn, "rand": chosen.weight_rand}
-        self.shifts = {"self": chosen.shift_self, "knn": chosen.shift_knn, "rand": chosen.shift_rand}
+        self.chosen, self.neighbours = options.stego, options.stego.num_neighbors
 
     def draws(self, images: int, grid: tuple[int, int], step: int, *, dim: int) -> dict[str, Any]:
         """Dropout masks of images and neighbours, the points of the whole batch, and random partners."""
         seed, found = self.options.train.seed, {}
-        drawn = generator(seed, "dropout", step)
-        how = {"probability": self.dropout, "generator": drawn}
+        share, drawn = self.options.model.criterion_dropout, generator(seed, "dropout", step)
+        how = {"probability": share, "generator": drawn}
         for name in ("linear", "nonlinear", "features"):
             found[name] = torch.cat([dropout_mask((images, dim), **how) for _ in range(2)])  # (2B, D, 1, 1)
         sizes = {"samples": self.chosen.feature_samples, "negatives": self.chosen.neg_samples}
@@ -42,7 +39,7 @@ class STEGO(Method):
         self, segmenter: Segmenter, batch: Any, draws: dict[str, Any], progress: Progress
     ) -> MethodOutput:
         """The code with dropout of the images, and the loss; the parts of the loss are logged."""
-        grid, images = segmenter.grid(batch.label), self.images(batch)
+        grid, images, chosen = segmenter.grid(batch.label), self.images(batch), self.chosen
         features = segmenter.features(segmenter.tokens(batch.inputs), grid)  # (2B, D, h, w)
         code = segmenter.head(features, (draws["linear"], draws["nonlinear"]))  # (2B, K, h, w)
         feat, feat_pos = (features * draws["features"]).split(images)  # (B, D, h, w) each
@@ -52,12 +49,14 @@ class STEGO(Method):
             feat_pos,
             own,
             code_pos,
-            **{name: draws[name] for name in ("coords1", "coords2", "perms")},
-            weights=self.weights,
-            shifts=self.shifts,
-            pointwise=self.chosen.pointwise,
-            zero_clamp=self.chosen.zero_clamp,
-            stabilize=self.chosen.stabilize,
+            coords1=draws["coords1"],
+            coords2=draws["coords2"],
+            perms=draws["perms"],
+            weights={"self": chosen.weight_self, "knn": chosen.weight_knn, "rand": chosen.weight_rand},
+            shifts={"self": chosen.shift_self, "knn": chosen.shift_knn, "rand": chosen.shift_rand},
+            pointwise=chosen.pointwise,
+            zero_clamp=chosen.zero_clamp,
+            stabilize=chosen.stabilize,
         )
         parts = {name: value.detach() for name, value in found._asdict().items() if name != "total"}
         return MethodOutput(own, {"stego_loss": found.total}, parts)

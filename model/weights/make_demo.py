@@ -7,7 +7,6 @@ teacher predicts at the same place of the scene in another crop.
 To judge the result: python eval.py --opt demo_eval.json --measure-sets
 """
 
-import argparse
 import copy
 import math
 import sys
@@ -26,9 +25,8 @@ from tqdm import trange
 from dataset import build_data
 from model.backbone import FrozenViT
 from model.weights import backbone_spec
-from utils.config.loading import find_option_file, load_options
+from utils.config.loading import load_options
 from utils.files import REPOSITORY
-from utils.training.device import accelerator
 from utils.training.randomness import generator, seeded
 from utils.vision.transforms import normalise
 
@@ -77,9 +75,9 @@ def last_features(vit: FrozenViT, images: Tensor) -> Tensor:
 def distil(vit: FrozenViT, scenes: Tensor, *, steps: int, batch_size: int) -> FrozenViT:
     """Trains a copy of a ViT on scenes (S, 3, H, W) uint8 and returns that of the teacher."""
     with seeded(0, "distillation head"):
-        student = PatchClassifier(copy.deepcopy(vit)).to(scenes.device).requires_grad_(True)
+        student = PatchClassifier(copy.deepcopy(vit)).requires_grad_(True)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    centre = torch.zeros(PROTOTYPES, device=scenes.device)  # (K,), running mean of the teacher's scores
+    centre = torch.zeros(PROTOTYPES)  # (K,), running mean of the teacher's scores
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=WEIGHT_DECAY)
     for step in trange(steps, desc="DINO self-distillation", unit="step"):
         decay = (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP))) / 2
@@ -118,7 +116,7 @@ def distillation_loss(
 
 def positions(crop: Crop, other: Crop, *, side: int) -> Tensor:
     """Positions of the side x side patch centres of a crop in another one, from -1 to 1, (B, h, w, 2)."""
-    line = (2 * torch.arange(side, device=crop.scale.device) + 1) / side - 1  # (side,)
+    line = (2 * torch.arange(side) + 1) / side - 1  # (side,)
     own = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)  # (h, w, 2), x before y
     scene = own * crop.scale[:, None, None] + crop.centre[:, None, None]  # (B, h, w, 2)
     return (scene - other.centre[:, None, None]) / other.scale[:, None, None]
@@ -127,7 +125,7 @@ def positions(crop: Crop, other: Crop, *, side: int) -> Tensor:
 def draw_crops(scenes: Tensor, batch_size: int, rng: torch.Generator) -> list[Crop]:
     """Mirrored and recoloured crops of `CROP_SIDES` around one place in each scene of a batch."""
     chosen = torch.randint(len(scenes), (batch_size,), generator=rng)
-    images = scenes[chosen.to(scenes.device)].float() / 255  # (B, 3, H, W)
+    images = scenes[chosen].float() / 255  # (B, 3, H, W)
     around = 2 * torch.rand(batch_size, 2, generator=rng) - 1  # (B, 2)
     crops, whole = [], images.shape[-1]
     for side in CROP_SIDES:
@@ -136,7 +134,7 @@ def draw_crops(scenes: Tensor, batch_size: int, rng: torch.Generator) -> list[Cr
         jitter = (2 * torch.rand(batch_size, 2, generator=rng) - 1) * 2 * SPREAD / whole
         centre = torch.minimum(torch.maximum(around + jitter, reach - 1), 1 - reach)  # inside the scene
         mirrored = 1 - 2 * (torch.rand(batch_size, 2, generator=rng) < 0.5).float()
-        scale, centre = (reach * mirrored).to(images), centre.to(images)
+        scale = reach * mirrored  # (B, 2)
         affine = torch.cat([torch.diag_embed(scale), centre[:, :, None]], dim=2)  # (B, 2, 3)
         grid = F.affine_grid(affine, [batch_size, 3, side, side], align_corners=False)
         cut = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
@@ -151,7 +149,7 @@ def recolour(images: Tensor, rng: torch.Generator) -> Tensor:
     """
 
     def uniform(channels: int) -> Tensor:
-        return 2 * torch.rand(len(images), channels, 1, 1, generator=rng).to(images) - 1
+        return 2 * torch.rand(len(images), channels, 1, 1, generator=rng) - 1
 
     order = uniform(3).argsort(dim=1)  # (B, 3, 1, 1)
     gain = CONTRAST ** uniform(1) * uniform(1).sign() * (1 + 0.3 * uniform(3))
@@ -162,18 +160,12 @@ def recolour(images: Tensor, rng: torch.Generator) -> Tensor:
     return normalise(255 * ((images - mean) * gain + 0.5 + 0.3 * uniform(3)).clamp(0, 1))
 
 
-def main() -> None:
+def main(out: Path, *, scenes: int = 2048, steps: int = 1400, batch_size: int = 64) -> None:
     """Trains the backbone that demo.json describes and writes its weights."""
-    parser = argparse.ArgumentParser(description="Make the weights of the demo's backbone.")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "model/weights/demo.safetensors")
-    parser.add_argument("--scenes", type=int, default=2048, help="number of synthetic images to train on")
-    parser.add_argument("--steps", type=int, default=1400)
-    parser.add_argument("--batch_size", type=int, default=64)
-    arguments = parser.parse_args()
-    demo = find_option_file("demo.json")
-    options = load_options(demo, {"dataset.train_images": arguments.scenes, "dataloader.batch_size": 1})
+    demo = REPOSITORY / "json/demo.json"
+    options = load_options(demo, {"dataset.train_images": scenes, "dataloader.batch_size": 1})
     train_set = build_data(options).train_set
-    scenes = torch.stack([train_set[index].image for index in range(arguments.scenes)])  # (S, 3, H, W)
+    images = torch.stack([train_set[index].image for index in range(scenes)])  # (S, 3, H, W) uint8
     with seeded(0, "backbone"):
         vit = FrozenViT(backbone_spec(options))
     # with timm's initial values, a small ViT is nearly linear, and its features are dominated by colour
@@ -183,16 +175,13 @@ def main() -> None:
                 nn.init.xavier_uniform_(module.weight)
     filters = vit.patch_embed.proj.weight  # (D, 3, patch, patch)
     filters -= filters.mean(dim=(2, 3), keepdim=True)
-    device, steps = accelerator(), arguments.steps
-    vit = distil(vit.to(device), scenes.to(device), steps=steps, batch_size=arguments.batch_size).cpu()
+    vit = distil(vit, images, steps=steps, batch_size=batch_size)
     # the loss does not constrain the mean feature, which would dominate cosines
-    shown = scenes[: load_options(demo).dataset.train_images].split(64)  # the images of the demo
+    shown = images[: load_options(demo).dataset.train_images].split(64)  # the images of the demo
     means = [last_features(vit, normalise(part)).mean(dim=(0, 2, 3)) for part in shown]  # (D,) each
     vit.norm.bias -= torch.stack(means).mean(dim=0)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(vit.state_dict(), arguments.out)
-    print(f"written: {arguments.out}")
+    save_file(vit.state_dict(), out)
 
 
 if __name__ == "__main__":
-    main()
+    main(REPOSITORY / "model/weights/demo.safetensors")

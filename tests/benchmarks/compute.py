@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from dataset.base import Batch
-from model.criterion import build_criterion
+from model.methods.ppap import build_criterion
 from model.module import PPAPModule
 from model.segmenter import dropout_mask
 from model.weights import backbone_spec
@@ -89,17 +89,18 @@ def step_form(module: PPAPModule, losses: Callable[..., torch.Tensor]) -> Callab
 
 def literal_losses(module: PPAPModule, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """The total loss of a step with the literal form of PPAP; (B, 3, H, W) normalised, (B, H, W)."""
-    output = module.segmenter(module.segmenter.backbone.tokens(image), module.segmenter.grid(image))
+    segmenter, grid = module.segmenter, module.segmenter.grid(image)
+    tokens = segmenter.backbone.tokens(image)
+    code, crit = segmenter.code(tokens, grid), segmenter.features(tokens, grid)  # (B, D, h, w) each
+    z = segmenter.project(code)  # (N, D)
     probability, criterion = module.options.model.criterion_dropout, module.method.criterion
     drawn = generator(0, "criterion dropout", 1)
-    mask = dropout_mask(output.crit.shape[:2], probability=probability, generator=drawn)
-    crit = (output.crit * mask.to(image.device)).float()
-    anchors = criterion.sample_anchors(len(output.z), generator(0, "anchors", 1)).to(crit.device)
+    mask = dropout_mask(crit.shape[:2], probability=probability, generator=drawn)
+    crit = (crit * mask.to(image.device)).float()
+    anchors = criterion.sample_anchors(len(z), generator(0, "anchors", 1)).to(crit.device)
     with torch.autocast(crit.device.type, enabled=False):
-        ppap = literal.ppap_loss(
-            output.z.float(), crit, anchors, boundaries=criterion.boundaries, tau=criterion.tau
-        )
-    code = output.code.detach()
+        ppap = literal.ppap_loss(z.float(), crit, anchors, boundaries=criterion.boundaries, tau=criterion.tau)
+    code = code.detach()
     return ppap + module.linear_probe.loss(code, label) + module.cluster_probe.loss(code)
 
 

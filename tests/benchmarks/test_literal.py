@@ -9,7 +9,7 @@ from torch import nn
 from dataset.base import SegmentationDataset
 from dataset.image_folder import ImageFolder
 from loss import PPAPLoss
-from model.criterion import build_criterion
+from model.methods.ppap import build_criterion
 from tests.benchmarks import literal
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.inputs import SHAPES, loss_inputs, shape_options, write_photographs

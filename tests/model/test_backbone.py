@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -12,30 +14,21 @@ def image(height, width, seed=0):
     return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def test_position_embedding__native_grid_is_the_stored_one():
-    backbone = FrozenViT(SPEC)
+@pytest.mark.parametrize(
+    ("registers", "rule"),
+    [(0, {"scale_factor": (6.1 / 4, 3.1 / 4)}), (4, {"size": (6, 3), "antialias": True})],  # DINO's, DINOv2's
+)
+def test_position_embedding__is_resampled_elsewhere_than_at_the_native_grid(registers, rule):
+    backbone = FrozenViT(replace(SPEC, registers=registers))
     assert backbone.position_embedding((4, 4)) is backbone.pos_embed
-
-
-def test_position_embedding__dino_rule_elsewhere():
-    backbone = FrozenViT(SPEC)
     patches = backbone.pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
-    expected = F.interpolate(patches, scale_factor=(6.1 / 4, 3.1 / 4), mode="bicubic")
+    expected = F.interpolate(patches, mode="bicubic", **rule).flatten(2).transpose(1, 2)
     resampled = backbone.position_embedding((6, 3))
-    assert resampled.shape == (1, 1 + 18, 24)
-    torch.testing.assert_close(resampled[:, 1:], expected.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(resampled[:, 1:], expected)
     assert torch.equal(resampled[:, :1], backbone.pos_embed[:, :1])
-
-
-def test_position_embedding__registers_resample_with_antialiasing():
-    spec = BackboneSpec(dim=24, depth=2, heads=3, patch=4, native_res=16, registers=4, layer_scale=True)
-    backbone = FrozenViT(spec)
-    patches = backbone.pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
-    expected = F.interpolate(patches, size=(2, 3), mode="bicubic", antialias=True)
-    resampled = backbone.position_embedding((2, 3))[:, 1:]
-    torch.testing.assert_close(resampled, expected.flatten(2).transpose(1, 2))
-    assert backbone.tokens(image(8, 12)).shape == (2, 1 + 4 + 6, 24)
-    assert backbone.last_features(backbone.tokens(image(8, 12)), (2, 3)).shape == (2, 24, 2, 3)
+    tokens = backbone.tokens(image(24, 12))
+    assert tokens.shape == (2, 1 + registers + 18, 24)
+    assert backbone.last_features(tokens, (6, 3)).shape == (2, 24, 6, 3)
 
 
 @pytest.mark.parametrize("registers", [0, 4])
@@ -70,19 +63,22 @@ def test_frozen__never_trains():
     assert not backbone.tokens(image(16, 16)).requires_grad
 
 
-@pytest.mark.parametrize("registers", [0, 4])
-def test_attention_logits__are_those_of_the_last_block(registers):
+def check_attention_logits(backbone, tokens, grid):
     """The log of a softmax is its logits less a constant per row, and so is the mean over heads."""
-    torch.manual_seed(0)
-    spec = BackboneSpec(24, 2, 3, 4, 16, registers=registers, layer_scale=True)
-    backbone, seen = FrozenViT(spec), []
-    attention = backbone.blocks[-1].attn
+    attention, seen = backbone.blocks[-1].attn, []
+    logits = backbone.attention_logits(tokens, grid)
     attention.fused_attn = False
-    attention.qkv.weight.mul_(20)  # unlike attention, not uniform
     attention.attn_drop.register_forward_hook(lambda _, given, __: seen.append(given[0]))
-    tokens = backbone.tokens(image(16, 16))
-    backbone.last_features(tokens, (4, 4))
-    expected, logits = seen[0].log().mean(dim=1), backbone.attention_logits(tokens, (4, 4))
+    backbone.last_features(tokens, grid)
+    expected = seen[0].log().mean(dim=1)
     centred = [each - each.mean(dim=-1, keepdim=True) for each in (logits, expected)]
     assert centred[1].std() > 0.1
     torch.testing.assert_close(*centred, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_attention_logits__are_those_of_the_last_block(registers):
+    torch.manual_seed(0)
+    backbone = FrozenViT(BackboneSpec(24, 2, 3, 4, 16, registers=registers, layer_scale=True))
+    backbone.blocks[-1].attn.qkv.weight.mul_(20)  # unlike attention, not uniform
+    check_attention_logits(backbone, backbone.tokens(image(16, 16)), (4, 4))

@@ -228,7 +228,7 @@ def test_images__flat_masks_a_contact_sheet_and_a_damaged_photograph(run, tmp_pa
     (tmp_path / "photos/trip").rename(tmp_path / "photos/day 1")
     assert guarded(lambda: evaluation.main([*run, str(tmp_path / "photos"), "--flat"])) == 1
     assert "day 1/bad.jpg: not a readable image" in capsys.readouterr().err
-    out, names = tmp_path / "masks", {"a.png", "day 1_b.png", "day 1_c.png"}
+    out, names = tmp_path / "masks", {"a.png", "day 1_b.png", "day 1_c.png", "legend.png"}
     assert {path.name for path in out.glob("*.png")} == names
     assert "bad.jpg" in json.loads((out / "legend.json").read_text())["left_out"][0]
     page = (out / "index.html").read_text()

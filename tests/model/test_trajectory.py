@@ -28,11 +28,8 @@ PUBLISHED = {  # published name -> ours
 
 
 def tensors(prefix):
-    return {
-        name.removeprefix(prefix): torch.from_numpy(STORED[name]).float()
-        for name in STORED.files
-        if name.startswith(prefix)
-    }
+    names = [name for name in STORED.files if name.startswith(prefix)]
+    return {name.removeprefix(prefix): torch.from_numpy(STORED[name]).float() for name in names}
 
 
 def ours(name):
@@ -55,9 +52,8 @@ def published_module():
         "train.print_freq": 1,
     }
     options = build_options(flat, source="the published run")
-    backbone = FrozenViT(
-        BackboneSpec(vit["dim"], vit["depth"], vit["heads"], vit["patch"], vit["native_res"])
-    )
+    sizes = {name: vit[name] for name in ("dim", "depth", "heads", "patch", "native_res")}
+    backbone = FrozenViT(BackboneSpec(**sizes))
     backbone.load_state_dict(tensors("backbone/"))
     labels = LabelSpace.with_spread_colours(tuple("abcdef"))
     module = PPAPModule(options, labels, BlockSegmenter(backbone))
@@ -74,10 +70,7 @@ def batches():
     for axis in (-1, -2):
         images = images.repeat_interleave(CONFIG["enlarge"], axis)
         labels = labels.repeat_interleave(CONFIG["enlarge"], axis)
-    items = [
-        Batch(image, label, torch.tensor(i))
-        for i, (image, label) in enumerate(zip(images, labels, strict=True))
-    ]
+    items = [Batch(*item) for item in zip(images, labels, torch.arange(len(images)), strict=True)]
     return DataLoader(items, CONFIG["batch"])
 
 
@@ -95,12 +88,9 @@ class Curve(Callback):
 def test_training__follows_the_published_run():
     module, curve = published_module(), Curve()
     start = {name: value.clone() for name, value in module.state_dict().items()}
-    quiet = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
-    Trainer(accelerator="cpu", max_epochs=1, limit_val_batches=0, callbacks=[curve], **quiet).fit(
-        module, batches()
-    )
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    how = {"max_epochs": 1, "limit_val_batches": 0, "callbacks": [curve], **dict.fromkeys(off, False)}
+    Trainer(accelerator="cpu", **how).fit(module, batches())
     found = np.array(curve.rows)
     assert found[:, :3] == pytest.approx(STORED["curve"][:, :3], rel=1e-4)
     assert found == pytest.approx(STORED["curve"], rel=1e-3)

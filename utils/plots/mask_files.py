@@ -85,7 +85,7 @@ def result_files(images: Path, out: Path, *, flat: bool = False) -> dict[Path, R
     names = {file: file.relative_to(root) for file in found}
     if flat:
         names = {file: Path("_".join(name.parts)) for file, name in names.items()}
-    count = Counter(map(_stem, names.values()))
+    count = Counter([*map(_stem, names.values()), "legend"])  # legend.png is no mask
     files = {}
     for file, name in names.items():
         name = name.with_suffix("") if count[_stem(name)] == 1 else name

@@ -130,7 +130,7 @@ class RunDir:
         whole = {}
         for path in filter(Path.exists, (self.last, self.best)):
             try:
-                content = read_torch_file(path, "checkpoint")
+                content = read_torch_file(path)
                 whole[path] = content, _progress(content, path)
             except UserError as error:
                 print(f"{error}; skipping this checkpoint")

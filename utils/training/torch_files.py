@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from utils.errors import UserError, first_line
 from utils.files import replacing
@@ -23,30 +24,28 @@ SAFE_GLOBALS = [  # published checkpoints contain them; NumPy 1 and 2 differ in 
 ]
 
 
-def read_torch_file(path: Path, kind: str) -> Any:
-    """`torch.load` with weights_only, after checking all CRCs (files from before torch 1.6 have none).
+def read_torch_file(path: Path) -> Any:
+    """The content of a .safetensors file or, read with weights_only, of a `torch.save` file.
 
-    `kind` is what errors call the file, such as "checkpoint".
+    All CRCs are checked; files from before torch 1.6 and .safetensors have none.
     """
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise almost any exception
-        raise unreadable(path, kind, error) from None
-
-
-def unreadable(path: Path, kind: str, error: Exception) -> UserError:
-    """The error for an unreadable file, without torch's advice to load it unsafely."""
-    reason = f"{type(error).__name__}: {first_line(error)}"
-    if isinstance(error, pickle.UnpicklingError):
-        reason = "damaged, or it contains more than tensors and plain containers"
-        if found := re.search(r"GLOBAL (\S+)", str(error)):
-            reason = f"it contains {found[1]}, must contain only tensors and plain containers"
-    return UserError(f"{path}: not a readable {kind} ({reason}); download or write it again")
+    except pickle.UnpicklingError as error:  # torch advises to load the file unsafely
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it contains {found[1]} instead of tensors and plain containers" if found else "damaged"
+    except Exception as error:  # a damaged file can raise almost any exception
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    raise UserError(
+        f"{path}: not a readable checkpoint or weights file ({reason}); download or write it again"
+    )
 
 
 def write_torch_file(content: Any, path: Path) -> None:

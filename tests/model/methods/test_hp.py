@@ -1,4 +1,5 @@
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from torch.nn import functional as F
 
 from loss.hidden_positive import hidden_positive_loss
 from model.methods.base import Progress
-from model.methods.hp import COLOUR_VIEW, HP, mix_local, specific_weight
+from model.methods.hp import COLOUR_VIEW, HP, mix_local, specific_weight, unit_rows, update_average
+from model.segmenter import TwoBranchHead
 from tests.model.methods.conftest import GRID, IMAGES
 from utils.training.randomness import seeded
 from utils.vision.transforms import normalise
@@ -55,13 +57,6 @@ def test_mix_local__literal(grid, tokens):
     torch.testing.assert_close(mixed.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("grid", [(4, 4), (5, 7), (28, 28)])
-def test_mix_local__uniform_attention_is_a_scaled_mean(grid):
-    patches = grid[0] * grid[1]
-    code, logits = drawn(1, 3, 1, 1).expand(1, 3, *grid), torch.full((1, 2, 1 + patches, 1 + patches), 0.7)
-    torch.testing.assert_close(mix_local(code, logits), 28 / patches * code)
-
-
 def test_mix_local__gradient_reaches_the_neighbours_alone():
     code, logits = drawn(1, 3, 5, 5).requires_grad_(), torch.zeros(1, 2, 26, 26, requires_grad=True)
     mix_local(code, logits)[0, :, 2, 1].sum().backward()
@@ -77,88 +72,71 @@ def test_specific_weight__rises_linearly_after_the_warmup():
     assert specific_weight(10, 10, 10) == specific_weight(3, 4, 100) == 0
 
 
-def train(segmenter, method, batch_of, steps, *, total=6, optimizer_state=None):
-    """Trains as the module does; returns the losses of each step and the optimizer's state."""
-    groups = [
-        {"params": parameters, "lr": 0.01, "weight_decay": section.weight_decay}
-        for parameters, section in method.groups(segmenter)
-    ]
-    optimizer, found = torch.optim.AdamW(groups), []
-    if optimizer_state:
-        optimizer.load_state_dict(optimizer_state)
-    for step in steps:
-        if method.reference_images(step, step - 1):
-            method.prepare(segmenter, [batch_of(100 + step), batch_of(200 + step)], step)
-        drawn = method.draws(IMAGES, GRID, step, dim=12)
-        output = method(segmenter, batch_of(step), drawn, Progress(step, total))
-        optimizer.zero_grad()
-        sum(output.losses.values()).backward()
-        optimizer.step()
-        found.append({name: loss.detach() for name, loss in output.losses.items()})
-    return found, optimizer.state_dict()
+PARTS = {"1.0": "linear", "2.0": "nonlinear.0", "2.2": "nonlinear.2"}  # published name -> ours
 
 
-def test_hp__a_step_trains_head_and_projection_alone(segmenter, options_of, batch_of):
-    method = HP(options_of(), segmenter)
+def stored_head(stored, when, branch):
+    """A head with the stored weights whose published names start with `branch`."""
+    state = {
+        f"{ours}.{kind}": getattr(stored, f"{when}/{branch}{theirs}.{kind}")
+        for theirs, ours in PARTS.items()
+        for kind in ("weight", "bias")
+    }
+    channels, dim = state["linear.weight"].shape[:2]
+    head = TwoBranchHead(dim, channels)
+    head.load_state_dict(state)
+    return head
+
+
+def test_head_and_average__golden(golden):
+    stored = golden("hp_mix")
+    head, average = (stored_head(stored, "before", branch) for branch in ("cluster", "ema_model"))
+    features = stored.feat[:, 1:].transpose(1, 2).unflatten(2, (4, 4))  # (B, D, h, w), without CLS
+    for network, expected in ((head, stored.code), (average, stored.code_ema)):
+        torch.testing.assert_close(network(features).detach(), expected, rtol=1e-5, atol=1e-5)
+    update_average(average, head, momentum=json.loads(stored.config)["ema_m"])
+    for name, parameter in average.named_parameters():
+        part, kind = name.rsplit(".", 1)
+        (theirs,) = (key for key, ours in PARTS.items() if ours == part)
+        if (expected := getattr(stored, f"after/ema_model{theirs}.{kind}", None)) is not None:
+            torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_head__either_branch_has_its_own_dropout():
+    head, features = TwoBranchHead(4, 3), drawn(2, 4, 5, 6)
+    kept, dropped = torch.ones(2, 4, 1, 1), torch.zeros(2, 4, 1, 1)
+    constant = head(features, (dropped, dropped))
+    assert torch.equal(constant, constant[:1, :, :1, :1].expand_as(constant))
+    one, other = head(features, (kept, dropped)) - constant, head(features, (dropped, kept)) - constant
+    torch.testing.assert_close(one, head.linear(features) - head.linear(0 * features))
+    torch.testing.assert_close(one + other + constant, head(features))
+
+
+def step(method, segmenter, batch, number=1):
+    return method(segmenter, batch, method.draws(IMAGES, GRID, number, dim=12), Progress(number, 6))
+
+
+def test_hp__a_step_trains_head_and_projection_and_the_average_lags(segmenter, options_of, batch_of):
+    """The average starts as the head, and takes in the weights from before the optimizer's step."""
+    method, start = HP(options_of(), segmenter), copy.deepcopy(segmenter.head)
     before = {name: value.clone() for name, value in method.state_dict().items()}
-    head = copy.deepcopy(segmenter.head)
-    torch.manual_seed(1)
-    (losses,), _ = train(segmenter, method, batch_of, [1])
-    assert losses["hp_loss"] > 0
-    assert losses["consistency_loss"] > 0
+    (head, net), (projection, without_decay) = method.groups(segmenter)
+    assert (net.weight_decay, without_decay.weight_decay, without_decay.lr) == (0.1, 0.0, net.lr)
+    assert method.reference_images(1, 0) == 2 * IMAGES
+    method.prepare(segmenter, [batch_of(2), batch_of(3)], 1)
+    optimizer = torch.optim.AdamW([*head, *projection], lr=0.01)
+    losses = step(method, segmenter, batch_of(1)).losses
+    assert min(losses["hp_loss"], losses["consistency_loss"]) > 0
+    sum(losses.values()).backward()
+    optimizer.step()
     changed = {name for name, value in method.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"projection.weight", "projection.bias", "pools.agnostic", "pools.specific"}
-    assert not any(map(torch.equal, segmenter.head.parameters(), head.parameters()))
-    assert not any(parameter.requires_grad for parameter in method.average.parameters())
-
-
-def test_hp__average_lags_the_head_by_a_step(segmenter, options_of, batch_of):
-    """It starts as the head, and takes in the weights from before the optimizer's step."""
-    method, start = HP(options_of(), segmenter), copy.deepcopy(segmenter.head)
-    _, state = train(segmenter, method, batch_of, [1])
-    first = copy.deepcopy(segmenter.head)
-    train(segmenter, method, batch_of, [2], optimizer_state=state)
-    for kept, old, new in zip(*map(nn.Module.parameters, (method.average, start, first)), strict=True):
+    assert not any(map(torch.equal, segmenter.head.parameters(), start.parameters()))
+    step(method, segmenter, batch_of(1), 2)
+    networks = method.average, start, segmenter.head
+    for kept, old, new in zip(*map(nn.Module.parameters, networks), strict=True):
         torch.testing.assert_close(kept, 0.9 * old + 0.1 * new)
-
-
-def test_hp__resumed_equals_uninterrupted(segmenter, options_of, batch_of):
-    """Pools are renewed before steps 1, 3 and 5, and the global generators play no part."""
-    other, options = copy.deepcopy(segmenter), options_of()
-    method = HP(options, segmenter)
-    whole, _ = train(segmenter, method, batch_of, range(1, 7))
-    stopped = HP(options, other)
-    torch.manual_seed(5)
-    begun, state = train(other, stopped, batch_of, range(1, 4))
-    resumed = HP(options, other)
-    resumed.load_state_dict(stopped.state_dict())
-    ended, _ = train(other, resumed, batch_of, range(4, 7), optimizer_state=state)
-    assert begun + ended == whole
-    assert all(map(torch.equal, method.state_dict().values(), resumed.state_dict().values()))
-    assert all(map(torch.equal, segmenter.head.parameters(), other.head.parameters()))
-
-
-def test_hp__cached_tokens_equal_images(segmenter, options_of, batch_of):
-    batch, found = batch_of(1), []
-    for inputs in (batch.inputs, segmenter.tokens(batch.inputs)):
-        method = HP(options_of(alpha=0.0), segmenter)
-        method.prepare(segmenter, [batch_of(2), batch_of(3)], 1)
-        drawn = method.draws(IMAGES, GRID, 1, dim=12)
-        found.append(method(segmenter, batch._replace(inputs=inputs), drawn, Progress(1, 6)).losses)
-    assert found[0] == found[1]
-    assert list(found[0]) == ["hp_loss"]
-
-
-def test_hp__without_positives_the_contrastive_loss_is_0(segmenter, options_of, batch_of):
-    """A pool that holds a batch's own patches leaves none above it."""
-    method, batch = HP(options_of(dropout=0.0, pool_size=IMAGES * 16), segmenter), batch_of(1)
-    features = segmenter.features(segmenter.tokens(batch.inputs), GRID)  # (4, D, 4, 4)
-    rows = F.normalize(features.permute(0, 2, 3, 1).flatten(0, 2), dim=1)
-    method.load_state_dict(method.state_dict() | {"pools.agnostic": 2 * rows})
-    losses = method(segmenter, batch, method.draws(IMAGES, GRID, 1, dim=12), Progress(1, 6)).losses
-    assert losses["hp_loss"] == 0
-    sum(losses.values()).backward()
-    assert all(parameter.grad.isfinite().all() for parameter in segmenter.head.parameters())
+        assert not kept.requires_grad
 
 
 def changed_colours(images, step):
@@ -190,27 +168,43 @@ def test_hp__view_changes_colours_before_or_after_normalisation(
         return encode(image)
 
     monkeypatch.setattr(segmenter, "encode", noted)
-    method, batch = HP(options_of(published_colour=published), segmenter), batch_of(1)
-    drawn = method.draws(IMAGES, GRID, 1, dim=12)
-    method(segmenter, batch, drawn, Progress(1, 6))
+    batch = batch_of(1)
+    step(HP(options_of(published_colour=published), segmenter), segmenter, batch)
     given = normalise(batch.inputs) if published else batch.inputs / 255
     expected = changed_colours(given, step=1)
     torch.testing.assert_close(seen[-1], expected if published else normalise(255 * expected))
     assert (seen[-1].min() < 0) != published
 
 
-def test_hp__two_groups_and_the_projection_without_decay(segmenter, options_of):
-    method = HP(options_of(), segmenter)
-    (head, net), (projection, without_decay) = method.groups(segmenter)
-    assert [id(each) for each in head] == [id(each) for each in segmenter.head.parameters()]
-    assert [id(each) for each in projection] == [id(each) for each in method.projection.parameters()]
-    assert (net.weight_decay, without_decay.weight_decay, without_decay.lr) == (0.1, 0.0, net.lr)
-
-
 def test_hp__pools_are_due_at_the_start_and_within_epochs(segmenter, options_of):
     method = HP(options_of(renew_interval=3), segmenter)
     steps = [(step, (step - 1) % 5) for step in range(1, 11)]  # epochs of five steps
     assert [step for step, batch_idx in steps if method.reference_images(step, batch_idx)] == [1, 4, 9]
+
+
+def test_hp__pools_take_a_patch_of_each_image(segmenter, options_of, batch_of):
+    method, batches = HP(options_of(dropout=0.0), segmenter), [batch_of(1), batch_of(2)]
+    method.prepare(segmenter, batches, 1)
+    features = torch.cat([segmenter.features(segmenter.tokens(each.inputs), GRID) for each in batches])
+    maps, chosen = {"agnostic": features, "specific": segmenter.head(features).detach()}, []
+    for name, rows in method.pools.named_buffers():
+        patches = F.normalize(maps[name].flatten(2), dim=1)  # (8, D, 16)
+        distance = (patches - rows.float()[:, :, None]).norm(dim=1)  # (8, 16)
+        assert distance.amin(dim=1).max() < 2e-3  # float16
+        chosen.append(distance.argmin(dim=1))
+    assert not torch.equal(*chosen)
+
+
+def test_hp__pools_are_a_function_of_seed_and_step(segmenter, options_of, batch_of):
+    first, again = (HP(options_of(dropout=0.3), segmenter) for _ in range(2))
+    first.prepare(segmenter, [batch_of(1), batch_of(2)], 1)
+    torch.manual_seed(5)
+    again.prepare(segmenter, [batch_of(1), batch_of(2)], 1)
+    assert all(map(torch.equal, first.pools.buffers(), again.pools.buffers()))
+    assert (first.pools.agnostic == 0).any(), "dropout of channels"
+    again.prepare(segmenter, [batch_of(1), batch_of(2)], 2)
+    assert torch.equal(first.pools.agnostic, again.pools.agnostic)
+    assert not torch.equal(first.pools.specific, again.pools.specific)
 
 
 def test_hp__denominator_is_a_function_of_seed_and_step(segmenter, options_of):
@@ -230,10 +224,6 @@ def test_hp__losses_from_their_definitions(segmenter, options_of, batch_of):
     torch.manual_seed(1)
     for parameter in method.average.parameters():  # unlike the head
         parameter.add_(torch.randn(parameter.shape))
-    draws = method.draws(IMAGES, GRID, 5, dim=12)
-
-    def rows(values):
-        return F.normalize(values.permute(0, 2, 3, 1).flatten(0, 2), dim=1)
 
     def projected(code):
         return F.normalize(method.projection(code.permute(0, 2, 3, 1).flatten(0, 2)), dim=1)
@@ -247,8 +237,8 @@ def test_hp__losses_from_their_definitions(segmenter, options_of, batch_of):
     expected = hidden_positive_loss(
         projected(code),
         projected(mixed),
-        f=rows(features),
-        e=rows(method.average(features)),
+        f=unit_rows(features),
+        e=unit_rows(method.average(features)),
         pool_ag=method.pools.agnostic,
         pool_sp=method.pools.specific,
         keep=torch.ones(16, IMAGES * 16, dtype=torch.bool),
@@ -257,7 +247,7 @@ def test_hp__losses_from_their_definitions(segmenter, options_of, batch_of):
         tau=method.options.training_coeff.tau,
     )
     distance = (projected(code) - projected(view_code) + 1e-6).norm(dim=1).mean()
-    output = method(segmenter, batch, draws, Progress(5, 6))
+    output = step(method, segmenter, batch, 5)
     torch.testing.assert_close(output.losses["hp_loss"], expected)
     torch.testing.assert_close(output.losses["consistency_loss"], 0.05 * distance)
     torch.testing.assert_close(output.code, code)

@@ -35,14 +35,8 @@ def step(method, segmenter, batch, number=1):
 
 def test_stego__loss_from_its_definition(segmenter, method_of, pairs):
     """Without dropout; lambdas, b and the clamps are those of the options."""
-    changed = {
-        "weight_self": 0.3,
-        "shift_knn": 0.4,
-        "pointwise": False,
-        "zero_clamp": False,
-        "stabilize": True,
-    }
-    method = method_of(dropout=0.0, **changed)
+    clamps = {"pointwise": False, "zero_clamp": False, "stabilize": True}
+    method = method_of(dropout=0.0, weight_self=0.3, shift_knn=0.4, **clamps)
     features = segmenter.features(segmenter.tokens(pairs.inputs), GRID)
     code = segmenter.head(features)
     drawn = draw_pairs(IMAGES, samples=3, negatives=2, generator=generator(0, "points", 1))
@@ -52,9 +46,7 @@ def test_stego__loss_from_its_definition(segmenter, method_of, pairs):
         **dict(zip(("coords1", "coords2", "perms"), drawn, strict=True)),
         weights={"self": 0.3, "knn": 0.25, "rand": 0.63},
         shifts={"self": 0.08, "knn": 0.4, "rand": 0.66},
-        pointwise=False,
-        zero_clamp=False,
-        stabilize=True,
+        **clamps,
     )
     output = step(method, segmenter, pairs)
     assert output.losses["stego_loss"] == expected.total
@@ -79,14 +71,7 @@ def test_stego__a_step_is_a_function_of_seed_and_step(segmenter, method_of, pair
     torch.manual_seed(2)
     assert step(method_of(), segmenter, pairs, 3).losses["stego_loss"] == first
     assert step(method_of(), segmenter, pairs, 4).losses["stego_loss"] != first
-    masks = [
-        method_of(dropout=0.5).draws(IMAGES, GRID, 3, dim=12)[k] for k in ("linear", "nonlinear", "features")
-    ]
+    draws = method_of(dropout=0.5).draws(IMAGES, GRID, 3, dim=12)
+    masks = [draws[name] for name in ("linear", "nonlinear", "features")]
     halves = [half for mask in masks for half in mask.split(IMAGES)]
     assert len({tuple(half.flatten().tolist()) for half in halves}) == 6
-
-
-def test_stego__cached_tokens_equal_images(segmenter, method_of, pairs):
-    cached = pairs._replace(inputs=segmenter.tokens(pairs.inputs))
-    found = [step(method_of(), segmenter, batch).losses["stego_loss"] for batch in (pairs, cached)]
-    assert found[0] == found[1]

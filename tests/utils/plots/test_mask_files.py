@@ -42,10 +42,10 @@ def test_folders__are_nested_and_distinct(tmp_path):
 
 
 def test_flat__names_are_joined_and_distinct(tmp_path):
-    touch(tmp_path / "in", "a.jpg", "b/a.jpg", "b_a.png", "c/d.tif")
+    touch(tmp_path / "in", "a.jpg", "b/a.jpg", "b_a.png", "c/d.tif", "legend.jpg")
     files = result_files(tmp_path / "in", tmp_path / "out", flat=True)
     masks = sorted(each.mask.relative_to(tmp_path / "out").as_posix() for each in files.values())
-    assert masks == ["a.png", "b_a.jpg.png", "b_a.png.png", "c_d.png"]
+    assert masks == ["a.png", "b_a.jpg.png", "b_a.png.png", "c_d.png", "legend.jpg.png"]
     assert files[tmp_path / "in/c/d.tif"].overlay == tmp_path / "out/overlays/c_d.jpg"
     touch(tmp_path / "in", "b_a.jpg")
     with pytest.raises(UserError, match="two photographs have the same name"):

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from dataset import DATA_SETS
 from dataset.base import Batch
 from model.backbone import FrozenViT
-from model.criterion import build_criterion
 from model.methods import build_segmenter
+from model.methods.ppap import build_criterion
 from model.module import PPAPModule
 from model.weights import backbone_spec
 from utils.config.loading import find_option_file, load_options

@@ -6,6 +6,7 @@ options -> data -> network -> loss and probes -> best checkpoint -> metrics befo
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import exit_on_signals
+from utils.errors import UserError, exit_on_signals
 
 if __name__ == "__main__":  # before the imports that take time
     exit_on_signals()
@@ -141,8 +142,8 @@ def suggest_boundaries(options: Options) -> dict[str, Any]:
 
 def as_baseline(options: Options) -> Options:
     """The frozen baseline of a run, under its own name."""
-    name = options.wandb.name + FROZEN
-    return with_changes(options, {"train.frozen": True, "wandb.name": name, "wandb.id": None})
+    name, run_id = options.wandb.name + FROZEN, options.wandb.id and options.wandb.id + FROZEN
+    return with_changes(options, {"train.frozen": True, "wandb.name": name, "wandb.id": run_id})
 
 
 def planned_runs(job: Job, *, evaluate_only: bool) -> list[tuple[str, Options]]:
@@ -186,12 +187,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     from utils.plots.tables import sweep_table
 
     planned = [planned_runs(job, evaluate_only=arguments.test) for job in jobs]
-    finished, rows, done = [], [], 0
-    total, began = sum(map(len, planned)), time.monotonic()
+    finished, rows, done, spent = [], [], 0, 0.0
+    if (total := sum(map(len, planned))) > 1 and os.environ.get("WANDB_RUN_ID"):  # set by `wandb agent`
+        fix = "unset it or, for a run and its baseline, set train.compare_frozen=false"
+        raise UserError(f"WANDB_RUN_ID is set, so wandb would merge the {total} runs; {fix}")
     for job, runs in zip(jobs, planned, strict=True):
         results = {}
         for setting, options in runs:
-            left = (time.monotonic() - began) / max(1, done) * (total - done)
+            left, began = spent / max(1, done) * (total - done), time.monotonic()
             place = f", run {done + 1} of {total}" + (f", about {duration(left)} left" if done else "")
             print(f"\n{options.wandb.name}: {trained_with(options)}{place if total > 1 else ''}")
             results[options.wandb.name] = result = run_one(options, evaluate_only=arguments.test)
@@ -199,6 +202,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             if "last_step" in result:
                 rows.append((f"{setting}, last step".removeprefix(", "), result["last_step"]))
             done += 1
+            # of a run that was finished before, the time it took then
+            spent += max(time.monotonic() - began, 3600 * result.get("train_hours", 0))
         print(closing_words(job, results, alone=len(jobs) == 1))
         finished.append(result)
         folder = Path(job.options.output_dir) / f"{job.base}-sweep"

@@ -16,6 +16,8 @@ from utils.errors import UserError
 from utils.vision.images import IMAGE_ENDINGS, find_images
 from utils.vision.labels import LabelSpace
 
+LABEL_FOLDERS = ("annotations", "gt", "label", "labels", "mask", "masks")
+
 
 class _ClassesFile(BaseModel, strict=True, extra="forbid"):
     n_classes: int | None = Field(None, ge=2, le=255)
@@ -61,6 +63,10 @@ class ImageFolder(FileSource):
         images, skipped = find_images(folder, without=root / CROPS_FOLDER)
         if skipped:
             print(f"{folder}: skipped {skipped}")
+        for name in LABEL_FOLDERS if plain else ():
+            if (root / name).is_dir():
+                hint = "if they are labels, move the photographs to imgs/train and the labels to labels/train"
+                print(f"{root / name}: its images are trained on as photographs; {hint}")
         if split == "train" and not images:
             endings = ", ".join(sorted(IMAGE_ENDINGS))
             message = f"{folder} holds no image ({endings}); put yours there"
@@ -77,6 +83,8 @@ def _targets(images: list[Path], folder: Path, label_folder: Path) -> list[Path 
     wanted = [label_folder / image.relative_to(folder).with_suffix(".png") for image in images]
     found, _ = find_images(label_folder)
     present = {path.with_suffix(".png"): path for path in found if path.suffix.lower() == ".png"}
+    if images and label_folder.parent.is_dir() and not present:
+        print(f"{label_folder}: holds no PNG file, so the images in {folder} have no labels")
     unused = sorted(present.keys() - set(wanted))
     if unused:
         message = f"{label_folder}: {len(unused)} of {len(present)} labels match no image, e.g. {unused[0]}"

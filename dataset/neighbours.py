@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from dataset.base import Batch, SegmentationDataset
 from dataset.token_cache import cache_entry
 from utils.config.options import Options
+from utils.errors import UserError
 from utils.files import replacing
 from utils.progress import Bar
 from utils.training.randomness import generator
@@ -33,6 +34,9 @@ def nearest_neighbours(
     `loader` yields all items in order, `model` names weights and precision.
     """
     chosen, seed = options.stego, options.train.seed
+    if chosen.num_neighbors >= len(items):
+        allowed = f"below {len(items)}, the number of train items"
+        raise UserError(f"stego.num_neighbors is {chosen.num_neighbors}, must be {allowed}")
     drawn = seed if chosen.knn_dropout or items.geometry.crop == "random" else None
     about = type(items).__name__, model, chosen.num_neighbors, chosen.knn_dropout, drawn
     with cache_entry(items, options, "neighbours", *about) as path:

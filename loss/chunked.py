@@ -39,30 +39,30 @@ class ChunkedLoss:
 
     def _add_chunk(self, groups: Tensor) -> Tensor:
         drawn, index = groups >= 0, groups.flatten().clamp_min(0)  # (g, A_max), (A,)
-        boundaries, operand = self.criterion.boundaries, self.criterion.similarity_dtype
-        reached = propagate(self.bank[index], self.bank_operand, boundaries, operand=operand)
+        coefficients, operand = self.criterion.boundaries, self.criterion.similarity_dtype
+        reached = propagate(self.bank[index], self.bank_operand, coefficients, operand=operand)
         sets = select_sets(reached, index)
-        edges = torch.cat([reached.phi, reached.psi, reached.moved], dim=1)  # (A, 3)
+        boundaries = torch.cat([reached.phi, reached.psi, reached.moved], dim=1)  # (A, 3)
         del reached  # its similarities are as large as the logits
         size = sets.positives.sum(dim=1, dtype=torch.int32)  # (A,)
         # a group's loss is the mean over its anchors with a positive; groups are weighted by their anchors
-        counted = (size > 0).view_as(drawn) & drawn  # (g, A_max)
-        valid = counted.sum(dim=1, keepdim=True)  # (g, 1)
-        weight = drawn.sum(dim=1, keepdim=True) * (valid > 0)  # (g, 1), of the group
-        weights = (counted * weight / valid.clamp_min(1)).flatten()  # (A,)
-        loss = self._add_gradient(index, sets, weights)
+        valid = (size > 0).view_as(drawn) & drawn  # (g, A_max)
+        valid_count = valid.sum(dim=1, keepdim=True)  # (g, 1)
+        group_weight = drawn.sum(dim=1, keepdim=True) * (valid_count > 0)  # (g, 1)
+        weight = (valid * group_weight / valid_count.clamp_min(1)).flatten()  # (A,)
+        loss = self._add_gradient(index, sets, weight)
         used = drawn.view(-1, 1)  # (A, 1)
         counts = torch.stack([size, sets.below, size == 0], dim=1)  # (A, 3) int32
         positives, below, alone = (counts * used).sum(dim=0).float()
-        phi, psi, moved = (edges * used).sum(dim=0)  # no float64: MPS has none
-        return torch.stack([loss, weight.sum().float(), positives, below, phi, psi, moved, alone])
+        phi, psi, moved = (boundaries * used).sum(dim=0)  # no float64: MPS has none
+        return torch.stack([loss, group_weight.sum().float(), positives, below, phi, psi, moved, alone])
 
-    def _add_gradient(self, index: Tensor, sets: Sets, weights: Tensor) -> Tensor:
+    def _add_gradient(self, index: Tensor, sets: Sets, weight: Tensor) -> Tensor:
         """Weighted sum of L_i over the anchors at `index` (A,); adds its gradient to `grad_z`."""
         z, tau = self.z_operand, self.criterion.tau
         logits = matmul((self.z[index] / tau).to(z.dtype), z.T)  # (A, N)
-        grad = (weights / tau)[:, None]  # (A, 1)
+        grad = (weight / tau)[:, None]  # (A, 1)
         loss, slope = masked_contrastive(logits, sets.positives, sets.negatives, tau, grad, z.dtype)
         matmul(slope.T, z[index], out=self.grad_z, beta=1)  # slope: (A, N)
         self.grad_z.index_add_(0, index, matmul(slope, z))
-        return (loss * weights).sum()
+        return (loss * weight).sum()

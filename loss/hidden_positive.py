@@ -87,9 +87,14 @@ def _weights(
 
 
 def _mean_over_blocks(
-    projections: tuple[Tensor, Tensor], weights: Callable, size: int, *, tau: float, reweighting: bool
+    projections: tuple[Tensor, Tensor],
+    weights: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+    size: int,
+    *,
+    tau: float,
+    reweighting: bool,
 ) -> Tensor:
-    """Loss and gradients in one pass; stores nothing of size block x N."""
+    """Loss and gradients in one pass, with the `weights` of a block; stores nothing of size block x N."""
     grads = [torch.zeros_like(z) for z in projections]  # (N, K)
     patches, device = projections[0].shape[0], projections[0].device
     sums = torch.zeros(2, device=device)  # of the losses of blocks, and of blocks that have anchors

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import BaseModel, Field, JsonValue, ValidationError, ValidationInfo, model_validator
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class _Entry(BaseModel, extra="allow"):
     def _consistent(self, info: ValidationInfo) -> "_Entry":
         """Cross-field validation; the context is the state dict."""
         LabelSpace(self.class_names, self.palette)
-        clusters = len(info.context.get("cluster_probe.clusters", ()))
+        clusters = info.context.get("cluster_probe.clusters", torch.ones(0)).shape[:1].numel()
         if self.assignment is not None and len(self.assignment) != clusters:
             raise ValueError(f"assignment has {len(self.assignment)} entries for {clusters} clusters")
         return self

@@ -70,16 +70,18 @@ class SetWatch:
 
     def add(self, scalars: Mapping[str, float], *, patches: int, logged_steps: int) -> None:
         """Adds the scalars of a logged step, whose bank has `patches` entries; prints a warning if due."""
-        due = max(1, min(10, logged_steps // 4))
-        if "without_positives" not in scalars or len(self._seen) == due:
+        if "without_positives" not in scalars:
             return
         positives, negatives = scalars["num_positives"] / patches, scalars["num_negatives"] / patches
         self._seen.append((positives, negatives, scalars["without_positives"]))
+        due = max(1, min(10, logged_steps // 4))
+        if len(self._seen) != due:
+            return
         positives, negatives, alone = map(fmean, zip(*self._seen, strict=True))
         problems = [f"{positives:.1%} of the patches are positives"] if positives > MOST_POSITIVES else []
         problems += [f"{negatives:.2%} are negatives"] if negatives < LEAST_NEGATIVES else []
         problems += [f"{alone:.0%} of the anchors have no positive"] if alone > MOST_ALONE else []
-        if problems and len(self._seen) == due and is_rank_zero():
+        if problems and is_rank_zero():
             print(
                 f"\nwarning: training will learn little: {', '.join(problems)} (over {due} logged "
                 "steps). Adapt training_coeff.initialcrit_pos and training_coeff.initialcrit_amb to the "

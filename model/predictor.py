@@ -20,10 +20,11 @@ from utils.files import make_folder, write_json
 from utils.plots.figures import draw_legend
 from utils.plots.mask_files import mask_ids, renamed, result_files, write_contact_sheet, write_results
 from utils.progress import Bar
-from utils.training.device import accelerator, chosen_precision
+from utils.training.device import accelerator, chosen_precision, is_out_of_memory
 from utils.vision import crf, mean_field
 from utils.vision.crf import resolve_backend
 from utils.vision.images import as_rgb, open_image
+from utils.vision.labels import IGNORE
 from utils.vision.transforms import RESAMPLING, normalise, resized, to_eight_bit
 from utils.vision.upsampling import upsampled_argmax, upsampled_norm
 
@@ -68,13 +69,15 @@ class Predictor:
         if head not in heads:
             allowed = f"{' or '.join(heads)}; linear needs labelled train data"
             raise UserError(f"head is {head}, must be {allowed}")
-        if tile and tile % patch:
+        if tile and (tile < patch or tile % patch):
             raise UserError(f"tile is {tile}, must be a multiple of the patch ({patch})")
+        if self.res < patch:
+            raise UserError(f"res is {res}, must be at least {patch}, one patch")
         if head == "linear":
             assignment = range(labels.n_classes)
         channels = labels.n_classes if head == "linear" else len(module.cluster_probe.clusters)
-        if channels > 256:
-            raise UserError(f"{channels} clusters, must be at most 256: masks have 8 bits")
+        if channels > IGNORE:
+            raise UserError(f"{channels} clusters, must be at most {IGNORE}: masks have 8 bits")
         self.names, self.palette, ids = mask_ids(labels, assignment, n_clusters=channels)
         self._ids = np.array(ids, dtype=np.uint8)  # of each channel
         self.device = torch.device(device or accelerator())
@@ -93,11 +96,7 @@ class Predictor:
             image = Image.fromarray(image)
         rgb = as_rgb(image, "the image") if isinstance(image, Image.Image) else open_image(Path(image))
         size = rgb.height, rgb.width
-        seen = resized(rgb.size, self.res)  # by the network, (w', h')
-        if not self.tile:  # at most `MAX_PATCHES`
-            shrink = min(1, math.sqrt(MAX_PATCHES * self.patch**2 / math.prod(seen)))
-            seen = tuple(math.ceil(side * shrink) for side in seen)
-        scaled = np.asarray(rgb.resize(seen, self._resampling))  # (h', w', 3)
+        scaled = np.asarray(rgb.resize(self._network_size(rgb.size), self._resampling))  # (h', w', 3)
         height, width = scaled.shape[:2]
         # reflection, as repeated edge pixels would look like streaks
         below, right = -height % self.patch, -width % self.patch
@@ -113,6 +112,12 @@ class Predictor:
             logits, extent = self._refined(pixels[..., :height, :width], code, logits), None  # (1, K, h', w')
         _, channels = upsampled_argmax(logits, size, extent)  # (1, H, W)
         return self._ids[channels[0].cpu().numpy()]
+
+    def _network_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(W, H) at which the network sees a photograph: without `tile`, at most `MAX_PATCHES`."""
+        width, height = resized(size, self.res)
+        shrink = 1 if self.tile else min(1, math.sqrt(MAX_PATCHES * self.patch**2 / (width * height)))
+        return math.ceil(width * shrink), math.ceil(height * shrink)
 
     def _automatic_tile(self, image: Tensor) -> int | None:
         """The tile of an image (1, 3, H, W) that has too many patches for one pass, else None."""
@@ -195,10 +200,15 @@ def predict_folder(
     for path, written in Bar(files.items(), desc="masks", unit="image"):
         try:
             image = open_image(path)
+            classes = predictor(image)  # (H, W)
         except UserError as error:
             skipped.append(str(error))
             continue
-        classes = predictor(image)  # (H, W)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            skipped.append(f"{path}: does not fit into memory; set --tile or a smaller --res")
+            continue
         write_results(written, image, classes, predictor.palette)
         counts += np.bincount(classes.ravel(), minlength=len(counts))
         done.append(written)
@@ -211,6 +221,6 @@ def predict_folder(
     write_contact_sheet(out, done, legend, skipped)
     print(f"\nresults: {out}; open {out / 'index.html'}")
     if skipped:
-        heading = f"{images}: {len(skipped)} unreadable, the other {len(done)} are done"
+        heading = f"{images}: {len(skipped)} left out, the other {len(done)} are done"
         raise LeftOut(listed(heading, skipped))
     return result

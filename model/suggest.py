@@ -23,6 +23,7 @@ from model.kmeans import assign, clear_size, kmeans, stability
 from model.methods.ppap import build_criterion
 from model.module import PPAPModule
 from model.set_quality import CHUNK, means, set_quality
+from utils.errors import UserError
 from utils.files import make_folder, write_json
 from utils.plots.suggest_figure import draw_suggestion
 from utils.progress import Bar
@@ -82,16 +83,16 @@ def suggest(module: PPAPModule, data: Any, *, folder: Path) -> dict[str, Any]:
     boundaries = replace(criterion.boundaries, phi=phi, psi=psi)
     shares = set_shares(features, criterion, boundaries, batch=batch, drawn=generator(seed, "anchors"))
     agreement = cluster_agreement(features, seed)  # (resamples, sizes)
-    mean, deviation = agreement.mean(dim=0), agreement.std(dim=0)
+    precision, mean, deviation = found.at(found.precision, phi), agreement.mean(dim=0), agreement.std(dim=0)
     result = {
         "images": len(features),
         "patches": features[:, 0].numel(),
         "initialcrit_pos": phi,
         "initialcrit_amb": psi,
-        "precision": 100 * found.at(found.precision, phi),
+        "precision": 100 * precision,
         "recall": 100 * found.at(found.recall, psi),
         "separation": 100 * found.separation,
-        "warnings": _warnings(found.separation),
+        "warnings": _warnings(found.separation, precision),
         "shares": shares,
         "clusters": clear_size(SIZES, (mean - deviation).tolist()),
         "sizes": list(SIZES),
@@ -104,19 +105,25 @@ def suggest(module: PPAPModule, data: Any, *, folder: Path) -> dict[str, Any]:
     return result
 
 
-def _warnings(separation: float) -> list[str]:
-    if separation >= SEPARATED:
-        return []
-    return [
-        f"adjacent patches are more similar than random ones in only {separation:.0%} of the cases (below "
-        f"{SEPARATED:.0%}): these features hardly separate classes, and the estimates are not reliable; "
-        "try other weights or a larger dataset.res"
-    ]
+def _warnings(separation: float, precision: float) -> list[str]:
+    warnings = []
+    if separation < SEPARATED:
+        warnings.append(
+            f"adjacent patches are more similar than random ones in only {separation:.0%} of the cases "
+            f"(below {SEPARATED:.0%}): these features hardly separate classes, and the estimates are not "
+            "reliable; try other weights or a larger dataset.res"
+        )
+    if precision < PRECISION - ROUNDING:
+        best = f"the best, {precision:.0%}, was taken"
+        warnings.append(f"no boundary reaches a precision of {PRECISION:.0%}; {best}")
+    return warnings
 
 
 def sample_features(module: PPAPModule, data: Any) -> Tensor:
     """Criterion features of up to `IMAGES` random train images, (P, D, h, w) float32 on the CPU."""
     options, unlabelled = module.options, replace(data.train_set, hides_labels=True)
+    if len(unlabelled) < 2:
+        raise UserError(f"dataset.data_path is {options.dataset.data_path}: --suggest needs two train images")
     order = torch.randperm(len(unlabelled), generator=generator(options.train.seed, "suggested images"))
     trainer = build_trainer(options, hardware_settings(options))
     batches = DataLoader(Subset(unlabelled, order[:IMAGES].tolist()), options.eval.batch_size)

@@ -154,7 +154,7 @@ def checked_state(state: Any, source: str) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise UserError(f"{source} is of type {type(state).__name__}, must be a dict of tensors")
     for name, value in state.items():
-        valid = isinstance(value, Tensor)
+        valid = isinstance(name, str) and isinstance(value, Tensor)
         if valid and name.endswith(PARAMETERS):
             valid = value.layout == torch.strided and value.is_floating_point()
             valid = valid and bool(value.float().isfinite().all())

@@ -138,6 +138,12 @@ def test_same_seed__same_run_and_an_earlier_one_is_moved_aside(tiny_file, tmp_pa
     assert (tmp_path / "output/tiny/best.ckpt").is_file()
 
 
+def test_wandb_run_id__is_that_of_one_run(tiny_file, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "agent1")
+    with pytest.raises(UserError, match="wandb would merge the 2 runs; unset it"):
+        run.main(["--opt", tiny_file(), "train.compare_frozen=true"])
+
+
 def test_sweep__one_table_over_seeds(tiny_file, tmp_path, capsys, monkeypatch):
     """Variants, seeds, the baseline and the last step are distinguished; each run is its own in wandb."""
     monkeypatch.setenv("WANDB_SILENT", "true")

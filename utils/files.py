@@ -77,7 +77,7 @@ def sha256_of(path: Path) -> str:
 
 
 def make_folder(path: Path, *, named_by: str = "output_dir") -> Path:
-    """Creates a folder if necessary; raises a UserError naming the option `named_by` if it cannot."""
+    """Creates a folder if necessary; raises a UserError naming the option `named_by` if this fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

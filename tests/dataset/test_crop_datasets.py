@@ -13,6 +13,7 @@ from dataset.crops import crop_boxes
 from tests.dataset import miniatures
 from tests.dataset.files import SIZE, names, picture, save
 from utils.errors import UserError
+from utils.files import exclusive
 
 FOLDER = "cropped/directory_five_crop_0.5"
 
@@ -91,6 +92,8 @@ def test_files__images_without_labels(crop, directory, with_crops):
 
 def test_restart__writes_what_is_missing_and_nothing_else(crop, prepared, capsys):
     folder = prepared / FOLDER
+    with exclusive(folder), pytest.raises(UserError, match=r"crop_0\.5 is in use by process"):
+        crop(prepared)
     whole = contents(folder)
     shutil.rmtree(folder)
     crop(prepared, workers=2)

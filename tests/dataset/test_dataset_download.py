@@ -15,7 +15,7 @@ from tests.dataset import miniatures
 from tests.utils.server import coco_pages, serving, targets_at, zipped
 from utils.config.options import DatasetOptions
 from utils.errors import UserError
-from utils.files import REPOSITORY
+from utils.files import REPOSITORY, exclusive
 
 PROGRAM = [sys.executable, str(REPOSITORY / "dataset/dataset_download.py")]
 
@@ -76,6 +76,8 @@ def test_cocostuff__end_to_end(download, server, tmp_path, capsys):
     server.seen.clear()
     download("cocostuff")  # a no-op
     assert server.seen == []
+    with exclusive(root / "download"), pytest.raises(UserError, match="data/download is in use by process"):
+        download("cocostuff")
 
 
 @pytest.mark.parametrize(("name", "splits"), [("potsdam", ("train", "val")), ("potsdamraw", ("train",))])

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from dataset import build_data, neighbours
 from dataset.neighbours import most_similar
 from dataset.samplers import TrainBatchSampler
+from utils.errors import UserError
 from utils.training import distributed
 
 
@@ -63,6 +64,12 @@ def test_neighbours__published_dropout_depends_on_the_seed(tiny_options, encoded
     assert not torch.equal(tables[0], tables[1])
     assert not torch.equal(tables[0], tables[2])
     assert sum(encoded[1]) == 3 * 16, "without dropout, seeds share a table"
+
+
+def test_neighbours__more_than_there_are(tiny_options, encoded):
+    data = build_data(tiny_options(method="stego", stego__num_neighbors=16))
+    with pytest.raises(UserError, match=r"stego\.num_neighbors is 16, must be below 16"):
+        data.with_neighbours(encoded[0], **weights("a"))
 
 
 def test_sampler__a_neighbour_of_each_image_follows(monkeypatch):

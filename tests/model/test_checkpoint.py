@@ -97,6 +97,8 @@ def test_read__neither_format(tmp_path, content):
         ("options", {"model": {"dim": torch.ones(1)}}, "ppap.options.model"),
         ("step", "last", "ppap.step"),
         ("state", [], "state_dict is of type list"),
+        ("state", {0: torch.ones(1)}, "0 must be a dense tensor"),
+        ("state", {"cluster_probe.clusters": torch.ones(())}, "ppap: .*3 entries for 1 clusters"),
         ("state", {"a.bias": 1}, "a.bias must be a dense tensor"),
         ("state", {"a.bias": torch.ones(2, dtype=torch.int64)}, "a.bias must be a dense tensor"),
         ("state", {"a.bias": torch.eye(2).to_sparse()}, "a.bias must be a dense tensor"),

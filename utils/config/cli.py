@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,7 +88,7 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     path = {"type": os.path.expanduser}
     trust = {"action": "store_true", "help": "run the plugins that a checkpoint names"}
     parser.add_argument("--trust-plugins", **trust)
-    parser.set_defaults(test=True)
+    parser.set_defaults(test=True)  # weights come from a checkpoint
     command = parser.add_mutually_exclusive_group().add_argument
     command("--measure-sets", action="store_true", help="compare positives and negatives with labels")
     command("--explain", metavar="IMAGE", **path, help="plot the propagation of an anchor; file or index")
@@ -130,12 +131,14 @@ def plan_jobs(arguments: argparse.Namespace, stored: dict[str, Any] | None = Non
         twice = changed.keys() & chosen
         mistakes += [f"{variant}: {key} is also set by the command line; remove one" for key in twice]
         flat = stored | chosen | changed
-        base = str(flat.get("wandb.name", Options().wandb.name))
+        base = str(flat.setdefault("wandb.name", Options().wandb.name))
         swept = {key: value for key, value in chosen.items() if len(choices.get(key, ())) > 1}
         words = [variant, *(f"{key.split('.')[-1]}={value}" for key, value in swept.items())]
         setting = [variant, *(f"{key}={value}" for key, value in swept.items() if key != "train.seed")]
-        if suffix := "".join(f"-{word}" for word in words if word):
-            flat["wandb.name"] = re.sub(r"[^\w.=+-]+", "_", base + suffix)
+        suffix = "".join(f"-{word}" for word in words if word)
+        for key in ("wandb.name", "wandb.id"):
+            if suffix and flat.get(key):
+                flat[key] = re.sub(r"[^\w.=+-]+", "_", f"{flat[key]}{suffix}")
         try:
             load_plugins(flat, trusted=trusted)
             options = build_options(flat, source="")
@@ -144,6 +147,8 @@ def plan_jobs(arguments: argparse.Namespace, stored: dict[str, Any] | None = Non
             mistakes += error.mistakes
         if not any(flags.get(name) for name in ("images", "explore", "export")):  # they need no data set
             mistakes += missing_files(flat, weights=not arguments.test)
+    names = Counter(job.options.wandb.name for job in jobs)
+    mistakes += [f"several runs would be called {name}; change one" for name in names if names[name] > 1]
     if len({job.options.trainer.world_size for job in jobs}) > 1:
         mistakes.append("trainer: the runs differ in their number of processes; give each its own command")
     if mistakes:
@@ -210,6 +215,8 @@ def guarded(main: Callable[[], None], *, then: str = "rerun with --resume") -> i
             return 0
         status, message = error.status, f"{error.label}: {error}"
     except Interrupted as error:
+        if error.code == 128 + signal.SIGUSR1 and not is_rank_zero():  # or srun would end the first process
+            return 0
         status, message = error.code, f"interrupted; {then}"
     except OSError as error:
         lost = _stdout_is_lost()

@@ -139,17 +139,19 @@ def allowed(field: FieldInfo) -> str:
 
 def missing_files(flat: dict[str, Any], *, weights: bool) -> list[str]:
     """Lists a missing data folder and, with `weights`, a missing weights file of flat options."""
-    keys = ("dataset.data_type", "dataset.data_path", WEIGHTS)
-    given = (flat.get(key, FIELDS[key].default) or "" for key in keys)
-    name, folder, file = (os.path.expanduser(str(value)) for value in given)
+    name = flat.get("dataset.data_type", FIELDS["dataset.data_type"].default)
+    folder, file = (os.path.expanduser(str(flat.get(key) or "")) for key in ("dataset.data_path", WEIGHTS))
     mistakes = []
     if weights and file and not weights_file(file).is_file():
         mistakes.append(f"{WEIGHTS} is {file}: no such file; null: the official weights")
-    if name in DATA_TYPES and name not in WITHOUT_FOLDER and not os.path.isdir(folder):
-        problem = "a file, must be the folder of the data set" if os.path.exists(folder) else "no such folder"
-        unset = f"not set: name the {name} folder with --data_path"
-        mistakes.append(f"dataset.data_path is {f'{folder}: {problem}' if folder else unset}")
-    return mistakes
+    if name not in DATA_TYPES or name in WITHOUT_FOLDER or os.path.isdir(folder):
+        return mistakes
+    problem = f"{folder}: no such folder"
+    if not folder:
+        problem = f"not set: name the {name} folder with --data_path"
+    elif os.path.exists(folder):
+        problem = f"{folder}: a file, must be the folder of the data set"
+    return [*mistakes, f"dataset.data_path is {problem}"]
 
 
 def as_tree(options: Options) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class _Coefficients(_Section):
     tau: Number = option(0.8, "temperature", gt=0, le=1e6)
     loss: Loss = option("ppap", "loss")
     group_size: int = option(784, "consecutive patches per group, which has its own anchors", ge=1)
-    chunk_size: int | None = option(None, "anchors per block of similarities; null: automatic", ge=1)
+    chunk_size: int | None = option(None, "anchors at a time, at least a group's; null: automatic", ge=1)
     similarity_dtype: Literal["float32", "float16"] = option("float32", "dtype of the similarities' operands")
     products: Literal["float32", "split", "float16"] = option(
         "float32", "operands of the loss's products; split: float32 as two float16 parts"

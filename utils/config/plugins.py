@@ -22,7 +22,7 @@ def load_plugins(flat: dict[str, Any], *, trusted: bool) -> None:
     """Runs the plugins of flat options, each file once in a process; all must be `trusted`."""
     names = flat.get("plugins", [])
     for name in names if isinstance(names, list) else ():
-        path = Path(name)
+        path = Path(str(name))
         if name in _loaded:
             continue
         if not path.is_file():

@@ -90,11 +90,12 @@ def result_files(images: Path, out: Path, *, flat: bool = False) -> dict[Path, R
     for file, name in names.items():
         name = name.with_suffix("") if count[_stem(name)] == 1 else name
         mask, shown = (f"{name}.png", f"{OVERLAYS}/{name}.jpg") if flat else (name / MASK, name / OVERLAY)
-        files[file] = each = ResultFiles(out / mask, out / shown)
+        each = ResultFiles(out / mask, out / shown)
         if each.mask.exists() and not each.overlay.exists():  # an earlier result has both
             raise UserError(f"--out is {out}, but {each.mask} is no mask; choose another folder")
+        files[file] = each
     if len(set(files.values())) < len(files):
-        raise UserError("--flat: two photographs have the same name with _ for /; omit it")
+        raise UserError(f"--images is {images}: two photographs would have the same mask; rename one")
     return files
 
 
@@ -108,7 +109,7 @@ def _photographs(images: Path, out: Path) -> list[Path]:
         raise UserError(f"--out is {out}, the folder of the photographs; choose another")
     found, others = find_images(images, without=out)
     if not found:
-        raise UserError(f"--images is {images}: it is missing or contains no image; {others}")
+        raise UserError(f"--images is {images}: it is missing or contains no image {others}".rstrip())
     if others:
         print(f"{images}: skipped {others}")
     return found

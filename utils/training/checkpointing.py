@@ -78,7 +78,8 @@ class CheckpointManager(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Records the position in the run."""
-        self._in_step, step_of_epoch = False, trainer.fit_loop.batch_idx + 1
+        self._in_step = False
+        step_of_epoch = trainer.fit_loop.batch_idx + 1
         validated = not self.validates or trainer.val_check_batch != step_of_epoch  # see ValidationSteps
         self.progress = replace(self.progress, step=trainer.global_step, validated=validated)
         self._loops = _resumable_loops(trainer)

@@ -16,7 +16,7 @@ from requests.utils import get_netrc_auth
 
 from utils.config.loading import as_tree
 from utils.config.options import Options
-from utils.errors import first_line
+from utils.errors import UserError, first_line
 from utils.files import move_aside
 from utils.training.launch import is_rank_zero
 from utils.training.run_dir import provenance
@@ -107,17 +107,20 @@ def _logged_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _start_wandb(options: Options, folder: Path, run_id: str | None, *, mode: str) -> WandbLogger:
-    run = wandb.init(
-        **options.wandb.model_dump(include={"project", "entity", "name", "tags", "notes"}),
-        id=run_id,
-        resume="allow" if run_id is not None and mode == "online" else None,
-        reinit="finish_previous",
-        config=as_tree(options) | provenance(),
-        job_type=options.trained_by,
-        mode=mode,
-        dir=str(folder),
-        settings=wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, silent=True),
-    )
+    try:
+        run = wandb.init(
+            **options.wandb.model_dump(include={"project", "entity", "name", "tags", "notes"}),
+            id=run_id,
+            resume="allow" if run_id is not None and mode == "online" else None,
+            reinit="finish_previous",
+            config=as_tree(options) | provenance(),
+            job_type=options.trained_by,
+            mode=mode,
+            dir=str(folder),
+            settings=wandb.Settings(init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, silent=True),
+        )
+    except (wandb.errors.UsageError, ValueError) as error:  # of a project, tag or id
+        raise UserError(f"wandb refuses an option wandb.*: {' '.join(str(error).split())}") from None
     run.define_metric("iters")
     run.define_metric("*", step_metric="iters")
     attach(run, folder, ["options.json", "provenance.json"])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import softmax
 
+from utils.errors import UserError
 from utils.training.launch import cores, is_rank_zero
 from utils.training.stopping import follow_main_process
 
@@ -55,10 +56,12 @@ def crf_missing() -> str | None:
 
 def resolve_backend(name: str) -> str:
     """The backend that `eval.crf_backend` selects: "auto" is pydensecrf if it imports, otherwise torch."""
-    if name != "auto":
+    if name == "torch":
         return name
     if (missing := crf_missing()) is None:
         return "pydensecrf"
+    if name == "pydensecrf":
+        raise UserError(f"{missing}; or set eval.crf_backend=torch")
     if is_rank_zero():
         print(f"eval.crf_backend is auto: the CRF runs in torch, because {missing}")
     return "torch"

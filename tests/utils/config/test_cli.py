@@ -1,5 +1,6 @@
 import errno
 import re
+import signal
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import eval as evaluation
 import run
 from utils.config.cli import guarded, parse_arguments, parse_overrides, plan_jobs
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.files import REPOSITORY
 
 
@@ -65,11 +66,19 @@ def test_jobs__flags_and_overrides_in_any_order(tiny_file, tmp_path):
 
 
 def test_jobs__sweep_names_runs_and_groups_seeds(tiny_file):
-    planned = jobs("--opt", tiny_file(), "training_coeff.prop_iter=0,1", "train.seed=0,1,2")
+    planned = jobs("--opt", tiny_file(wandb__id="abc"), "training_coeff.prop_iter=0,1", "train.seed=0,1,2")
     assert len({job.options.wandb.name for job in planned}) == 6
     assert {job.base for job in planned} == {"tiny"}
     assert planned[0].options.wandb.name == "tiny-prop_iter=0-seed=0"
+    assert planned[0].options.wandb.id == "abc-prop_iter=0-seed=0"
+    baseline = run.as_baseline(planned[0].options)
+    assert (baseline.wandb.id, baseline.train.frozen) == ("abc-prop_iter=0-seed=0-frozen", True)
     assert {job.setting for job in planned} == {"training_coeff.prop_iter=0", "training_coeff.prop_iter=1"}
+
+
+def test_jobs__equal_names_are_a_mistake(tiny_file):
+    with pytest.raises(UserError, match=r"several runs would be called tiny-lr=0\.001"):
+        jobs("--opt", tiny_file(), "optimizer.net.lr=1e-3,0.001")
 
 
 def test_jobs__of_different_numbers_of_processes_are_a_mistake(tiny_file):
@@ -119,6 +128,18 @@ def test_variants__that_are_shipped_fit_every_option_file_of_its_kind(monkeypatc
 def test_evaluation_flags__that_do_not_go_together(tiny_file, words):
     with pytest.raises(SystemExit):
         jobs("--opt", tiny_file(), *words, training=False)
+
+
+@pytest.mark.parametrize("code", [signal.SIGUSR1, signal.SIGTERM])
+def test_guarded__other_processes_leave_sigusr1_to_the_first(monkeypatch, code):
+    """srun ends all processes as soon as one fails, and the first one has to save."""
+
+    def main():
+        raise Interrupted(128 + code)
+
+    assert guarded(main) == 128 + code
+    monkeypatch.setenv("RANK", "1")
+    assert guarded(main) == (0 if code == signal.SIGUSR1 else 128 + code)
 
 
 def test_opt__is_needed_unless_a_checkpoint_is_named():

@@ -48,7 +48,7 @@ def test_flat__names_are_joined_and_distinct(tmp_path):
     assert masks == ["a.png", "b_a.jpg.png", "b_a.png.png", "c_d.png", "legend.jpg.png"]
     assert files[tmp_path / "in/c/d.tif"].overlay == tmp_path / "out/overlays/c_d.jpg"
     touch(tmp_path / "in", "b_a.jpg")
-    with pytest.raises(UserError, match="two photographs have the same name"):
+    with pytest.raises(UserError, match="two photographs would have the same mask"):
         result_files(tmp_path / "in", tmp_path / "out", flat=True)
 
 

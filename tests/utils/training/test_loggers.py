@@ -5,6 +5,7 @@ import pytest
 import wandb
 
 from tests.utils.wandb_server import wandb_server  # noqa: F401
+from utils.errors import UserError
 from utils.files import make_folder
 from utils.training import loggers as loggers_
 from utils.training.loggers import build_loggers, csv_logger, wandb_runs, wandb_step
@@ -92,6 +93,13 @@ def test_wandb__mode_of_the_machine_restricts_online(
     wandb.finish()
     wandb.teardown()
     assert len(list(tmp_path.rglob("offline-run-*/run-*.wandb"))) == files
+
+
+@pytest.mark.parametrize(("key", "value"), [("project", "me/PPAP"), ("tags", [""]), ("id", "a/b")])
+def test_wandb__names_an_option_that_it_refuses(tmp_path, tiny_options, key, value):
+    options = tiny_options(wandb__mode="offline", **{f"wandb__{key}": value})
+    with pytest.raises(UserError, match=r"wandb refuses an option wandb\.\*: "):
+        build_loggers(options, tmp_path)
 
 
 def test_wandb__continues_a_run_online(wandb_server, tmp_path, tiny_options, capsys):  # noqa: F811

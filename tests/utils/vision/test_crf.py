@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from tests.conftest import needs_pydensecrf
 from utils.config.loading import REPOSITORY
+from utils.errors import UserError
 from utils.vision.crf import HeadLogits, crf_missing, refine, resolve_backend, upsample
 from utils.vision.transforms import to_eight_bit
 
@@ -65,7 +66,8 @@ def test_backend__auto_falls_back_to_torch(monkeypatch, capsys):
     assert resolve_backend("auto") == "pydensecrf"
     monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
     assert "pydensecrf does not import" in crf_missing()
-    assert resolve_backend("pydensecrf") == "pydensecrf"
+    with pytest.raises(UserError, match=r"set eval\.crf_backend=torch"):
+        resolve_backend("pydensecrf")
     assert capsys.readouterr().out == ""
     assert resolve_backend("auto") == "torch"
     assert "the CRF runs in torch, because pydensecrf does not import" in capsys.readouterr().out

@@ -46,7 +46,7 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
     from model.results import cluster_shares, evaluation_result, write_pictures
     from utils.files import make_folder, write_json, write_text
     from utils.plots.tables import metrics_markdown
-    from utils.training.device import explained_errors, hardware_settings
+    from utils.training.device import explained_errors
     from utils.training.trainer import build_trainer
 
     stored = open_checkpoint(str(checkpoint), options.output_dir)
@@ -58,7 +58,7 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
         module = build_module(options, data.labels, checkpoint=stored, pictured=pictured, refiner=refiner)
         with explained_errors():
             if len(data.validation_set):
-                trainer = build_trainer(options, hardware_settings(options))
+                trainer = build_trainer(options)
                 trainer.validate(module, data.evaluation_dataloader(), verbose=False, weights_only=True)
             module.evaluator.finish_refining()
     plain, predictions = module.evaluator.compute(), module.last_predictions

@@ -39,8 +39,7 @@ class ChunkedLoss:
 
     def _add_chunk(self, groups: Tensor) -> Tensor:
         drawn, index = groups >= 0, groups.flatten().clamp_min(0)  # (g, A_max), (A,)
-        coefficients, operand = self.criterion.boundaries, self.criterion.similarity_dtype
-        reached = propagate(self.bank[index], self.bank_operand, coefficients, operand=operand)
+        reached = propagate(self.bank[index], self.bank_operand, self.criterion.boundaries)
         sets = select_sets(reached, index)
         boundaries = torch.cat([reached.phi, reached.psi, reached.moved], dim=1)  # (A, 3)
         del reached  # its similarities are as large as the logits

@@ -70,11 +70,13 @@ class PPAPLoss(nn.Module):
         allowed = ("float32", "float16", "split")[: 2 if similarity_dtype == torch.float16 else 3]
         if products not in allowed:
             raise ValueError(f"products is {products}, must be one of {allowed} with {similarity_dtype}")
-        self.boundaries = Boundaries(initialcrit_pos, initialcrit_amb, prop_iter, sigma_pos, sigma_amb)
+        operand = torch.float16 if products == "float16" else similarity_dtype
+        self.boundaries = Boundaries(
+            initialcrit_pos, initialcrit_amb, prop_iter, sigma_pos, sigma_amb, operand
+        )
         self.trainpatchsplit = trainpatchsplit
         self.tau = tau
         self.group_size = group_size
-        self.similarity_dtype = torch.float16 if products == "float16" else similarity_dtype
         self.products = products
         self.chunk_size = chunk_size
 
@@ -126,6 +128,6 @@ class PPAPLoss(nn.Module):
             return PPAPLossOutput(loss, means[0], means[1], means[2:])
 
     def bank(self, features: Tensor) -> Tensor:
-        """f_j of every patch, (B, D, h, w) -> (N, D) float32, unit length, rounded to `similarity_dtype`."""
+        """f_j of every patch, (B, D, h, w) -> (N, D) float32, unit length, rounded as proxies are."""
         rows = features.detach().float().permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
-        return F.normalize(rows, dim=1).to(self.similarity_dtype).float()
+        return F.normalize(rows, dim=1).to(self.boundaries.operand).float()

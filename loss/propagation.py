@@ -24,6 +24,7 @@ class Boundaries:
     steps: int  # T, the number of relocations (`prop_iter`); with 0 the initial similarities decide
     sigma_pos: float  # damping of the Phi update; infinity keeps Phi fixed
     sigma_amb: float  # damping of the Psi update; infinity keeps Psi fixed
+    operand: torch.dtype = torch.float32  # proxies are rounded to it before they are compared with the bank
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,7 @@ class Sets:
 
 
 @torch.no_grad()
-def propagations(
-    anchors: Tensor, bank: Tensor, boundaries: Boundaries, *, operand: torch.dtype = torch.float32
-) -> Iterator[Propagation]:
+def propagations(anchors: Tensor, bank: Tensor, boundaries: Boundaries) -> Iterator[Propagation]:
     """Relocates each anchor's proxy to the mean of its positives and adapts its boundaries, step by step.
 
     If P_{t-1} is empty, the proxy stays and m_t is 0.
@@ -58,7 +57,6 @@ def propagations(
         anchors: f_i of the anchors, (A, D) float32, unit length.
         bank: f_j of every patch of the batch, (N, D) float32, unit length; or their float16 `operands`.
         boundaries: the coefficients.
-        operand: dtype that proxies are rounded to before they are compared with the bank.
 
     Yields:
         The propagation for t = 0..T. The next step overwrites `similarity`.
@@ -67,7 +65,7 @@ def propagations(
     phi = anchors.new_full((len(anchors), 1), boundaries.phi)  # (A, 1)
     psi = anchors.new_full((len(anchors), 1), boundaries.psi)  # (A, 1)
     moved, dim = torch.zeros_like(phi), anchors.shape[1]
-    similarity = compare(proxies, bank, operand)  # (A, N)
+    similarity = compare(proxies, bank, boundaries.operand)  # (A, N)
     yield Propagation(proxies, similarity, phi, psi, moved)
     for _ in range(boundaries.steps):
         inside, size = _members(similarity, phi, bank.dtype)  # P_{t-1}
@@ -79,15 +77,13 @@ def propagations(
         phi = phi - degree / boundaries.sigma_pos  # adaptive positiveness boundary
         psi = psi + degree / boundaries.sigma_amb  # lower edge of the ambiguous zone
         proxies, moved = relocated, moved + degree
-        compare(proxies, bank, operand, out=similarity)
+        compare(proxies, bank, boundaries.operand, out=similarity)
         yield Propagation(proxies, similarity, phi, psi, moved)
 
 
-def propagate(
-    anchors: Tensor, bank: Tensor, boundaries: Boundaries, *, operand: torch.dtype = torch.float32
-) -> Propagation:
+def propagate(anchors: Tensor, bank: Tensor, boundaries: Boundaries) -> Propagation:
     """The propagation after the last step, t = T; arguments as for `propagations`."""
-    *_, last = propagations(anchors, bank, boundaries, operand=operand)
+    *_, last = propagations(anchors, bank, boundaries)
     return last
 
 

@@ -17,7 +17,6 @@ from model.module import PPAPModule
 from utils.errors import UserError
 from utils.files import make_folder, printable, read_json_object, write_json
 from utils.plots.explain_figure import AMBIGUOUS, ANCHOR, NEGATIVE, POSITIVE, Explanation, draw_explanation
-from utils.training.device import hardware_settings
 from utils.training.trainer import build_trainer
 from utils.vision.images import open_image
 
@@ -72,8 +71,8 @@ def explain_images(
     if row >= height or column >= width:
         allowed = f"rows 0 to {height - 1} and columns 0 to {width - 1}"
         raise UserError(f"--patch is {row},{column}, but the patch grid has {allowed}")
-    bank, operand = frozen_bank(module, images, criterion, trainer), criterion.similarity_dtype
-    return explain(bank, (row, column), grid=grid, boundaries=criterion.boundaries, operand=operand)
+    bank = frozen_bank(module, images, criterion, trainer)
+    return explain(bank, (row, column), grid=grid, boundaries=criterion.boundaries)
 
 
 def frozen_bank(
@@ -81,18 +80,13 @@ def frozen_bank(
 ) -> Tensor:
     """f_j of all patches of images (B, 3, H, W) uint8, (B*h*w, D) float32; see `PPAPLoss.bank`."""
     options = module.options
-    trainer = trainer or build_trainer(options, hardware_settings(options))
+    trainer = trainer or build_trainer(options)
     parts = [module.frozen_features(part, trainer) for part in images.split(options.eval.batch_size)]
     return criterion.bank(torch.cat(parts))
 
 
 def explain(
-    bank: Tensor,
-    anchor: tuple[int, int],
-    *,
-    grid: tuple[int, int],
-    boundaries: Boundaries,
-    operand: torch.dtype = torch.float32,
+    bank: Tensor, anchor: tuple[int, int], *, grid: tuple[int, int], boundaries: Boundaries
 ) -> Explanation:
     """Follows the proxy of a patch (row, column) of the first image for t = 0..T.
 
@@ -101,7 +95,7 @@ def explain(
     index = torch.tensor([anchor[0] * grid[1] + anchor[1]], device=bank.device)  # (1,)
     similarity, zones, steps = [], [], []
     with torch.autocast(bank.device.type, enabled=False), ieee_float32():
-        for step in propagations(bank[index], bank, boundaries, operand=operand):
+        for step in propagations(bank[index], bank, boundaries):
             sets = select_sets(step, index)
             zone = torch.full_like(sets.positives, AMBIGUOUS, dtype=torch.uint8)  # (1, N)
             zone[sets.negatives] = NEGATIVE

@@ -14,7 +14,6 @@ from utils.errors import UserError
 from utils.files import make_folder, write_json
 from utils.plots.figures import draw_sets
 from utils.progress import Bar
-from utils.training.device import hardware_settings
 from utils.training.randomness import generator
 from utils.training.trainer import build_trainer
 from utils.vision.labels import IGNORE
@@ -33,16 +32,15 @@ def measure_sets(module: PPAPModule, data: Any, *, folder: Path) -> list[dict[st
     if not data.validation_labelled:
         path = options.dataset.data_path
         raise UserError(f"dataset.data_path is {path}: --measure-sets needs labels of the validation split")
-    trainer, patch = build_trainer(options, hardware_settings(options)), module.segmenter.backbone.spec.patch
+    trainer, patch = build_trainer(options), module.segmenter.backbone.spec.patch
     batches = DataLoader(data.validation_set, options.dataloader.batch_size)
-    how = {"boundaries": criterion.boundaries, "operand": criterion.similarity_dtype}
     totals: Tensor | float = 0.0
     for step, batch in enumerate(Bar(batches, desc="sets", unit="batch"), start=1):
         bank = criterion.bank(module.frozen_features(batch.image, trainer))  # (N, D)
         classes = patch_classes(batch.label, patch, n_classes=n_classes).to(bank.device)  # (N,)
         drawn = criterion.sample_anchors(len(classes), generator(options.train.seed, "anchors", step))
         for anchors in drawn[drawn >= 0].to(bank.device).split(CHUNK):
-            totals = totals + set_quality(bank, classes, anchors=anchors, **how)
+            totals = totals + set_quality(bank, classes, anchors, criterion.boundaries)
     rows = means(totals)
     write_json(make_folder(folder) / "sets.json", rows)
     draw_sets(folder / "sets.png", rows, title=f"{options.dataset.data_type}, {n_classes} classes")
@@ -54,14 +52,7 @@ def means(totals: Tensor) -> list[dict[str, float]]:
     return [dict(zip(MEASURES, (100 * sums / counts).tolist(), strict=True)) for sums, counts in totals]
 
 
-def set_quality(
-    bank: Tensor,
-    classes: Tensor,
-    *,
-    anchors: Tensor,
-    boundaries: Boundaries,
-    operand: torch.dtype = torch.float32,
-) -> Tensor:
+def set_quality(bank: Tensor, classes: Tensor, anchors: Tensor, boundaries: Boundaries) -> Tensor:
     """Sums over anchors of `MEASURES`, and how many anchors have each, (T + 1, 2, 7) float64 on the CPU.
 
     `bank`, (N, D) float32, and `classes`, (N,) int64, hold f_j (see `PPAPLoss.bank`) and the class of all
@@ -73,7 +64,7 @@ def set_quality(
     same = (classes[anchors][:, None] == classes) & valid  # (A, N)
     found = []
     with torch.autocast(bank.device.type, enabled=False), ieee_float32():
-        for step in propagations(bank[anchors], bank, boundaries, operand=operand):
+        for step in propagations(bank[anchors], bank, boundaries):
             sets = select_sets(step, anchors)
             positives = sets.positives & valid
             # if Psi lies above Phi, a patch in both sets counts as positive

@@ -27,7 +27,6 @@ from utils.errors import UserError
 from utils.files import make_folder, write_json
 from utils.plots.suggest_figure import draw_suggestion
 from utils.progress import Bar
-from utils.training.device import hardware_settings
 from utils.training.randomness import generator
 from utils.training.trainer import build_trainer
 
@@ -125,7 +124,7 @@ def sample_features(module: PPAPModule, data: Any) -> Tensor:
     if len(unlabelled) < 2:
         raise UserError(f"dataset.data_path is {options.dataset.data_path}: --suggest needs two train images")
     order = torch.randperm(len(unlabelled), generator=generator(options.train.seed, "suggested images"))
-    trainer = build_trainer(options, hardware_settings(options))
+    trainer = build_trainer(options)
     batches = DataLoader(Subset(unlabelled, order[:IMAGES].tolist()), options.eval.batch_size)
     bar = Bar(batches, desc="features", unit="batch")
     return torch.cat([module.frozen_features(batch.image, trainer).float().cpu() for batch in bar])
@@ -228,7 +227,6 @@ def set_shares(
         anchors = anchors[anchors >= 0]
         anchors = anchors[torch.randperm(len(anchors), generator=drawn)[: ANCHORS // banks]]
         classes = torch.zeros(len(bank), dtype=torch.int64)  # unknown
-        how = {"boundaries": boundaries, "operand": criterion.similarity_dtype}
         for part in anchors.split(CHUNK):
-            totals = totals + set_quality(bank, classes, anchors=part, **how)
+            totals = totals + set_quality(bank, classes, part, boundaries)
     return [{name: row[name] for name in ("positives", "ambiguous", "negatives")} for row in means(totals)]

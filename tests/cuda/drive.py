@@ -33,7 +33,7 @@ import run
 from tests.benchmarks.inputs import n_classes_of, random_batch, random_module, shape_options
 from utils.config.loading import REPOSITORY
 from utils.errors import UserError
-from utils.training.device import hardware_settings, reset_peak_memory, upload
+from utils.training.device import reset_peak_memory, upload
 from utils.training.trainer import build_trainer
 
 TRAIN, LOGGED, VALIDATION, CRF = "train step", "logged train step", "validation batch", "CRF batch"
@@ -103,7 +103,7 @@ def train_at_coco_shape(words: list[int]) -> dict[str, int]:
     cpu = torch.device("cpu")
     module, batch = random_module(options, cpu), random_batch(options, cpu, n_classes_of(options))
     loader = DataLoader([batch] * 3, batch_size=None, pin_memory=True)
-    build_trainer(options, hardware_settings(options)).fit(module, loader)
+    build_trainer(options).fit(module, loader)
     return {"weights": sum(value.nbytes for value in module.parameters())}
 
 

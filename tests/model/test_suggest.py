@@ -17,7 +17,6 @@ from tests.dataset.files import picture, save
 from utils.config.cli import parse_arguments, plan_jobs
 from utils.config.loading import find_option_file, load_options, with_changes
 from utils.errors import UserError
-from utils.training.device import hardware_settings
 from utils.training.trainer import build_trainer
 from utils.vision.labels import IGNORE
 
@@ -147,7 +146,7 @@ def check_with_labels(name, *expected, **changes):
     """The boundaries are near the expected ones, and the precision at Phi_0 near the labels'."""
     options = with_changes(load_options(find_option_file(name)), {"train.seed": 1} | changes)
     data, batch = build_data(options), options.dataloader.batch_size
-    module, trainer = build_module(options, data.labels), build_trainer(options, hardware_settings(options))
+    module, trainer = build_module(options, data.labels), build_trainer(options)
     order = torch.randperm(len(data.train_set), generator=torch.Generator().manual_seed(1))
     items = [data.train_set[index] for index in order[:32].tolist()]
     features = module.frozen_features(torch.stack([item.image for item in items]), trainer)

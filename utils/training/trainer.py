@@ -13,6 +13,7 @@ from pytorch_lightning.loggers import Logger
 from utils.config.options import Options
 from utils.progress import Bar
 from utils.training.checkpointing import AtomicCheckpointIO
+from utils.training.device import hardware_settings
 
 BAR = "{desc} {bar} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
@@ -113,12 +114,13 @@ class RunBar(Callback):
 
 def build_trainer(
     options: Options,
-    hardware: dict[str, Any],
+    hardware: dict[str, Any] | None = None,
     *,
     loggers: list[Logger] | None = None,
     callbacks: list[Callback] | None = None,
 ) -> Trainer:
-    """A Trainer for a run or an evaluation on the hardware of `hardware_settings`."""
+    """A Trainer for a run or an evaluation; `hardware` is by default that of `hardware_settings`."""
+    hardware = hardware or hardware_settings(options)
     for library in ("pytorch_lightning", "lightning_fabric", "torchmetrics"):
         logging.getLogger(library).setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", module=library)

@@ -76,11 +76,14 @@ class Source(ABC):
 
     def _stats(self) -> Iterator[tuple[str, os.stat_result | None]]:
         """Yields each path, with its status if it exists; in threads, as network disks are slow."""
-        paths = [str(path) for i in range(len(self)) for path in self.files(i) if path]
+        paths = self._paths()
         with ThreadPool(16) as pool:
             found = pool.imap(_stat, paths, chunksize=256)
             bar = Bar(found, total=len(paths), desc="file sizes", delay=2, leave=False)
             yield from zip(paths, bar, strict=True)
+
+    def _paths(self) -> list[str]:
+        return [str(path) for i in range(len(self)) for path in self.files(i) if path]
 
 
 def _stat(path: str) -> os.stat_result | None:
@@ -101,8 +104,8 @@ class FileSource(Source):
         self, images: Iterable[Path | str], targets: Iterable[Path | str | None], *, rule: np.ndarray
     ) -> None:
         # in an array, b"" for None: with lists, reference counting makes each worker copy their memory
-        pairs = [[os.fsencode(path or "") for path in pair] for pair in zip(images, targets, strict=True)]
-        self._names = np.array(pairs, dtype=bytes).reshape(-1, 2)  # (n, 2)
+        names = [os.fsencode(path or "") for path in (*images, *targets)]
+        self._names = np.array(names, dtype=bytes).reshape(2, -1).T  # (n, 2)
         self.labelled, self.rule = any(self._names[:, 1].tolist()), rule
 
     def __len__(self) -> int:
@@ -125,6 +128,9 @@ class FileSource(Source):
         """Image and label."""
         image, target = map(os.fsdecode, self._names[index])
         return Path(image), Path(target) if target else None
+
+    def _paths(self) -> list[str]:
+        return [os.fsdecode(name) for name in self._names.ravel().tolist() if name]
 
 
 class DataSetKind(NamedTuple):

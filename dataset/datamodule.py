@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,10 +166,15 @@ def _train_items(
 def prepared_crops(folder: Path, n_classes: int, *, labelled: bool = True) -> FileSource:
     """Crops stored as img/train/<5*index+k>.jpg and label/train/<5*index+k>.png (class + 1, 0 = ignore)."""
     images, labels = folder / "img/train", folder / "label/train"
-    stems = {path.stem for path in images.glob("*.jpg") if path.stem.isdigit()}
+    stems = _stems(images, ".jpg")
     if labelled:  # a crop without its label is missing
-        stems &= {path.stem for path in labels.glob("*.png")}
+        stems &= _stems(labels, ".png")
     ordered = sorted(stems, key=int)
-    targets = [labels / f"{stem}.png" if labelled else None for stem in ordered]
+    targets = [f"{labels}/{stem}.png" if labelled else None for stem in ordered]
     rule = class_rule({class_id + 1: class_id for class_id in range(n_classes)}, ignored=[0])
-    return FileSource([images / f"{stem}.jpg" for stem in ordered], targets, rule=rule)
+    return FileSource([f"{images}/{stem}.jpg" for stem in ordered], targets, rule=rule)
+
+
+def _stems(folder: Path, ending: str) -> set[str]:
+    names = os.listdir(folder) if folder.is_dir() else ()
+    return {stem for name in names if name.endswith(ending) and (stem := name.removesuffix(ending)).isdigit()}

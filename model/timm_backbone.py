@@ -87,13 +87,17 @@ class TimmViT(Backbone):
         ((queries, keys),) = attention.seen  # (B, heads, T, D / heads) each
         return (queries @ keys.transpose(2, 3)).mean(dim=1) * queries.shape[-1] ** -0.5
 
-    def converted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def converted(self, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         """timm's conversion of the state dict in a file, whose names may be those of the original code."""
         convert = partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)
         if isinstance(self.vit, eva.Eva):
             convert = eva.checkpoint_filter_fn
-        with redirect_stdout(None):  # timm prints each bias of DINOv3's file that its model does not have
-            return convert(state, self.vit)
+        try:
+            with redirect_stdout(None):  # timm prints each bias of DINOv3's file that its model does not have
+                return convert(state, self.vit)
+        except Exception as error:  # of resampling and renaming, which have no common base
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"{source} does not fit model.name {self.spec.name} ({reason})") from None
 
     def official_state(self) -> dict[str, Tensor]:
         """The weights that timm downloads or has in its cache."""

@@ -104,7 +104,7 @@ def load_backbone(backbone: Backbone, weights: str | None) -> str:
         return "random weights (the backbone is untrained)"
     if isinstance(backbone, TimmViT):
         stripped = {re.sub(PREFIXES, "", name): value for name, value in state.items()}
-        state, backbone = backbone.converted(stripped), backbone.vit
+        state, backbone = backbone.converted(stripped, source), backbone.vit
     if state.keys() != backbone.state_dict().keys():
         state = clean_state(state, depth)
         blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})

@@ -95,6 +95,8 @@ class WandbServer(ThreadingHTTPServer):
 @pytest.fixture
 def wandb_server(monkeypatch):
     wandb.teardown()  # which has read the address
+    # of wandb 0.28, which keeps the connection of an earlier test
+    monkeypatch.setattr(wandb.api, "_api", None, raising=False)
     with WandbServer() as server:
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
         monkeypatch.setenv("WANDB_BASE_URL", server.address)

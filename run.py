@@ -228,7 +228,8 @@ def closing_words(job: Job, results: dict[str, dict[str, Any]], *, alone: bool) 
         which = "best at step" if result["before_crf"] else "last step"
         parts += [f"\n{name}: {which} {result['step']}, trained in {spent}, peak memory {memory}"]
         parts += [f"report: {folder / 'report.html'}"]
-        parts += [f"masks:  python eval.py --checkpoint {folder} --images <folder> --out <masks>"]
+        trust = " --trust-plugins" if job.options.plugins else ""
+        parts += [f"masks:  python eval.py --checkpoint {folder}{trust} --images <folder> --out <masks>"]
     return "\n".join(parts)
 
 

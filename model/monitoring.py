@@ -83,9 +83,9 @@ class SetWatch:
         problems += [f"{alone:.0%} of the anchors have no positive"] if alone > MOST_ALONE else []
         if problems and is_rank_zero():
             print(
-                f"\nwarning: training will learn little: {', '.join(problems)} (over {due} logged "
-                "steps). Adapt training_coeff.initialcrit_pos and training_coeff.initialcrit_amb to the "
-                "backbone's similarities: run.py --suggest estimates them without labels; eval.py --explain "
+                f"\nwarning: training will learn little: {', '.join(problems)} (logged steps: {due}). Adapt "
+                "training_coeff.initialcrit_pos and training_coeff.initialcrit_amb to the backbone's "
+                "similarities: run.py --suggest estimates them without labels; eval.py --explain "
                 "and, with labels, --measure-sets show the sets",
                 flush=True,
             )

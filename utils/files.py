@@ -110,12 +110,12 @@ def find_checkpoints(name: str, output_dir: str) -> list[Path]:
     if not name:
         raise UserError("no checkpoint is named: give --checkpoint a file, a folder or the name of a run")
     folders = (Path(name), Path(output_dir, name))
-    places = [Path(name), *(folder / file for folder in folders for file in CHECKPOINTS)]
+    places = dict.fromkeys([*folders, *(folder / file for folder in folders for file in CHECKPOINTS)])
     if found := [place for place in places if os.path.isfile(place)]:  # False for a name that is too long
         return found
     runs = sorted({path.parent.name for file in CHECKPOINTS for path in Path(output_dir).glob(f"*/{file}")})
-    known = f"runs in {output_dir}: {', '.join(runs)}" if runs else f"{output_dir} contains no run"
-    raise UserError(f"checkpoint {name}: none of {', '.join(map(str, places[1:]))} exists; {known}")
+    known = f"runs in {output_dir}: {', '.join(runs[:20])}" if runs else f"{output_dir} contains no run"
+    raise UserError(f"checkpoint {name}: none of {', '.join(map(str, places))} exists; {known}")
 
 
 @contextmanager

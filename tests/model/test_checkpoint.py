@@ -73,7 +73,8 @@ def test_find__order_of_names_and_places(tmp_path):
         (folder / name).touch()
         assert find_checkpoints("run", str(tmp_path / "output"))[0] == folder / name
         assert find_checkpoints(str(folder), "elsewhere")[0] == folder / name
-    assert find_checkpoints(str(folder / "best.pth"), "elsewhere") == [folder / "best.pth"]
+    for name, output_dir in ((str(folder / "best.pth"), "elsewhere"), ("run/best.pth", str(folder.parent))):
+        assert find_checkpoints(name, output_dir) == [folder / "best.pth"]
     with pytest.raises(UserError, match=r"runs in .*: run"):
         find_checkpoints("ran", str(tmp_path / "output"))
     with pytest.raises(UserError, match="no checkpoint is named"):

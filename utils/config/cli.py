@@ -108,7 +108,10 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _row_and_column(text: str) -> tuple[int, int]:
-    row, column = map(int, text.split(","))
+    try:
+        row, column = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be ROW,COL, such as 3,12") from None
     return row, column
 
 

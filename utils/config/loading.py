@@ -112,7 +112,9 @@ def build_options(flat: dict[str, Any], *, source: str) -> Options:
 def _mistake(key: str, value: Any) -> str | None:
     shown = json.dumps(value)
     if key in FIELDS:
-        return f"{key} is {shown}, must be {allowed(FIELDS[key])}"
+        registered = any(isinstance(part, list) for part in FIELDS[key].metadata)
+        hint = ", or a name that a file in plugins registers" if registered else ""
+        return f"{key} is {shown}, must be {allowed(FIELDS[key])}{hint}"
     if key in LEGACY_KEYS:
         only = json.dumps(LEGACY_KEYS[key])
         wrong = f"{key} is {shown}, but has no effect; delete it or set it to {only}"
@@ -146,7 +148,7 @@ def missing_files(flat: dict[str, Any], *, weights: bool) -> list[str]:
         mistakes.append(f"{WEIGHTS} is {file}: no such file; null: the official weights")
     if name not in DATA_TYPES or name in WITHOUT_FOLDER or os.path.isdir(folder):
         return mistakes
-    problem = f"{folder}: no such folder"
+    problem = f"{folder}: no such folder; name it with --data_path"
     if not folder:
         problem = f"not set: name the {name} folder with --data_path"
     elif os.path.exists(folder):

@@ -73,6 +73,10 @@ def _is_folder_name(name: str) -> bool:
     return short and name not in ("", ".", "..", TOKENS_FOLDER) and not set(name) & set("/\\\0")
 
 
+def _is_project(name: str) -> bool:
+    return len(name) <= 128 and not set(name) & set("/\\#?%:")  # wandb's own rule
+
+
 def _is_interval(every: str | None) -> bool:
     return every is None or bool(re.fullmatch(r"(?=.*[1-9])\d+((\.\d+)? *(m|min|minutes?))?", every))
 
@@ -86,6 +90,7 @@ Number = Annotated[
     PlainSerializer(lambda value: str(value) if math.isinf(value) else value, when_used="json"),
 ]
 FolderName = Annotated[Text, Predicate(_is_folder_name), 'a folder name of at most 200 bytes, not "tokens"']
+Project = Annotated[Text, Predicate(_is_project), "a name of at most 128 characters without /\\#?%:"]
 Interval = Annotated[Text | None, Predicate(_is_interval), 'steps (500), minutes ("15 min") or null']
 Arch = Annotated[Text, Predicate(ARCHS.__contains__), ARCHS]
 DataType = Annotated[Text, Predicate(DATA_TYPES.__contains__), DATA_TYPES]
@@ -109,7 +114,7 @@ class _Section(BaseModel):
 class WandbOptions(_Section):
     """Run name and logging to wandb."""
 
-    project: Text = option("PPAP", "wandb project")
+    project: Project = option("PPAP", "wandb project")
     entity: Text | None = option(None, "wandb user or team; null: your default entity")
     name: FolderName = option("ppap", "name of the run and of its folder in `output_dir`")
     mode: Literal["online", "offline", "disabled"] = option("online", "wandb mode; `--debug` sets disabled")
@@ -342,6 +347,11 @@ def _rules(options: Options) -> Iterator[tuple[Any, ...]]:
         patch = backbone.dino_patch_size
         for key, size in (("dataset.res", data.res), ("dataset.val_res", data.val_res)):
             yield key, size % patch == 0, f"a multiple of {patch_key} ({patch})", patch_key
+    if arch == "vit":
+        key, width = ("model.pretrained.dim", backbone.dim) if backbone.dim else ("model.dim", model.dim)
+        heads, allowed = "model.pretrained.heads", f"a multiple of model.pretrained.heads ({backbone.heads})"
+        hint = "" if backbone.dim else ", or set model.pretrained.dim"
+        yield key, width % backbone.heads == 0, allowed + hint, heads
     if arch == "timm":
         yield "model.name", model.name is not None, f"the name of a model {given}", "model.arch"
     else:

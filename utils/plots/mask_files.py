@@ -57,7 +57,11 @@ def renamed(names: Sequence[str], text: str) -> list[str]:
         new = dict(map(str.strip, entry.partition("=")[::2]) for entry in text.split(","))
     known = [str(number) for number in range(len(names))]
     allowed = f'must be an id from 0 to {known[-1]} and a name, as in "0=road,1=car" or {{"0": "road"}}'
-    mistakes = [f"--names: {k}={v}: {allowed}" for k, v in new.items() if k not in known or not v]
+    mistakes = [
+        f"--names: {k}={v}: {allowed}"
+        for k, v in new.items()
+        if k not in known or not v or not isinstance(v, str)
+    ]
     if mistakes:
         raise UserError(mistakes)
     return [new.get(number, name) for number, name in zip(known, names, strict=True)]
@@ -85,7 +89,9 @@ def result_files(images: Path, out: Path, *, flat: bool = False) -> dict[Path, R
     names = {file: file.relative_to(root) for file in found}
     if flat:
         names = {file: Path("_".join(name.parts)) for file, name in names.items()}
-    count = Counter([*map(_stem, names.values()), "legend"])  # legend.png is no mask
+    count = Counter(map(_stem, names.values()))
+    if flat:
+        count["legend"] += 1  # legend.png is no mask
     files = {}
     for file, name in names.items():
         name = name.with_suffix("") if count[_stem(name)] == 1 else name

@@ -105,7 +105,9 @@ REPORTED_ONCE = [
      'dataset.cache_features is "ram", must be null'),
     ({"training_coeff.products": "split", "training_coeff.similarity_dtype": "float16"},
      'training_coeff.products is "split", must be float32 or float16 with training_coeff.similarity_dtype'),
-    ({"method": "stegoo"}, 'method is "stegoo", must be one of "ppap", "stego", "hp", "frozen"'),
+    ({"method": "stegoo"}, 'method is "stegoo", must be one of "ppap", "stego", "hp", "frozen", or a name'),
+    ({"model.arch": "vit", "model.dim": 100}, "model.dim is 100, must be a multiple of"),
+    ({"wandb.project": "me/PPAP"}, 'wandb.project is "me/PPAP", must be a name of at most 128 characters'),
     ({"method": "frozen", "model.dim": 70}, "model.dim is 70, must be 384"),
     ({"method": "hp", "dataset.cache_features": "ram"}, 'dataset.cache_features is "ram", must be null'),
     ({"method": "hp", "hp.pool_size": 100}, "hp.pool_size is 100, must be a multiple of dataloader.batch"),
@@ -142,7 +144,7 @@ def test_missing_files__folder_and_weights(monkeypatch, tmp_path):
         "a file, must be the folder of the data set"
     )
     assert missing_files({path: "/none", key: "no.pth"}, weights=False) == [
-        f"{path} is /none: no such folder"
+        f"{path} is /none: no such folder; name it with --data_path"
     ]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert missing_files({path: "~"}, weights=True) == []

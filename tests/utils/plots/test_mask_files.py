@@ -37,6 +37,9 @@ def test_folders__are_nested_and_distinct(tmp_path):
     files = result_files(tmp_path / "in", out)
     found = {str(file.relative_to(tmp_path / "in")): str(each.mask.parent) for file, each in files.items()}
     assert found == {name: str(out / kept.get(name, name)) for name in names}
+    touch(tmp_path / "one", "legend.png")  # whose folder must not be where the legend is written
+    (only,) = result_files(tmp_path / "one", out).values()
+    assert only.mask == out / "legend/mask.png"
     single = ResultFiles(Path("out/d/mask.png"), Path("out/d/overlay.jpg"))
     assert result_files(tmp_path / "in/d.tif", Path("out")) == {tmp_path / "in/d.tif": single}
 

@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.vision.images import IMAGE_ENDINGS, find_images
 from utils.vision.labels import LabelSpace
 
-LABEL_FOLDERS = ("annotations", "gt", "label", "labels", "mask", "masks")
+LABEL_FOLDERS = {"annotations", "gt", "label", "labels", "mask", "masks"}
 
 
 class _ClassesFile(BaseModel, strict=True, extra="forbid"):
@@ -63,10 +63,10 @@ class ImageFolder(FileSource):
         images, skipped = find_images(folder, without=root / CROPS_FOLDER)
         if skipped:
             print(f"{folder}: skipped {skipped}")
-        for name in LABEL_FOLDERS if plain else ():
-            if (root / name).is_dir():
-                hint = "if they are labels, move the photographs to imgs/train and the labels to labels/train"
-                print(f"{root / name}: its images are trained on as photographs; {hint}")
+        folders = {part for image in images for part in image.relative_to(folder).parts[:-1]}
+        for name in sorted(folders & LABEL_FOLDERS) if plain else ():
+            hint = "if they are labels, move the photographs to imgs/train and the labels to labels/train"
+            print(f"{root}: the images in {name} are trained on as photographs; {hint}")
         if split == "train" and not images:
             endings = ", ".join(sorted(IMAGE_ENDINGS))
             message = f"{folder} holds no image ({endings}); put yours there"

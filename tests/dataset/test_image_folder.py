@@ -94,10 +94,10 @@ def test_directory__labels_that_fit_no_image(data_of, directory, capsys):
 
 
 def test_directory__labels_that_are_not_used_are_reported(data_of, tmp_path, directory, capsys):
-    save(tmp_path / "plain/images/a.jpg", picture(0))
-    save(tmp_path / "plain/masks/a.png", np.ones((SIZE[1], SIZE[0])))
+    save(tmp_path / "plain/rome/a.jpg", picture(0))
+    save(tmp_path / "plain/rome/masks/a.png", np.ones((SIZE[1], SIZE[0])))
     data_of("directory", tmp_path / "plain", dataset__n_classes=3)
-    assert f"{tmp_path}/plain/masks: its images are trained on" in capsys.readouterr().out
+    assert f"{tmp_path}/plain: the images in masks are trained on" in capsys.readouterr().out
     for path in (directory / "labels/train").iterdir():
         path.rename(path.with_suffix(".txt"))
     (directory / "labels/val").rename(directory / "labels/validation")

@@ -188,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
     planned = [planned_runs(job, evaluate_only=arguments.test) for job in jobs]
     finished, rows, done, spent = [], [], 0, 0.0
-    if (total := sum(map(len, planned))) > 1 and os.environ.get("WANDB_RUN_ID"):  # set by `wandb agent`
+    total, logged = sum(map(len, planned)), not arguments.test and jobs[0].options.wandb.mode != "disabled"
+    if logged and total > 1 and os.environ.get("WANDB_RUN_ID"):  # set by `wandb agent`
         fix = "unset it or, for a run and its baseline, set train.compare_frozen=false"
         raise UserError(f"WANDB_RUN_ID is set, so wandb would merge the {total} runs; {fix}")
     for job, runs in zip(jobs, planned, strict=True):

@@ -141,7 +141,7 @@ def test_same_seed__same_run_and_an_earlier_one_is_moved_aside(tiny_file, tmp_pa
 def test_wandb_run_id__is_that_of_one_run(tiny_file, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "agent1")
     with pytest.raises(UserError, match="wandb would merge the 2 runs; unset it"):
-        run.main(["--opt", tiny_file(), "train.compare_frozen=true"])
+        run.main(["--opt", tiny_file(wandb__mode="offline"), "train.compare_frozen=true"])
 
 
 def test_sweep__one_table_over_seeds(tiny_file, tmp_path, capsys, monkeypatch):

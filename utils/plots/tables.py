@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
+from textwrap import fill
 from typing import Any
 
 COLUMNS = 80  # of a terminal
@@ -48,7 +49,7 @@ def metrics_table(results: dict[str, dict[str, Any]]) -> str:
             notes.append(f"{run}, after CRF: {result['after_crf_missing']}")
         if shares := result.get("cluster_shares"):
             parts = ", ".join(f"{cluster}: {percent(share)}" for cluster, share in shares.items())
-            notes.append(f"{run}: cluster sizes in these images, in percent: {parts}")
+            notes.append(fill(f"{run}: cluster sizes in these images, in percent: {parts}", COLUMNS))
     table = [text_table(["accuracy / mIoU, %", "clusters", "linear probe"], rows)] if rows else []
     return "\n".join([*table, *notes])
 

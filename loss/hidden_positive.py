@@ -95,20 +95,19 @@ def _mean_over_blocks(
     reweighting: bool,
 ) -> Tensor:
     """Loss and gradients in one pass, with the `weights` of a block; stores nothing of size block x N."""
-    grads = [torch.zeros_like(z) for z in projections]  # (N, K)
+    scale, grads = tau / BASE_TEMPERATURE, [torch.zeros_like(z) for z in projections]  # (N, K)
     patches, device = projections[0].shape[0], projections[0].device
     sums = torch.zeros(2, device=device)  # of the losses of blocks, and of blocks that have anchors
     starts = own_groups(torch.arange(0, patches, size)[:, None])  # (blocks, 1)
     for start in starts[starts >= 0].tolist():
         rows = torch.arange(start, start + size, device=device)  # (n,)
         weight, kept, anchors = weights(rows)
-        coefficient = _coefficients(weight.sum(dim=1).float(), anchors, reweighting)  # (n,)
+        coefficient = scale * _coefficients(weight.sum(dim=1).float(), anchors, reweighting)  # (n,)
         sums[1] += anchors.any()
         for z, grad in zip(projections, grads, strict=True):
             block = z.detach()[rows] / tau  # (n, K)
             logits = matmul(block, z.detach().T)  # (n, N)
-            scale = tau / BASE_TEMPERATURE
-            loss, slope = weighted_contrastive(logits, weight, kept, scale * coefficient)
+            loss, slope = weighted_contrastive(logits, weight, kept, coefficient)
             sums[0] += loss / 2
             matmul(slope.T, block, out=grad, beta=1)
             grad.index_add_(0, rows, matmul(slope, z.detach()) / tau)

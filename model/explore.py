@@ -86,10 +86,8 @@ def open_photographs(path: Path, options: Options, *, size: int) -> tuple[Tensor
         except UserError as error:
             print(f"{error}; skipped")
     if not pixels:
-        raise UserError(
-            f"--explore is {path}, must be an image, a folder of images, or the index of a validation image; "
-            f"{others}"
-        )
+        wanted = "must be an image, a folder of images, or the index of a validation image"
+        raise UserError("; ".join(filter(None, (f"--explore is {path}, {wanted}", others))))
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), names
 
 

@@ -221,6 +221,6 @@ def predict_folder(
     write_contact_sheet(out, done, legend, skipped)
     print(f"\nresults: {out}; open {out / 'index.html'}")
     if skipped:
-        heading = f"{images}: {len(skipped)} left out, the other {len(done)} are done"
+        heading = f"{images}: {len(skipped)} skipped, the other {len(done)} are done"
         raise LeftOut(listed(heading, skipped))
     return result

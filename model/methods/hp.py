@@ -91,7 +91,8 @@ class HP(Method):
         """Dropout masks by what they apply to."""
         names = {"linear": dim, "average linear": dim, "nonlinear": dim, "average nonlinear": dim}
         names |= {"features": dim, "average": self.channels, "mixed": self.channels}
-        names |= {"view linear": dim, "view nonlinear": dim}
+        if self.chosen.alpha:
+            names |= {"view linear": dim, "view nonlinear": dim}
         drawn, found = generator(self.seed, "dropout", step), {}
         for name, channels in names.items():
             found[name] = dropout_mask((images, channels), probability=self.dropout, generator=drawn)

@@ -115,7 +115,8 @@ def _photographs(images: Path, out: Path) -> list[Path]:
         raise UserError(f"--out is {out}, the folder of the photographs; choose another")
     found, others = find_images(images, without=out)
     if not found:
-        raise UserError(f"--images is {images}: it is missing or contains no image {others}".rstrip())
+        message = f"--images is {images}: it is missing or contains no image"
+        raise UserError("; ".join(filter(None, (message, others))))
     if others:
         print(f"{images}: skipped {others}")
     return found

@@ -51,7 +51,7 @@ def hardware_settings(options: Options) -> dict[str, Any]:
 
 
 def device_name(options: Options) -> str:
-    """The first device of `device_settings`, such as "cuda:0"."""
+    """The first device of `device_settings`, as torch names it."""
     found = device_settings(options)
     return f"cuda:{found['devices'][0]}" if found["accelerator"] == "cuda" else found["accelerator"]
 

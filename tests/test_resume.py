@@ -153,6 +153,16 @@ def test_resume__of_an_epoch_of_seven_steps(tiny_file, tmp_path, sevens, stop_in
     assert_same_run(tmp_path / "output/tiny", sevens[valid_freq])
 
 
+@pytest.mark.parametrize("per_epoch", [1, 4])
+def test_resume__with_max_steps_from_the_end_of_an_epoch(tiny_file, tmp_path, stop_in, per_epoch):
+    path = tiny_file(**LONG | {"train__epoch": 9, "dataset__train_images": 4 * per_epoch})
+    words = ["--opt", path, f"train.max_steps={3 * per_epoch}"]
+    stop_in(per_epoch, words)
+    run.main([*words, "--resume"])
+    run.main([*words, "wandb.name=uninterrupted"])
+    assert_same_run(tmp_path / "output/tiny", tmp_path / "output/uninterrupted")
+
+
 class Drawing(nn.Module):
     """A user's loss that draws from the global generators of torch, NumPy and Python."""
 
@@ -277,7 +287,11 @@ def test_resume__a_finished_run_or_other_options(whole, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("key", "before", "after", "unit", "step"),
-    [("train.epoch", 1, 2, "epochs", 7), ("train.max_steps", 6, 10, "steps", 6)],
+    [
+        ("train.epoch", 1, 2, "epochs", 7),
+        ("train.max_steps", 6, 10, "steps", 6),
+        ("train.max_steps", 7, 14, "steps", 7),  # from the end of an epoch
+    ],
 )
 def test_resume__a_longer_run_continues_a_finished_one(
     tiny_file, tmp_path, capsys, key, before, after, unit, step

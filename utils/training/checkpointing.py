@@ -124,13 +124,15 @@ class CheckpointManager(Callback):
         """Restores the position that the run resumes from.
 
         An epoch whose last batch is trained becomes complete, or Lightning would count it twice; the last
-        epoch stays open, so that the hooks around training still run.
+        epoch stays open, so that the hooks around training still run. With `max_steps`, Lightning takes
+        every epoch for one that was interrupted, so its batches are reset here.
         """
         self._loops = state = checkpoint["loops"]["fit_loop"]
-        epochs = state["epoch_progress"]["current"]["ready"]
-        if state["epoch_loop.batch_progress"]["is_last_batch"] and epochs < trainer.max_epochs:
-            batches = state["epoch_loop.batch_progress"]["total"]
-            _set_counters(batches, batches["ready"])
+        epochs, batches = state["epoch_progress"]["current"]["ready"], state["epoch_loop.batch_progress"]
+        if batches["is_last_batch"] and epochs < trainer.max_epochs:
+            batches["is_last_batch"] = False
+            _set_counters(batches["total"], batches["total"]["ready"])
+            _set_counters(batches["current"], 0)
             for counters in state["epoch_progress"].values():
                 _set_counters(counters, epochs)
 

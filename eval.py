@@ -174,12 +174,16 @@ def export_checkpoint(options: Options, path: Path) -> None:
 
 
 def _stored_options(arguments: Namespace) -> dict[str, Any]:
-    """The flat options in --checkpoint."""
+    """The flat options in --checkpoint; if it lies in a run's folder, results are written there."""
     from model.checkpoint import open_checkpoint, stored_options
 
     choices, _ = parse_overrides(arguments.overrides)
     (output_dir,) = choices.get("output_dir", [Options().output_dir])
-    return stored_options(open_checkpoint(arguments.checkpoint, output_dir))
+    found = open_checkpoint(arguments.checkpoint, output_dir)
+    folder, flat = found.path.parent, stored_options(found)
+    if (folder / "options.json").exists():
+        flat |= {"output_dir": str(folder.parent), "wandb.name": folder.name}
+    return flat
 
 
 def main(argv: Sequence[str] | None = None) -> list[Any]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError, exit_on_signals
@@ -23,7 +24,7 @@ from eval import evaluate, require_ppap, results_folder, with_any_classes
 from utils.config.cli import Job, guarded, parse_arguments, plan_jobs, print_options
 from utils.config.loading import with_changes
 from utils.config.options import FROZEN, Options
-from utils.progress import duration
+from utils.progress import COLUMNS, duration
 from utils.training.launch import is_rank_zero
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ EXAMPLES = """\
 
 def train(
     options: Options, run_dir: RunDir, longer: dict[str, int]
-) -> tuple[dict[str, float], HtmlReport, WandbImages]:
+) -> tuple[dict[str, Any], HtmlReport, WandbImages]:
     """Trains or resumes one run; returns its cost and the callbacks that report results."""
     from dataset import build_data, spread_indices
     from model import build_module
@@ -133,7 +134,7 @@ def suggest_boundaries(options: Options) -> dict[str, Any]:
     from utils.plots.tables import suggestion_table
 
     require_ppap(options, flag="--suggest")
-    options, folder = with_any_classes(options), Path(options.output_dir) / options.wandb.name / "suggest"
+    options, folder = with_any_classes(options), Path(options.output_dir) / f"{options.wandb.name}-suggest"
     data = build_data(with_changes(options, {"dataloader.batch_size": options.trainer.world_size}))
     result = suggest(build_module(options, data.labels), data, folder=folder)
     print(f"\n{suggestion_table(result)}\n\nresults: {folder}")
@@ -231,6 +232,7 @@ def closing_words(job: Job, results: dict[str, dict[str, Any]], *, alone: bool) 
         parts += [f"report: {folder / 'report.html'}"]
         trust = " --trust-plugins" if job.options.plugins else ""
         parts += [f"masks:  python eval.py --checkpoint {folder}{trust} --images <folder> --out <masks>"]
+        parts += [f"\n{fill(result['warning'], COLUMNS)}"] if "warning" in result else []
     return "\n".join(parts)
 
 

@@ -5,6 +5,7 @@ image i is img/train/<5i + k>.jpg and label/train/<5i + k>.png (class + 1, 0 = i
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -26,6 +27,14 @@ from utils.errors import UserError, exit_on_signals, listed
 from utils.files import exclusive, make_folder, replacing
 from utils.training.launch import cores
 from utils.vision.labels import IGNORE
+
+EPILOG = """\
+examples:
+  python dataset/crop_datasets.py --opt cocostuff.json --data_path <cocostuff> --dry-run
+  python dataset/crop_datasets.py --opt cityscapes_base.json --data_path <cityscapes>
+  python dataset/crop_datasets.py --opt cocostuff.json --data_path <cocostuff> dataset.crop_type=random
+
+dataset/README.md describes the crops, json/README.md all options."""
 
 
 def crop_files(folder: Path, number: int, *, labelled: bool) -> list[Path]:
@@ -56,9 +65,11 @@ def write_crops(source: Source, folder: Path, options: DatasetOptions, index: in
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; further words are in `overrides`."""
-    parser = argparse.ArgumentParser(description="Write the five crops of each train image to files.")
+    about = {"description": "Write the five crops of each train image to files.", "epilog": EPILOG}
+    parser = argparse.ArgumentParser(**about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--opt", required=True, help="option file: a path, or a name in json/ or below")
-    parser.add_argument("--data_path", dest="dataset.data_path", metavar="DIR", help="folder of the data set")
+    data = {"dest": "dataset.data_path", "metavar": "DIR", "type": os.path.expanduser}
+    parser.add_argument("--data_path", "--data-path", **data, help="folder of the data set")
     parser.add_argument("--workers", type=int, default=cores(), help="processes; default: one per core")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, write nothing")
     parser.add_argument("overrides", nargs="*", help="key=value")

@@ -6,6 +6,7 @@ The same command resumes an interrupted download; rerunning it on a complete dat
 """
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,13 @@ from utils.download import DownloadError, download, extract
 from utils.errors import UserError, exit_on_signals
 from utils.files import exclusive, make_folder
 
+EPILOG = """\
+examples:
+  python dataset/dataset_download.py cocostuff --root <cocostuff> --dry-run
+  python dataset/dataset_download.py potsdam --root <potsdam>
+  python dataset/dataset_download.py cityscapes --root <cityscapes>
+
+dataset/README.md shows the layout of each data set."""
 COCO = ("http://images.cocodataset.org/zips", "https://s3.amazonaws.com/images.cocodataset.org/zips")
 CALVIN = ("http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset",)
 STEGO = ("https://marhamilresearch4.blob.core.windows.net/stego-public/pytorch_data",)
@@ -105,9 +113,11 @@ TARGETS = {
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(description="Download a data set, check it, print the next command.")
+    about = {"description": "Download a data set, check it, print the next command.", "epilog": EPILOG}
+    parser = argparse.ArgumentParser(**about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=list(TARGETS), help="the data set")
-    parser.add_argument("--root", required=True, help="its folder: the later --data_path")
+    root = {"required": True, "type": os.path.expanduser}
+    parser.add_argument("--root", **root, help="its folder: the later --data_path")
     parser.add_argument("--mirror", default="", metavar="URL", help="address that is tried first")
     parser.add_argument("--keep-archives", action="store_true", help="keep archives after unpacking")
     parser.add_argument("--dry-run", action="store_true", help="print addresses and sizes, write nothing")

@@ -13,6 +13,7 @@ from dataset.base import FileSource, class_rule
 from dataset.crops import CROPS_FOLDER
 from utils.config.options import DatasetOptions
 from utils.errors import UserError
+from utils.progress import print_once
 from utils.vision.images import IMAGE_ENDINGS, find_images
 from utils.vision.labels import LabelSpace
 
@@ -62,11 +63,11 @@ class ImageFolder(FileSource):
         folder = root if plain else root / "imgs" / split
         images, skipped = find_images(folder, without=root / CROPS_FOLDER)
         if skipped:
-            print(f"{folder}: skipped {skipped}")
+            print_once(f"{folder}: skipped {skipped}")
         folders = {part for image in images for part in image.relative_to(folder).parts[:-1]}
         for name in sorted(folders & LABEL_FOLDERS) if plain else ():
             hint = "if they are labels, move the photographs to imgs/train and the labels to labels/train"
-            print(f"{root}: the images in {name} are trained on as photographs; {hint}")
+            print_once(f"{root}: the images in {name} are trained on as photographs; {hint}")
         if split == "train" and not images:
             endings = ", ".join(sorted(IMAGE_ENDINGS))
             message = f"{folder} holds no image ({endings}); put yours there"
@@ -84,11 +85,11 @@ def _targets(images: list[Path], folder: Path, label_folder: Path) -> list[Path 
     found, _ = find_images(label_folder)
     present = {path.with_suffix(".png"): path for path in found if path.suffix.lower() == ".png"}
     if images and label_folder.parent.is_dir() and not present:
-        print(f"{label_folder}: holds no PNG file, so the images in {folder} have no labels")
+        print_once(f"{label_folder}: holds no PNG file, so the images in {folder} have no labels")
     unused = sorted(present.keys() - set(wanted))
     if unused:
         message = f"{label_folder}: {len(unused)} of {len(present)} labels match no image, e.g. {unused[0]}"
         if images and len(unused) == len(present):
             raise UserError(f"{message}; a label has the path and name of its image, e.g. {wanted[0]}")
-        print(message)
+        print_once(message)
     return [present.get(path) for path in wanted]

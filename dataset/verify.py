@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from dataset.base import Source, classes_of
 from utils.errors import UserError, listed
-from utils.progress import Bar
+from utils.progress import Bar, print_once
 from utils.training.stopping import worker_settings
 
 _checked: dict[str, list[str]] = {}  # by digest: the runs of a sweep read the same files once
@@ -44,7 +44,7 @@ def sound_items(
         if not skip:
             hint = "fix or remove them, or skip them with dataset.skip_damaged=true"
             raise UserError(listed(f"{count}; {hint}", damaged))
-        print(listed(f"{count} and skipped (dataset.skip_damaged)", damaged))
+        print_once(listed(f"{count} and skipped (dataset.skip_damaged)", damaged))
     sound = {
         split: [i for i, line in enumerate(messages[digest]) if not line] for split, digest in digests.items()
     }

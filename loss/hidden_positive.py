@@ -29,7 +29,7 @@ def hidden_positive_loss(
     lmbd: float,
     tau: float,
     reweighting: bool = True,
-    weight_dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
     """The mean loss of z and of z_mix over blocks of patches, () float32, differentiable in both.
 
@@ -49,7 +49,7 @@ def hidden_positive_loss(
         lmbd: lambda, the weight of task-specific positives.
         tau: the temperature.
         reweighting: weight anchors by their positives.
-        weight_dtype: what W and its sums are rounded to; float16 is what the published code does.
+        weight_dtype: what W and its sums are rounded to; the published code rounds to float16.
     """
     size = spatial_size**2
     with torch.autocast(z.device.type, enabled=False), ieee_float32():

@@ -119,7 +119,7 @@ class HtmlReport(Callback):
         """Writes the page of the finished run; `result` is the content of metrics.json."""
         minutes = 60 * result["train_hours"]
         state = f"Finished: {minutes:.1f} minutes of training, {result['images']:,} images evaluated."
-        self._write(state=state, result=result)
+        self._write(state=" ".join(filter(None, (state, result.get("warning")))), result=result)
 
     def _write(self, **content: Any) -> None:
         with errors_as_warnings(self.folder / NAME):

@@ -3,12 +3,14 @@
 import time
 from collections.abc import Mapping
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from utils.errors import NotFinite, listed
+from utils.progress import COLUMNS
 from utils.training.device import peak_memory_gib
 from utils.training.launch import is_rank_zero
 
@@ -62,10 +64,11 @@ class SetWatch:
     """Warns if PPAP's sets are so unbalanced that training learns little.
 
     Checks the means over the first ten logged steps, or a quarter of them if these are fewer: the sets depend
-    on frozen features and do not change later.
+    on frozen features and do not change later. `warning` is repeated at the end of the run.
     """
 
     def __init__(self) -> None:
+        self.warning = ""
         self._seen: list[tuple[float, float, float]] = []
 
     def add(self, scalars: Mapping[str, float], *, patches: int, logged_steps: int) -> None:
@@ -79,16 +82,17 @@ class SetWatch:
             return
         positives, negatives, alone = map(fmean, zip(*self._seen, strict=True))
         problems = [f"{positives:.1%} of the patches are positives"] if positives > MOST_POSITIVES else []
-        problems += [f"{negatives:.2%} are negatives"] if negatives < LEAST_NEGATIVES else []
+        problems += [f"{negatives:.2%} of the patches are negatives"] if negatives < LEAST_NEGATIVES else []
         problems += [f"{alone:.0%} of the anchors have no positive"] if alone > MOST_ALONE else []
-        if problems and is_rank_zero():
-            print(
-                f"\nwarning: training will learn little: {', '.join(problems)} (logged steps: {due}). Adapt "
+        if problems:
+            self.warning = (
+                f"warning: training will learn little: {', '.join(problems)} (logged steps: {due}). Adapt "
                 "training_coeff.initialcrit_pos and training_coeff.initialcrit_amb to the backbone's "
                 "similarities: run.py --suggest estimates them without labels; eval.py --explain "
-                "and, with labels, --measure-sets show the sets",
-                flush=True,
+                "and, with labels, --measure-sets show the sets"
             )
+        if problems and is_rank_zero():
+            print(f"\n{fill(self.warning, COLUMNS)}", flush=True)
 
 
 class Throughput:

@@ -92,8 +92,12 @@ class Predictor:
 
         The photograph is a file, a PIL image of any mode, or an array (H, W, 3) uint8, RGB.
         """
-        if isinstance(image, np.ndarray):
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
             image = Image.fromarray(image)
+        if not isinstance(image, (str, Path, Image.Image)):
+            kind, shape = type(image).__name__, getattr(image, "shape", "")
+            found = f"{kind} {shape} {getattr(image, 'dtype', '')}".rstrip()
+            raise UserError(f"the image is {found}, must be a path, a PIL image or an (H, W, 3) uint8 array")
         rgb = as_rgb(image, "the image") if isinstance(image, Image.Image) else open_image(Path(image))
         size = rgb.height, rgb.width
         scaled = np.asarray(rgb.resize(self._network_size(rgb.size), self._resampling))  # (h', w', 3)
@@ -221,6 +225,6 @@ def predict_folder(
     write_contact_sheet(out, done, legend, skipped)
     print(f"\nresults: {out}; open {out / 'index.html'}")
     if skipped:
-        heading = f"{images}: {len(skipped)} skipped, the other {len(done)} are done"
+        heading = f"{images}: {len(done)} done, {len(skipped)} skipped"
         raise LeftOut(listed(heading, skipped))
     return result

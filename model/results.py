@@ -38,14 +38,14 @@ def run_summary(module: PPAPModule, data: Any, trainer: Trainer, *, folder: Path
     return "\n".join(f"{name:10}{words}" for name, words in lines.items())
 
 
-def training_cost(module: PPAPModule, folder: Path, *, seconds: float) -> dict[str, float]:
-    """Hours of training, median seconds of a step, and trainable parameters of the method."""
+def training_cost(module: PPAPModule, folder: Path, *, seconds: float) -> dict[str, Any]:
+    """Hours of training, median seconds of a step, trainable parameters, and the warning about the sets."""
     rates = [row["images_per_s"] for row in read_scalars(folder / "metrics.csv") if "images_per_s" in row]
     parameters = [each for group, _ in module.method.groups(module.segmenter) for each in group]
     cost = {"train_hours": seconds / 3600, "trainable_parameters": sum(each.numel() for each in parameters)}
     if rates:  # without validations
         cost["step_seconds"] = module.options.dataloader.batch_size / median(rates)
-    return cost
+    return cost | ({"warning": module.watch.warning} if module.watch.warning else {})
 
 
 def class_iou(evaluation: Evaluation, names: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -102,6 +101,7 @@ def load_backbone(backbone: Backbone, weights: str | None) -> str:
         state, source = backbone.official_state(), f"timm's weights of {backbone.spec.name}"
     else:
         return "random weights (the backbone is untrained)"
+    found = _size(state)
     if isinstance(backbone, TimmViT):
         stripped = {re.sub(PREFIXES, "", name): value for name, value in state.items()}
         state, backbone = backbone.converted(stripped, source), backbone.vit
@@ -111,7 +111,7 @@ def load_backbone(backbone: Backbone, weights: str | None) -> str:
         if 0 < blocks < depth:
             allowed = f"at most {blocks}, the number of blocks in {source}"
             raise UserError(f"model.pretrained.depth is {depth}, must be {allowed}")
-    load_strictly(backbone, state, source)
+    load_strictly(backbone, state, source, found=found)
     return source
 
 
@@ -176,11 +176,24 @@ def clean_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
     return clean
 
 
-def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads a state dict; a UserError names the first keys and shapes that differ."""
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        found = " ".join(shorten(line, 200) for line in str(error).splitlines()[1:4])
+def load_strictly(
+    module: torch.nn.Module, state: dict[str, Tensor], source: str, *, found: str | None = None
+) -> None:
+    """Loads a state dict; a UserError names differences and both sizes, `found` that of a file."""
+    wanted, differing = module.state_dict(), []
+    for name in sorted(state.keys() | wanted.keys()):
+        given, must = (list(each[name].shape) if name in each else "missing" for each in (state, wanted))
+        differing += [f"{name} is {given}, must be {must}"] if given != must else []
+    if differing:
+        more = [f"and {len(differing) - 3} more"] if len(differing) > 3 else []
+        sides = f"{source} ({found or _size(state)}) does not fit the options ({_size(wanted)})"
         hint = "compare model.* and the data set with those that the file was made for"
-        raise UserError(f"{source} does not fit the options; {hint}: {found}") from None
+        raise UserError(f"{sides}; {hint}: " + "; ".join([*differing[:3], *more]))
+    module.load_state_dict(state)
+
+
+def _size(state: dict[str, Tensor]) -> str:
+    """Width and number of blocks of the backbone in a state dict."""
+    widths = [value.shape[-1] for name, value in state.items() if name.endswith(("cls_token", "pos_embed"))]
+    blocks = {found[0] for name in state if (found := re.search(r"\bblocks\.([\d.]+)", name))}
+    return f"width {widths[0] if widths else 'unknown'}, {len(blocks)} blocks"

@@ -70,7 +70,7 @@ def test_max_steps__ends_the_run_with_a_validation(tiny_file, tmp_path, capsys):
 
 
 def test_flip__averages_the_code_of_the_mirror_image(tiny_file, tmp_path):
-    """In the evaluation alone; flipping twice changes nothing."""
+    """In the evaluation alone."""
     words = ["--opt", tiny_file(**METHODS["stego"], eval__is_crf=False)]
     (plain,) = run.main(words)
     (flipped,) = run.main([*words, "eval.flip=true", "wandb.name=flipped"])

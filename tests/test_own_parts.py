@@ -71,7 +71,7 @@ def test_method__is_seeded_and_its_parameters_are_trained(tiny_file, tiny_option
 def test_loss__with_a_parameter_is_trained_and_restored(tiny_file, tiny_options, tmp_path):
     (tmp_path / "mine.py").touch()
     register_loss("scaled", lambda options: Scaled())
-    chosen = {"training_coeff__loss": "scaled", "plugins": ["mine.py"]}
+    chosen = {"training_coeff__loss": "scaled", "plugins": "mine.py"}  # or a list
     before = build_module(tiny_options(training_coeff__loss="scaled"), LABELS).method.criterion.loss.scale
     run.main(["--opt", tiny_file(**chosen), "eval.is_crf=false"])
     after = load_segmenter(tmp_path / "output/tiny").module.method.criterion.loss.scale

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -34,6 +35,12 @@ class Bar(tqdm):
         """Prints a line above the bar."""
         if not self.disable:
             self.write(text) if sys.stderr.isatty() else print(text, flush=True)
+
+
+@cache
+def print_once(text: str) -> None:
+    """Prints a text unless this process has printed it: an evaluation opens the data of a training again."""
+    print(text)
 
 
 def duration(seconds: float) -> str:

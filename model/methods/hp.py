@@ -122,6 +122,7 @@ class HP(Method):
             lmbd=lmbd,
             tau=self.options.training_coeff.tau,
             reweighting=self.chosen.reweighting,
+            weight_dtype=torch.float32,  # see loss/README.md
         )
         losses = {"hp_loss": loss}
         if self.chosen.alpha:

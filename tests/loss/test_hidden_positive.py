@@ -49,7 +49,7 @@ def test_loss__golden(golden, name):
     settings = json.loads(stored.config) | {key: getattr(stored, key) for key in names}
     del settings["rho"]  # of the Bernoulli draw of keep
     codes = stored.z.requires_grad_(), stored.z_mix.requires_grad_()
-    found, grads = gradients(codes, **settings, weight_dtype=torch.float16)
+    found, grads = gradients(codes, **settings)
     assert found == pytest.approx(stored.loss.item(), rel=1e-5)
     for grad, expected in zip(grads, (stored.grad_z, stored.grad_z_mix), strict=True):
         assert (grad - expected).norm() <= 1e-5 * expected.norm()
@@ -88,7 +88,7 @@ def test_loss__literal(reweighting, lmbd):
     exact = [code.detach().double().requires_grad_() for code in codes]
     expected, blocks = literal_loss(exact, **arguments)
     assert blocks == IMAGES
-    found, grads = gradients(codes, **arguments)
+    found, grads = gradients(codes, **arguments, weight_dtype=torch.float32)
     assert found == pytest.approx(expected.item(), rel=1e-5)
     for grad, right in zip(grads, torch.autograd.grad(expected, exact), strict=True):
         torch.testing.assert_close(grad.double(), right, rtol=1e-4, atol=1e-5)
@@ -97,7 +97,7 @@ def test_loss__literal(reweighting, lmbd):
 def test_loss__block_without_anchors_is_skipped():
     codes, given = drawn_batch()
     arguments = without_positives(given, list(range(SIDE**2)))
-    found, grads = gradients(codes, **arguments)
+    found, grads = gradients(codes, **arguments, weight_dtype=torch.float32)
     expected, blocks = literal_loss([code.double() for code in codes], **SETTINGS | arguments)
     assert blocks == IMAGES - 1
     assert found == pytest.approx(expected.item(), rel=1e-5)

@@ -38,7 +38,7 @@ def test_published_format__round_trip_and_other_forms(tiny_options, tmp_path):
     for name, value in module.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     two = LabelSpace.with_spread_colours(("a", "b"))
-    with pytest.raises(UserError, match=r"ckpt\.pth does not fit .*\[3, 24, 1, 1\].*\[2, 24, 1, 1\]"):
+    with pytest.raises(UserError, match=r"ckpt\.pth \(.*\) does not fit .*is \[3, 24\], must be \[2, 24\]"):
         build_module(tiny_options(), two, checkpoint=checkpoint)
     content = torch.load(path, weights_only=True)
     net = {f"module.{name}": value for name, value in content["net_model_state_dict"].items()}

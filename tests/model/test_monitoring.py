@@ -13,7 +13,7 @@ def scalars(positives=20.0, negatives=400.0, alone=0.1):
     [
         (scalars(), ""),
         (scalars(positives=510.0), "51.0% of the patches are positives"),
-        (scalars(negatives=9.0), "0.90% are negatives"),
+        (scalars(negatives=9.0), "0.90% of the patches are negatives"),
         (scalars(alone=0.6), "60% of the anchors have no positive"),
         ({"total_loss": 1.0}, ""),  # another loss
     ],
@@ -23,11 +23,16 @@ def test_degenerate_sets__are_reported_once_after_a_quarter(found, words, capsys
     for _ in range(8):
         watch.add(found, patches=1000, logged_steps=8)
         printed.append(capsys.readouterr().out)
+    printed = [" ".join(text.split()) for text in printed]
     assert [words in text for text in printed] == [not words or k == 1 for k in range(8)]
+    assert bool(watch.warning) == bool(words)
     assert all("training_coeff.initialcrit_amb" in text and "--suggest" in text for text in printed if text)
 
 
-def test_degenerate_sets__all_positive_is_reported_by_a_run(tiny_file, capsys):
+def test_degenerate_sets__a_run_reports_them_again_at_its_end(tiny_file, tmp_path, capsys):
     words = ["training_coeff.initialcrit_pos=-1", "training_coeff.initialcrit_amb=-1", "train.print_freq=1"]
     run.main(["--opt", tiny_file(), *words, "eval.is_crf=false"])
-    assert capsys.readouterr().out.count("warning: training will learn little") == 1
+    start, end = capsys.readouterr().out.split("trained in")
+    assert "warning: training will learn little" in start
+    assert "warning: training will learn little" in end
+    assert "training will learn little" in (tmp_path / "output/tiny/report.html").read_text()

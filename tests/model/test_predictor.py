@@ -91,6 +91,13 @@ def test_map__is_the_evaluators_prediction(module, checkpoint, width):
     assert np.array_equal(load_segmenter(checkpoint, head="linear")(image), expected.linear)
 
 
+def test_map__other_kinds_of_images_are_named(checkpoint):
+    segment = load_segmenter(checkpoint)
+    for image in (np.zeros((3, 40, 40), np.uint8), np.zeros((40, 40, 3)), torch.zeros(3, 40, 40), [1]):
+        with pytest.raises(UserError, match=r"image is .*, must be a path, a PIL image or an \(H, W, 3\)"):
+            segment(image)
+
+
 def test_map__compiles_nothing(module, checkpoint):
     """It would be repeated for photographs of each size."""
     compiled = with_changes(module.options, {"train.compile": True})

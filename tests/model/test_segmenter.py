@@ -49,6 +49,14 @@ def test_segmenter__gradients_reach_head_and_projection_alone(segmenter, stored)
     assert not segmenter.backbone.training
 
 
+def test_flip__code_of_the_mirror_image_is_the_mirrored_code(segmenter):
+    image = torch.randint(256, (2, 3, 32, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    grid = segmenter.grid(image)
+    code, mirrored = (segmenter.code_of(given, grid, flip=True) for given in (image, image.flip(-1)))
+    torch.testing.assert_close(code, mirrored.flip(-1))
+    assert not torch.allclose(code, segmenter.code_of(image, grid))
+
+
 def test_frozen_weights__cast_once_give_what_autocast_gives(segmenter):
     image = torch.randint(256, (2, 3, 32, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     grid, backbone = segmenter.grid(image), segmenter.backbone

@@ -60,6 +60,17 @@ def test_estimate__precision_is_that_of_the_classes(spread, common):
         assert found.at(found.precision, similarity) == pytest.approx(truth, abs=0.1)
 
 
+def test_estimate__clusters_that_share_a_class_are_not_underrated():
+    """Three broad classes fall into many of the clusters, as adjacent patches show."""
+    drawn = torch.Generator().manual_seed(0)
+    classes = torch.randint(3, (24, 8, 1), generator=drawn).expand(-1, -1, 8)  # (P, h, w)
+    noise = torch.randn(24, 8, 8, 32, generator=drawn)
+    features = (torch.randn(3, 32, generator=drawn)[classes] + noise).permute(0, 3, 1, 2)
+    found = estimated(features)
+    phi, _ = found.boundaries()
+    assert found.at(found.precision, phi) == pytest.approx(true_precision(features, classes, phi), abs=0.1)
+
+
 @pytest.mark.parametrize("spread", [1.0, 1.5])
 def test_estimate__overlapping_classes_are_not_overrated(spread):
     features, classes = scenes(spread)
@@ -105,10 +116,10 @@ def photographs(tmp_path):
 
 def test_command__writes_results_and_words(suggest, tiny_file, tmp_path, capsys):
     result = suggest("training_coeff.prop_iter=3", wandb__name="other")
-    folder = tmp_path / "output/other/suggest"
+    folder = tmp_path / "output/other-suggest"
     assert json.loads((folder / "suggest.json").read_text()) == result
     assert (folder / "suggest.png").stat().st_size > 1000
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["suggest"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["other-suggest"]
     assert len(result["shares"]) == 4
     assert all(sum(row.values()) == pytest.approx(100) for row in result["shares"])
     assert len(result["sizes"]) == len(result["agreement"])

@@ -67,6 +67,10 @@ def test_load__file_that_does_not_fit_names_blocks_keys_and_shapes(spec, tmp_pat
         load(spec, tmp_path / "w.pth")
     for part in ("w.pth", "pos_embed", "[1, 5, 24]", "[1, 17, 24]", "norm.weight", "surplus"):
         assert part in str(error.value)
+    torch.save(random_state(replace(spec, dim=12, depth=3)), tmp_path / "w.pth")
+    sides = r"w\.pth \(width 12, 3 blocks\) does not fit the options \(width 24, 2 blocks\)"
+    with pytest.raises(UserError, match=rf"{sides}.*; and \d+ more$"):
+        load(spec, tmp_path / "w.pth")
 
 
 def test_table__has_every_backbone_that_options_can_choose(tiny_options):

@@ -104,7 +104,7 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     flag("--head", choices=("cluster", "linear"), help="probe to use; default: cluster")
     flag("--crf", action="store_true", help="refine masks with the CRF of eval.crf_backend")
     flag("--tile", type=int, help="split large images into overlapping tiles of this size")
-    flag("--names", help='names for the legend: "0=road,1=car", or a JSON file')
+    flag("--names", **path, help='names for the legend: "0=road,1=car", or a JSON file')
 
 
 def _row_and_column(text: str) -> tuple[int, int]:
@@ -182,7 +182,7 @@ def parse_overrides(words: Sequence[str]) -> tuple[dict[str, list[Any]], list[st
 
     Returns the values of each key, more than one if it is swept, and the mistakes.
     """
-    choices, mistakes = {}, []
+    choices, malformed = {}, []
     parser = OverridesParser.create()
     for word in words:
         key, equals, value = word.partition("=")
@@ -197,8 +197,8 @@ def parse_overrides(words: Sequence[str]) -> tuple[dict[str, list[Any]], list[st
                 raise ValueError("not a value or a sweep of an existing key")
             choices[key] = values
         except (HydraException, ValueError):
-            mistakes.append(f"{word}: {QUOTING}")
-    return choices, mistakes
+            malformed.append(word)
+    return choices, [f"{' '.join(malformed)}: {QUOTING}"] if malformed else []
 
 
 def guarded(main: Callable[[], None], *, then: str = "rerun with --resume") -> int:

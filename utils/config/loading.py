@@ -143,10 +143,10 @@ def missing_files(flat: dict[str, Any], *, weights: bool) -> list[str]:
     """Lists a missing data folder and, with `weights`, a missing weights file of flat options."""
     name = flat.get("dataset.data_type", FIELDS["dataset.data_type"].default)
     folder, file = (os.path.expanduser(str(flat.get(key) or "")) for key in ("dataset.data_path", WEIGHTS))
-    mistakes = []
+    mistakes, misspelt = [], any(key.endswith("data_path") for key in flat.keys() - FIELDS)
     if weights and file and not weights_file(file).is_file():
         mistakes.append(f"{WEIGHTS} is {file}: no such file; null: the official weights")
-    if name not in DATA_TYPES or name in WITHOUT_FOLDER or os.path.isdir(folder):
+    if misspelt or name not in DATA_TYPES or name in WITHOUT_FOLDER or os.path.isdir(folder):
         return mistakes
     problem = f"{folder}: no such folder; name it with --data_path"
     if not folder:

@@ -12,8 +12,10 @@ _loaded: dict[str, str] = {}  # path -> SHA-256
 
 
 def with_absolute_plugins(flat: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Flat options whose `plugins`, if any, are relative to `folder`."""
-    if not isinstance(names := flat.get("plugins"), list):
+    """Flat options whose `plugins`, if any, are relative to `folder`; one file may be given as a string."""
+    names = flat.get("plugins")
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list):
         return flat
     return flat | {"plugins": [str((folder / Path(str(name)).expanduser()).resolve()) for name in names]}
 

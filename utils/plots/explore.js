@@ -149,7 +149,8 @@ class Explorer {
   constructor(content, bank) {
     const { grid: [rows, columns], features: { count }, coefficients, layers, anchor } = content;
     Object.assign(this, { bank, count, rows, columns, layers, anchor, layer: "sets", t: Infinity, steps: [], timer: 0 });
-    this.coefficients = Object.fromEntries(COEFFICIENTS.map((key) => [key, Number(coefficients[key])]));
+    const numberOf = (value) => value === "inf" ? Infinity : value;  // JSON has no infinity
+    this.coefficients = Object.fromEntries(COEFFICIENTS.map((key) => [key, numberOf(coefficients[key])]));
     this.images = [...document.querySelectorAll(".patches")];
     layers.sets.names = SETS;
     for (const layer of Object.values(layers)) {

@@ -6,11 +6,13 @@ from statistics import mean, stdev
 from textwrap import fill
 from typing import Any
 
-COLUMNS = 80  # of a terminal
+from utils.progress import COLUMNS
+
 METRICS = ("Cluster_Accuracy", "Cluster_mIoU", "Linear_Accuracy", "Linear_mIoU")
 METRIC_TITLES = tuple(name.replace("_", " ") for name in METRICS)
 COST_TITLES = ("s / step", "parameters")
 STAGES = {"before_crf": "before CRF", "after_crf": "after CRF"}
+NO_METRICS = "no labels, so no metrics"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -76,7 +78,7 @@ def metrics_markdown(result: dict[str, Any]) -> str:
 def class_table(result: dict[str, Any]) -> str:
     """IoU per class in percent of each head, before and, if it was evaluated, after CRF."""
     header, rows = _class_rows(result)
-    return text_table(header, rows) if rows else "no labels, so no metrics"
+    return text_table(header, rows) if rows else NO_METRICS
 
 
 def _class_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -91,7 +93,8 @@ def _class_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def sweep_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """Mean and sample standard deviation over the runs (seeds) of each setting, from (setting, result)."""
     rows = [[*row[:2], *_pairs(row[2:])] for row in sweep_rows(results)]
-    table = text_table(["accuracy / mIoU, %", "runs", "clusters", "linear probe"], rows)
+    header = ["accuracy / mIoU, %", "runs", "clusters", "linear probe"]
+    table = text_table(header, rows) if rows else NO_METRICS
     costs = [[setting, *_cost(group)] for setting, group in _by_setting(results).items()]
     costs = [row for row in costs if row[-1] != "-"]  # the last step of a run has none
     differ = len({parameters for *_, parameters in costs}) > 1

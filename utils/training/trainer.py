@@ -100,8 +100,9 @@ class RunBar(Callback):
         if pairs and pl_module.improved:
             self._best = f"best {pairs['clusters']}"
             words.append("best")
-        if pairs:
-            self._bar.say("   ".join(words))
+        if not pairs:  # no labels
+            words.append(f"loss of the clusters {pl_module.last_evaluation.valid_loss:.3f}")
+        self._bar.say("   ".join(words))
         self.on_train_batch_end(trainer, pl_module)
 
     def on_train_end(self, *_: Any) -> None:

@@ -245,6 +245,7 @@ def test_hp__losses_from_their_definitions(segmenter, options_of, batch_of):
         spatial_size=4,
         lmbd=0.6,
         tau=method.options.training_coeff.tau,
+        weight_dtype=torch.float32,
     )
     distance = (projected(code) - projected(view_code) + 1e-6).norm(dim=1).mean()
     output = step(method, segmenter, batch, 5)

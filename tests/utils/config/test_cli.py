@@ -8,6 +8,7 @@ import pytest
 
 import eval as evaluation
 import run
+from dataset import crop_datasets, dataset_download
 from utils.config.cli import guarded, parse_arguments, parse_overrides, plan_jobs
 from utils.errors import Interrupted, UserError
 from utils.files import REPOSITORY
@@ -40,10 +41,12 @@ def test_overrides__values_and_sweeps_by_hydras_grammar():
 
 def test_overrides__unsupported_grammar_is_a_mistake():
     words = ["+a=1", "~a", "a@b=1", "a=glob(*)", "a=(1", "a", "a=range(3,1)", "=", "a=0,,1", "a = 3"]
-    choices, mistakes = parse_overrides(words)
-    assert choices == {}
-    for word, mistake in zip(words, mistakes, strict=True):
+    for word in words:
+        choices, (mistake,) = parse_overrides([word])
+        assert choices == {}
         assert mistake.startswith(f"{word}: must be key=value or key=a,b,c, no spaces around =")
+    _, (mistake,) = parse_overrides(["train.seed", "=", "3"])
+    assert mistake.startswith("train.seed = 3: must be key=value")
 
 
 def test_jobs__mistakes_of_overrides_file_and_all_runs_come_together(tiny_file):
@@ -171,12 +174,14 @@ def test_words__home_and_both_spellings_of_data_path(monkeypatch, tmp_path):
         assert job.options.dataset.data_path == f"{tmp_path}/a"
     with pytest.raises(UserError, match=r"data_path is .*/b: no such folder"):
         jobs("--opt", "camvid.json", "--data_path", "~/b")
+    with pytest.raises(UserError, match=r"^1 mistake in .*\n.*data_path .*is not an option"):
+        jobs("--opt", "camvid.json", "data_path=~/a", "model.pretrained.pretrained_weights=null")
 
 
-def test_help__ends_with_examples_and_the_option_table(capsys):
-    for program in (run, evaluation):
-        with pytest.raises(SystemExit):
-            program.main(["--help"])
-        text = capsys.readouterr().out
-        assert text.count(f"python {program.__name__}.py") == 3
-        assert text.strip().endswith("json/README.md.")
+@pytest.mark.parametrize("program", [run, evaluation, crop_datasets, dataset_download])
+def test_help__ends_with_examples_and_where_to_read_on(program, capsys):
+    with pytest.raises(SystemExit):
+        program.main(["--help"])
+    *_, examples, where = capsys.readouterr().out.strip().split("\n\n")
+    assert examples.count(f"python {program.__name__.replace('.', '/')}.py") == 3
+    assert "README.md" in where

@@ -61,7 +61,7 @@ def page(bank, classes, tmp_path_factory):
     labels = {"names": [EVIL, "b", "c", "d"], "colours": [(9, 9, 9)] * 4, "ids": ids}
     layers = {"sets": {"colours": [(0, 0, 9), (9, 9, 0), (9, 0, 0)]}, "labels": labels}
     names = ['a"><img src="x">', "b.png", "c.png"]
-    options = build_options(TINY, source="a test")
+    options = build_options(TINY | {"training_coeff.sigma_pos": float("inf")}, source="a test")
     write_page(path, bank, images, names, layers=layers, grid=GRID, options=options)
     return path
 
@@ -122,6 +122,7 @@ async function drive(jobs) {
   const images = page.querySelectorAll(".patches");
   const numbers = () => [...find("steps").rows].at(-1).innerText.split("\\t");
   const press = (image, key) => image.dispatchEvent(new KeyboardEvent("keydown", { key, cancelable: true }));
+  const first = { numbers: numbers(), words: find("words").textContent };
   for (const [image, row, column, setting] of jobs) {
     const area = images[image].getBoundingClientRect();
     const clientX = area.left + (column + 0.5) / 6 * area.width;
@@ -145,7 +146,7 @@ async function drive(jobs) {
   page.querySelector("input[value=labels]").click();
   const labels = find("names").innerText, counts = find("counts").innerText;
   const shape = [page.documentElement.scrollWidth, page.querySelectorAll("[tabindex='0']").length];
-  document.body.textContent = JSON.stringify({ found, moved, played, labels, counts, shape });
+  document.body.textContent = JSON.stringify({ first, found, moved, played, labels, counts, shape });
 }
 """
 
@@ -189,6 +190,11 @@ def test_browser__numbers_of_explain_by_clicks_sliders_and_keys(page, bank, clas
         (anchor // 30, anchor % 30 // 6, anchor % 6, slider_positions(setting)) for anchor, setting in chosen
     ]
     seen = in_browser(page, jobs, tmp_path)
+    stored = build_options(TINY, source="a test").training_coeff
+    opened = [getattr(stored, key) for key in COEFFICIENTS[:3]] + [float("inf"), stored.sigma_amb]
+    numbers = [number(cell) for cell in seen["first"]["numbers"]]
+    assert_equal(numbers, expected(bank, classes, GRID[0] // 2 * GRID[1] + GRID[1] // 2, opened))
+    assert "training_coeff.sigma_pos=inf" in seen["first"]["words"]
     for (anchor, setting), found in zip(chosen, seen["found"], strict=True):
         numbers = [number(cell) for cell in found["numbers"]]
         assert_equal(numbers, expected(bank, classes, anchor, setting))

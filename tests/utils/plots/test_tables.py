@@ -59,6 +59,17 @@ def test_sets_table__one_row_per_step():
     assert fits(sets_table([row, row]))[-1].split() == ["1", *["12.3"] * 6]
 
 
+def test_sweep__without_labels_says_so(tmp_path):
+    unlabelled = {"name": "a", "before_crf": None, "after_crf": None, "trainable_parameters": 7}
+    rows = [("T=0", unlabelled), ("T=1", unlabelled | {"trainable_parameters": 8})]
+    assert sweep_table(rows).startswith("no labels, so no metrics\n\n")
+    write_sweep(tmp_path, rows, title="x")
+    assert (tmp_path / "sweep.md").read_text() == "no labels, so no metrics\n"
+    page = (tmp_path / "report.html").read_text()
+    assert "No labels" in page
+    assert "<table>" not in page
+
+
 def test_write_sweep__numbers_table_figure_and_page(tmp_path):
     rows = [("a", result(name="x=1")), ("a", result(1.0)), ("b", result(before_crf=None))]
     (tmp_path / "x=1").mkdir()

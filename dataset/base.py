@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -226,11 +226,7 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> Batch:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         source, position = self.source, self._position(index)
-        try:  # a hidden label is not read
-            item = RawItem(source.read_image(position), None) if self.hides_labels else source.read(position)
-        except UserError as error:
-            raise UserError(f"{error}; dataset.skip_damaged=true skips all damaged files") from None
-        image, label = item
+        image, label = _read(source, position, self.hides_labels)
         if self.crops:
             box = crop_boxes(image.size, *self.crops, position)[index % CROPS]
             image, label = image.crop(box), None if label is None else label.crop(box)
@@ -239,3 +235,12 @@ class SegmentationDataset(Dataset):
         pixels = torch.from_numpy(np.asarray(item.image).transpose(2, 0, 1).copy())  # (3, H, W)
         classes = classes_of(item, source, position)
         return Batch(pixels, torch.from_numpy(classes), torch.tensor(index))
+
+
+@lru_cache(maxsize=1)  # crops that are read one after another share a decode
+def _read(source: Source, position: int, hides_label: bool) -> RawItem:
+    """An item, of which a hidden label is not read."""
+    try:
+        return RawItem(source.read_image(position), None) if hides_label else source.read(position)
+    except UserError as error:
+        raise UserError(f"{error}; dataset.skip_damaged=true skips all damaged files") from None

@@ -93,6 +93,15 @@ class SegmentationDataModule(LightningDataModule):
         found.neighbours = nearest_neighbours(items, loader, encode, self.options, model=model)
         return found
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The neighbours, so that a resumed run draws from the same."""
+        return {} if self.neighbours is None else {"neighbours": self.neighbours.int()}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Restores them, unless the run continues on other data."""
+        if len(state_dict["neighbours"]) == len(self.train_set):
+            self.neighbours = state_dict["neighbours"].long()
+
     def inventory(self) -> dict[str, dict[str, int]]:
         """Size in bytes of each file of each split, by its name below the data folder."""
         used = {"train": self.train_set, "val": self.validation_set}

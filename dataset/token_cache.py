@@ -54,7 +54,7 @@ class TokenDataset(SegmentationDataset):
             maps = (np.load(path, mmap_mode="r") for path in self.stored)
             return Batch(*(torch.from_numpy(values[index.numpy()]) for values in maps), index)
         here = upload(index, self.stored[0].device)
-        return Batch(*(values[here] for values in self.stored), index)
+        return Batch(*(values[here] for values in self.stored), here)
 
 
 class TokenLoader(DataLoader):

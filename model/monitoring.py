@@ -1,7 +1,7 @@
 """Training monitors: non-finite losses, degenerate sets and throughput."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from textwrap import fill
 from typing import Any
@@ -61,38 +61,37 @@ class NonFiniteGuard:
 
 
 class SetWatch:
-    """Warns if PPAP's sets are so unbalanced that training learns little.
-
-    Checks the means over the first ten logged steps, or a quarter of them if these are fewer: the sets depend
-    on frozen features and do not change later. `warning` is repeated at the end of the run.
-    """
+    """Prints `sets_warning` after the first ten logged steps, or a quarter of them if these are fewer."""
 
     def __init__(self) -> None:
-        self.warning = ""
-        self._seen: list[tuple[float, float, float]] = []
+        self._seen: list[Mapping[str, float]] = []
 
     def add(self, scalars: Mapping[str, float], *, patches: int, logged_steps: int) -> None:
-        """Adds the scalars of a logged step, whose bank has `patches` entries; prints a warning if due."""
-        if "without_positives" not in scalars:
-            return
-        positives, negatives = scalars["num_positives"] / patches, scalars["num_negatives"] / patches
-        self._seen.append((positives, negatives, scalars["without_positives"]))
-        due = max(1, min(10, logged_steps // 4))
-        if len(self._seen) != due:
-            return
-        positives, negatives, alone = map(fmean, zip(*self._seen, strict=True))
-        problems = [f"{positives:.1%} of the patches are positives"] if positives > MOST_POSITIVES else []
-        problems += [f"{negatives:.2%} of the patches are negatives"] if negatives < LEAST_NEGATIVES else []
-        problems += [f"{alone:.0%} of the anchors have no positive"] if alone > MOST_ALONE else []
-        if problems:
-            self.warning = (
-                f"warning: training will learn little: {', '.join(problems)} (logged steps: {due}). Adapt "
-                "training_coeff.initialcrit_pos and training_coeff.initialcrit_amb to the backbone's "
-                "similarities: run.py --suggest estimates them without labels; eval.py --explain "
-                "and, with labels, --measure-sets show the sets"
-            )
-        if problems and is_rank_zero():
-            print(f"\n{fill(self.warning, COLUMNS)}", flush=True)
+        """Adds the scalars of a logged step, whose bank has `patches` entries."""
+        self._seen.append(scalars)
+        due = len(self._seen) == max(1, min(10, logged_steps // 4))
+        if due and is_rank_zero() and (warning := sets_warning(self._seen, patches=patches)):
+            print(f"\n{fill(warning, COLUMNS)}", flush=True)
+
+
+def sets_warning(rows: Sequence[Mapping[str, float]], *, patches: int) -> str:
+    """A warning if PPAP's sets, means over logged scalars, are so unbalanced that training learns little."""
+    rows = [row for row in rows if "without_positives" in row]  # none with another loss
+    if not rows:
+        return ""
+    names = ("num_positives", "num_negatives", "without_positives")
+    positives, negatives, alone = (fmean(row[name] for row in rows) for name in names)
+    positives, negatives = positives / patches, negatives / patches
+    problems = [f"{positives:.1%} of the patches are positives"] if positives > MOST_POSITIVES else []
+    problems += [f"{negatives:.2%} of the patches are negatives"] if negatives < LEAST_NEGATIVES else []
+    problems += [f"{alone:.0%} of the anchors have no positive"] if alone > MOST_ALONE else []
+    words = (
+        f"warning: training learns little: {', '.join(problems)} (logged steps: {len(rows)}). Adapt "
+        "training_coeff.initialcrit_pos and training_coeff.initialcrit_amb to the backbone's similarities: "
+        "run.py --suggest estimates them without labels; eval.py --explain and, with labels, --measure-sets "
+        "show the sets"
+    )
+    return words if problems else ""
 
 
 class Throughput:

@@ -12,7 +12,9 @@ from pytorch_lightning import Trainer
 
 from model.evaluator import Evaluation, Prediction
 from model.module import PPAPModule
+from model.monitoring import sets_warning
 from utils.errors import first_line
+from utils.files import replacing
 from utils.plots.figures import IGNORED, UNMATCHED, colour, draw_class_iou, draw_confusion, draw_predictions
 from utils.plots.report import read_scalars
 from utils.vision.labels import IGNORE, LabelSpace
@@ -40,12 +42,15 @@ def run_summary(module: PPAPModule, data: Any, trainer: Trainer, *, folder: Path
 
 def training_cost(module: PPAPModule, folder: Path, *, seconds: float) -> dict[str, Any]:
     """Hours of training, median seconds of a step, trainable parameters, and the warning about the sets."""
-    rates = [row["images_per_s"] for row in read_scalars(folder / "metrics.csv") if "images_per_s" in row]
+    rows, options, spec = read_scalars(folder / "metrics.csv"), module.options, module.segmenter.backbone.spec
+    rates = [row["images_per_s"] for row in rows if "images_per_s" in row]
     parameters = [each for group, _ in module.method.groups(module.segmenter) for each in group]
     cost = {"train_hours": seconds / 3600, "trainable_parameters": sum(each.numel() for each in parameters)}
     if rates:  # without validations
-        cost["step_seconds"] = module.options.dataloader.batch_size / median(rates)
-    return cost | ({"warning": module.watch.warning} if module.watch.warning else {})
+        cost["step_seconds"] = options.dataloader.batch_size / median(rates)
+    patches = options.dataloader.batch_size * (options.dataset.res // spec.patch) ** 2
+    warning = sets_warning(rows, patches=patches)
+    return cost | ({"warning": warning} if warning else {})
 
 
 def class_iou(evaluation: Evaluation, names: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -122,7 +127,8 @@ def write_pictures(
             each = class_iou(found, labels.names)
             iou |= {f"{head}, {stage} CRF": values for head, values in each.items()}
     if stored:
-        np.savez(folder / "confusion.npz", class_names=np.array(labels.names), **stored)
+        with replacing(folder / "confusion.npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, class_names=np.array(labels.names), **stored)
     figures = {"confusion": (draw_confusion, counts), "class_iou": (draw_class_iou, iou)}
     for name, (draw, content) in (figures | {"predictions": (draw_predictions, rows)}).items():
         if content:

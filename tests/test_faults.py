@@ -184,10 +184,16 @@ def test_signal__during_the_first_imports(tmp_path, signum):
 
 
 @pytest.mark.parametrize(
-    ("stdout", "status", "message"), [("| head -0", 141, ""), ("> /dev/full", 2, "standard output: ")]
+    ("words", "stdout", "status", "message"),
+    [
+        ("--print-options", "| head -0", 141, ""),
+        ("--print-options", "> /dev/full", 2, "standard output: "),
+        ("--debug train.max_steps=1 train.compare_frozen=false", "| head -0", 141, ""),
+    ],
 )
-def test_stdout__that_cannot_be_written(stdout, status, message):
-    command = f"{sys.executable} run.py --opt demo.json --print-options {stdout}; exit ${{PIPESTATUS[0]}}"
+def test_stdout__that_cannot_be_written(tiny_file, words, stdout, status, message):
+    words = f"--opt {tiny_file()} {words} {stdout}"
+    command = f"{sys.executable} -u run.py {words}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == status
     assert done.stderr.startswith(f"error: {message}" if message else "")

@@ -29,8 +29,9 @@ def test_method__trains_evaluates_and_writes_masks(method, tiny_file, tmp_path):
     assert set(trained["before_crf"]) == set(trained["after_crf"]) == {*METRICS}
     assert trained["trainable_parameters"] == {"stego": 1100, "hp": 1210}[method]
     assert all(np.isfinite(scalars_of(folder, f"{method}_loss")))
-    again = evaluation.main(["--checkpoint", str(folder), "eval.is_crf=false", f"output_dir={tmp_path}"])[0]
+    (again,) = evaluation.main(["--checkpoint", str(folder), "eval.is_crf=false"])
     assert again["before_crf"] == trained["before_crf"]
+    assert (folder / "evaluation/metrics.json").exists()
     segment = load_segmenter(folder)
     assert segment(np.zeros((40, 56, 3), np.uint8)).shape == (40, 56)
     with pytest.raises(UserError, match=f"method {method}; the published format is PPAP's"):

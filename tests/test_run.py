@@ -188,7 +188,9 @@ def test_no_metrics__the_last_step_is_kept(tiny_file, unlabelled, tmp_path, caps
     words = ["--opt", path, "--data_path", str(unlabelled)]
     (result,) = run.main([*words, "train.epoch=2"])
     assert result["before_crf"] is None
-    assert "no labels, so no metrics" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no labels, so no metrics" in printed
+    assert ("\nstep 4        loss of the clusters -0." in printed) == (validation != "missing")
     assert result["images"] == (0 if validation == "missing" else 2)
     assert result["step"] == 4  # 2 epochs of 2
     about = torch.load(tmp_path / "output/tiny/best.ckpt", weights_only=True)["ppap"]

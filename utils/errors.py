@@ -1,6 +1,8 @@
 """The exceptions that end a program, and helpers for their messages."""
 
+import os
 import signal
+import sys
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from typing import Any, NoReturn
@@ -52,6 +54,16 @@ def exit_on_signals() -> None:
 
 def _interrupt(signum: int, _frame: Any) -> NoReturn:
     raise Interrupted(128 + signum)
+
+
+def stdout_is_lost() -> bool:
+    """Whether standard output cannot be written; Python's flush at exit then goes nowhere."""
+    try:
+        print(flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def listed(heading: str, lines: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ TRAINED = {
 }
 REFINED = [] if crf_missing() else ["--crf"]  # the CRF in torch needs a device that computes
 SCALER = "torch/amp/grad_scaler.py"  # reads found_inf before the optimizer's step
-WAITS = {TRAIN: (1, 0), LOGGED: (2, 1), VALIDATION: (1, 1)}  # at most; at most outside GradScaler
+WAITS = {TRAIN: [SCALER], LOGGED: [SCALER, "on_train_batch_end"], VALIDATION: []}  # where a step waits
 
 
 @pytest.fixture(scope="module")
@@ -126,33 +126,40 @@ def test_dropout_mask_on_the_cpu__fails(results):
 @pytest.mark.parametrize("phase", WAITS)
 @pytest.mark.parametrize("name", TRAINED)
 def test_step__waits_for_the_device_only_where_it_must(results, name, phase):
+    scaled = name not in ("bf16", "fp32")
+    allowed = [place for place in WAITS[phase] if scaled or place != SCALER]
     assert steady(results[name], phase)
     for step in steady(results[name], phase):
         waits = [event for event in step["events"] if not event[0].startswith("cudaMemcpyAsync")]
-        foreign = [event for event in waits if SCALER not in event[4]]
-        within = len(waits) <= WAITS[phase][0] and len(foreign) <= WAITS[phase][1]
-        assert within, listed(step, waits)
+        assert len(waits) == len(allowed), listed(step, waits)
+        assert all(place in event[4] for place, event in zip(allowed, waits, strict=True)), listed(
+            step, waits
+        )
 
 
 @pytest.mark.parametrize("phase", WAITS)
-def test_step__uploads_from_pinned_memory(results, phase):
+@pytest.mark.parametrize("name", ["fp16", "ram", "stego", "hp"])
+def test_step__uploads_from_pinned_memory(results, name, phase):
     """A copy from pageable memory blocks the host, also if `non_blocking`."""
-    for step in steady(results["fp16"], phase):
+    for step in steady(results[name], phase):
         uploads = [event for event in step["events"] if event[0].endswith("to device")]
         pageable = [event for event in uploads if event[1] == "pageable"]
         assert not pageable, listed(step, pageable)
 
 
 def test_step__launches_few_kernels(results):
-    assert max(step["launches"] for step in steady(results["fp16"], TRAIN)) <= 450
+    """422; 440 if frozen weights are cast in each step."""
+    assert max(step["launches"] for step in steady(results["fp16"], TRAIN)) <= 430
 
 
 @pytest.mark.slow
-def test_step_at_coco_shape__launches_and_memory(tmp_path):
+@pytest.mark.parametrize(("eager", "launches"), [("0", 900), ("1", 930)])
+def test_step_at_coco_shape__launches_and_memory(tmp_path, monkeypatch, eager, launches):
     """ViT-S/8, 64 images of 224 pixels, 3,136 anchors in one chunk."""
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", eager)
     case = {"program": "coco", "words": [3136]}
     found = run_cases({"coco": case}, tmp_path, devices=1)["coco"]
     assert found["error"] is None, found["error"]
     beyond_weights = (found["peaks"][0] - found["result"]["weights"]) / 2**30
     assert beyond_weights <= 5
-    assert found["steps"][-1]["launches"] <= 1000
+    assert found["steps"][-1]["launches"] <= launches

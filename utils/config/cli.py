@@ -28,7 +28,7 @@ from utils.config.loading import (
 )
 from utils.config.options import Options
 from utils.config.plugins import load_plugins, with_absolute_plugins
-from utils.errors import Interrupted, UserError
+from utils.errors import Interrupted, UserError, stdout_is_lost
 from utils.files import read_json_object
 from utils.training.launch import is_rank_zero, started_by_lightning
 from utils.training.stopping import end_with_parent
@@ -222,7 +222,7 @@ def guarded(main: Callable[[], None], *, then: str = "rerun with --resume") -> i
             return 0
         status, message = error.code, f"interrupted; {then}"
     except OSError as error:
-        lost = _stdout_is_lost()
+        lost = stdout_is_lost()
         if isinstance(error, BrokenPipeError):  # `| head` has read enough
             return 128 + signal.SIGPIPE
         if not lost and error.errno not in DISK_ERRORS:
@@ -231,13 +231,3 @@ def guarded(main: Callable[[], None], *, then: str = "rerun with --resume") -> i
         status, message = 2, f"error: {where}: {error.strerror}; fix this, then {then}"
     print(message, file=sys.stderr)
     return status
-
-
-def _stdout_is_lost() -> bool:
-    """Whether standard output cannot be written; Python's flush at exit then goes nowhere."""
-    try:
-        print(flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False

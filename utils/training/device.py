@@ -12,7 +12,7 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from utils.config.options import Options
-from utils.errors import UserError, first_line
+from utils.errors import UserError, first_line, stdout_is_lost
 from utils.training.launch import check_launch
 from utils.training.stopping import worker_was_killed
 
@@ -97,6 +97,8 @@ def explained_errors() -> Iterator[None]:
                 f"out of memory ({reason}); lower dataloader.val_batch_size, training_coeff.chunk_size or "
                 "dataloader.batch_size (which affects the result), or set dataset.cache_features=disk"
             ) from error
+        if isinstance(error, BrokenPipeError) and stdout_is_lost():
+            raise
         if isinstance(error, BrokenExecutor) or worker_was_killed(error):
             raise UserError(
                 f"a worker process was killed ({reason}), usually because memory or /dev/shm is full; lower "

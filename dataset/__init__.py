@@ -20,17 +20,6 @@ DATA_SETS = {
     "synthetic": DataSetKind(synthetic.labels, synthetic.Synthetic),
 }
 
-__all__ = [
-    "DATA_SETS",
-    "FileSource",
-    "RawItem",
-    "Source",
-    "build_data",
-    "class_rule",
-    "register_data_set",
-    "spread_indices",
-]
-
 
 def build_data(options: Options, *, train: bool = True) -> SegmentationDataModule:
     """The data of a run, or with `train=False` of an evaluation."""

@@ -1,7 +1,5 @@
 """The data module: opens the splits of a data set and builds their loaders."""
 
-from __future__ import annotations
-
 import copy
 import os
 from dataclasses import replace
@@ -72,7 +70,7 @@ class SegmentationDataModule(LightningDataModule):
 
     def with_tokens(
         self, encode: Encoder, *, backbone: Any, precision: str, device: torch.device
-    ) -> SegmentationDataModule:
+    ) -> "SegmentationDataModule":
         """The same data with cached tokens in place of images, as `dataset.cache_features` asks."""
         about = {"token_shape": backbone.token_shape, "device": device}
         about["model"] = f"{backbone.digest()} {precision}"
@@ -84,7 +82,7 @@ class SegmentationDataModule(LightningDataModule):
 
     def with_neighbours(
         self, encode: FeatureEncoder, *, backbone: Any, precision: str
-    ) -> SegmentationDataModule:
+    ) -> "SegmentationDataModule":
         """The same data with batches that hold a neighbour of each image, see `nearest_neighbours`."""
         model = f"{backbone.digest()} {precision}"
         found, items = copy.copy(self), self.train_set

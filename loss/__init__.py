@@ -8,12 +8,3 @@ from loss.correspondence import correspondence_loss, draw_pairs
 from loss.hidden_positive import hidden_positive_loss
 from loss.kernels import ieee_float32
 from loss.ppap import PPAPLoss, PPAPLossOutput
-
-__all__ = [
-    "PPAPLoss",
-    "PPAPLossOutput",
-    "correspondence_loss",
-    "draw_pairs",
-    "hidden_positive_loss",
-    "ieee_float32",
-]

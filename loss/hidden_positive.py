@@ -98,8 +98,7 @@ def _mean_over_blocks(
     scale, grads = tau / BASE_TEMPERATURE, [torch.zeros_like(z) for z in projections]  # (N, K)
     patches, device = projections[0].shape[0], projections[0].device
     sums = torch.zeros(2, device=device)  # of the losses of blocks, and of blocks that have anchors
-    starts = own_groups(torch.arange(0, patches, size)[:, None])  # (blocks, 1)
-    for start in starts[starts >= 0].tolist():
+    for start in own_groups(torch.arange(0, patches, size)).tolist():  # of the blocks
         rows = torch.arange(start, start + size, device=device)  # (n,)
         weight, kept, anchors = weights(rows)
         coefficient = scale * _coefficients(weight.sum(dim=1).float(), anchors, reweighting)  # (n,)

@@ -21,24 +21,6 @@ from utils.errors import UserError
 from utils.training.randomness import seeded
 from utils.vision.labels import LabelSpace
 
-__all__ = [
-    "Backbone",
-    "BackboneSpec",
-    "BlockSegmenter",
-    "BranchSegmenter",
-    "FrozenViT",
-    "Method",
-    "MethodOutput",
-    "PPAPModule",
-    "Predictor",
-    "Segmenter",
-    "build_module",
-    "load_segmenter",
-    "register_backbone",
-    "register_loss",
-    "register_method",
-]
-
 
 def build_module(
     options: Options,

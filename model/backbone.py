@@ -4,8 +4,6 @@ timm resamples position embeddings differently from DINO (the features differ by
 `FrozenViT` are assembled here from timm's blocks.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from dataclasses import dataclass
@@ -44,7 +42,7 @@ class Backbone(nn.Module):
     spec: Any
     prefix: int
 
-    def train(self, mode: bool = True) -> Backbone:
+    def train(self, mode: bool = True) -> "Backbone":
         """Stays in evaluation mode."""
         return super().train(False)
 
@@ -77,7 +75,7 @@ class Backbone(nn.Module):
         return self.prefix + (res // self.spec.patch) ** 2, self.spec.dim
 
     @torch.inference_mode(False)
-    def cast(self, dtype: torch.dtype) -> Backbone:
+    def cast(self, dtype: torch.dtype) -> "Backbone":
         """A copy for autocast to `dtype`, which would otherwise cast the same weights in each step."""
         found = copy.deepcopy(self)
         for module in found.modules():

@@ -1,11 +1,13 @@
 """From the code of a batch to predictions, confusion matrices and CRF refinement."""
 
+from collections import deque
 from collections.abc import Collection
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.probes import ClusterProbe, LinearProbe, read_both
 from utils.config.options import Options
@@ -14,7 +16,7 @@ from utils.training.distributed import all_gather_object
 from utils.training.launch import own_cores
 from utils.vision.crf import CrfPool, HeadLogits, resolve_backend
 from utils.vision.mean_field import MeanField
-from utils.vision.metrics import ConfusionMatrix, Scores, score
+from utils.vision.metrics import Scores, confusion, score
 from utils.vision.transforms import normalise, to_eight_bit
 from utils.vision.upsampling import upsampled_argmax, upsampled_norm
 
@@ -64,7 +66,7 @@ def open_refiner(options: Options) -> AbstractContextManager[Refiner]:
     return CrfPool(options.eval.crf_workers or own_cores(options.trainer.devices))
 
 
-class Evaluator(nn.Module):
+class Evaluator:
     """Collects an evaluation batch by batch; each rank adds its own batches, `compute` scores those of all.
 
     With `is_direct`, the code itself holds the cluster logits. `pictured` are the indices of the images whose
@@ -81,19 +83,17 @@ class Evaluator(nn.Module):
         pictured: Collection[int] = (),
         refiner: Refiner | None = None,
     ) -> None:
-        super().__init__()
         self.is_direct, self.with_linear = is_direct, with_linear
         self.pictured, self.refiner = frozenset(pictured), refiner
         shapes = {"cluster": n_clusters} | ({"linear": n_classes} if with_linear else {})
-        self.plain = nn.ModuleDict({name: ConfusionMatrix(n_classes, k) for name, k in shapes.items()})
-        self.refined = nn.ModuleDict({name: ConfusionMatrix(n_classes, k) for name, k in shapes.items()})
+        self.shapes = {name: (n_classes, k) for name, k in shapes.items()}  # of the counts of a head
         self.reset()
 
     def reset(self) -> None:
         """Clears all counts and kept predictions."""
-        for metric in (*self.plain.values(), *self.refined.values()):
-            metric.reset()
+        self.plain, self.refined = {}, {}  # counts by head
         self._losses, self._sizes, self._predictions = [], [], []  # by batch: mean loss, number of images
+        self._pending: deque[tuple[Tensor, Future]] = deque()  # labels of images in the CRF
 
     @torch.no_grad()
     def update(
@@ -121,7 +121,7 @@ class Evaluator(nn.Module):
         predicted = {}
         for name, logits in heads.items():
             largest, predicted[name] = upsampled_argmax(logits, size)  # (B, H, W)
-            self.plain[name].update(predicted[name], label)
+            self._count(self.plain, name, predicted[name], label)
             if name == "cluster":
                 self._losses.append(-(largest if norm is None else largest / norm).mean())
         for index in self.pictured.intersection(range(first, first + len(label))):
@@ -149,22 +149,24 @@ class Evaluator(nn.Module):
         for row in range(len(label)):
             picture, cosine, divisor, linear = (None if t is None else t[row] for t in maps)
             given = [HeadLogits(cosine, divisor)] + ([] if linear is None else [HeadLogits(linear)])
-            self.refiner.submit(picture, given, tag=label[row])
-        self._count_refined()
+            self._pending.append((label[row], self.refiner.refine(picture, given)))
+        while len(self._pending) > self.refiner.most_pending:
+            self._count_refined()
 
-    def _count_refined(self, *, wait_for_one: bool = False) -> None:
-        for label, predictions in self.refiner.finished(wait_for_one=wait_for_one):
-            for metric, prediction in zip(self.refined.values(), predictions, strict=True):
-                metric.update(torch.as_tensor(prediction), label)
+    def _count_refined(self) -> None:
+        label, refined = self._pending.popleft()
+        for name, prediction in zip(self.shapes, refined.result(), strict=True):
+            self._count(self.refined, name, torch.as_tensor(prediction), label)
+
+    def _count(self, counts: dict[str, Tensor], name: str, prediction: Tensor, label: Tensor) -> None:
+        counts[name] = counts.get(name, 0) + confusion(prediction, label, self.shapes[name])
 
     def finish_refining(self) -> None:
         """Waits for the CRF, with a progress bar."""
-        if self.refiner is None:
+        if not self._pending:
             return
-        with Bar(total=sum(self._sizes), desc="CRF", unit="image") as bar:
-            while len(self.refiner):
-                self._count_refined(wait_for_one=True)
-                bar.update(bar.total - len(self.refiner) - bar.n)
+        for _ in Bar(range(len(self._pending)), desc="CRF", unit="image"):
+            self._count_refined()
 
     def predictions(self) -> list[Prediction]:
         """The kept predictions of all ranks, in the order of the set. Must be called by all ranks."""
@@ -174,8 +176,8 @@ class Evaluator(nn.Module):
 
     def compute(self, *, refined: bool = False) -> Evaluation:
         """Scores of everything added on all ranks, before or after CRF. Must be called by all ranks."""
-        metrics = self.refined if refined else self.plain
-        counts = {name: metric.compute().cpu() for name, metric in metrics.items()}
+        kept, zero = self.refined if refined else self.plain, torch.zeros(1, dtype=torch.int64)
+        counts = {name: kept.get(name, zero).cpu().expand(shape) for name, shape in self.shapes.items()}
         losses = torch.stack(self._losses).cpu() if self._losses else torch.zeros(0)
         added = all_gather_object((counts, losses, torch.tensor(self._sizes)))
         totals = {name: sum(each[name] for each, _, _ in added) for name in counts}

@@ -1,7 +1,5 @@
 """Plain and rotary ViTs of timm as backbones, such as DINOv3 and EVA."""
 
-from __future__ import annotations
-
 from contextlib import redirect_stdout
 from functools import partial
 from types import SimpleNamespace

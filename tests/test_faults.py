@@ -149,7 +149,7 @@ def signalled(function, signum):
     [
         (dataset, "build_data"),
         (PPAPModule, "validation_step"),
-        pytest.param(CrfPool, "submit", marks=needs_pydensecrf),
+        pytest.param(CrfPool, "refine", marks=needs_pydensecrf),
         (results, "write_pictures"),
     ],
 )

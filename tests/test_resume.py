@@ -383,9 +383,9 @@ def stay(module, batch, batch_idx, *, step, step_of):
     return step_of(module, batch, batch_idx)
 
 
-def hang(pool, *_, pids, tag):
+def hang(pool, *_, pids):
     """Waits in the CRF for ever, after its process has started; writes the pids of all children."""
-    pool._pool.submit(int).result()
+    pool.submit(int).result()
     pids.write_text(" ".join(str(child.pid) for child in multiprocessing.active_children()))
     time.sleep(600)
 
@@ -408,7 +408,7 @@ def run_until(argv, *, renames=None, stuck_in_step=None, stuck_in_crf=None, figu
     if stuck_in_step is not None:
         PPAPModule.training_step = partialmethod(stay, step=stuck_in_step, step_of=PPAPModule.training_step)
     if stuck_in_crf is not None:
-        CrfPool.submit = partialmethod(hang, pids=stuck_in_crf)
+        CrfPool.refine = partialmethod(hang, pids=stuck_in_crf)
     with nullcontext() if figures else without_figures():
         sys.exit(guarded(lambda: run.main(argv)))
 

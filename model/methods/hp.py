@@ -29,18 +29,6 @@ COLOUR_VIEW = Compose(  # leaves every pixel where it is
 )
 
 
-class ReferencePools(nn.Module):
-    """Unit-length rows, float16: `agnostic` (M, D) of the frozen features, `specific` (M, K) of the code.
-
-    Buffers, so that a resumed run compares with the same rows.
-    """
-
-    def __init__(self, size: int, dim: int, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("agnostic", torch.zeros(size, dim, dtype=torch.float16))
-        self.register_buffer("specific", torch.zeros(size, channels, dtype=torch.float16))
-
-
 class HP(Method):
     """The loss of HP, its projection, the momentum average of the head and the reference pools.
 
@@ -54,7 +42,10 @@ class HP(Method):
         self.average = copy.deepcopy(segmenter.head).requires_grad_(False)
         with seeded(self.seed, "hp projection"):
             self.projection = nn.Linear(self.channels, self.channels)
-        self.pools = ReferencePools(options.hp.pool_size, segmenter.backbone.spec.dim, self.channels)
+        self.pools = nn.Module()  # M rows of unit length, as buffers: features (M, D) and codes (M, K)
+        for name, dim in (("agnostic", segmenter.backbone.spec.dim), ("specific", self.channels)):
+            rows = torch.zeros(options.hp.pool_size, dim, dtype=torch.float16)
+            self.pools.register_buffer(name, rows)
 
     def groups(self, segmenter: Segmenter) -> list[tuple[list[nn.Parameter], Any]]:
         """The head, and the projection at the same rate without decay."""

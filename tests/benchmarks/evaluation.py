@@ -24,7 +24,7 @@ def bench_eval(bench: Bench, shape: str) -> list[Row]:
     label = torch.randint(-1, n_classes, (images, res, res), generator=drawn).to(bench.device) % 256
     linear = LinearProbe(dim, n_classes).to(bench.device)
     cluster = ClusterProbe(dim, n_classes).to(bench.device)
-    evaluator = Evaluator(n_classes, n_classes, is_direct=False, with_linear=True).to(bench.device)
+    evaluator = Evaluator(n_classes, n_classes, is_direct=False, with_linear=True)
     counts = {name: np.zeros((n_classes, n_classes), dtype=np.int64) for name in ("linear", "cluster")}
 
     @torch.no_grad()

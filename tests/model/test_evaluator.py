@@ -1,3 +1,4 @@
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,10 +44,10 @@ def test_update__equals_probes_on_the_upsampled_code(batch):
     add(evaluator, batch)
     (full, cosine), label = upsampled(batch), batch["label"]
     for name, prediction in (("cluster", cosine.argmax(1)), ("linear", batch["linear"](full).argmax(1))):
-        expected = torch.zeros(3, evaluator.plain[name].n_predictions, dtype=torch.int64)
+        expected = torch.zeros(*evaluator.shapes[name], dtype=torch.int64)
         for true, predicted in zip(label[label < 3].tolist(), prediction[label < 3].tolist(), strict=True):
             expected[true, predicted] += 1
-        assert (evaluator.plain[name].compute() - expected).abs().sum() <= 2  # ties
+        assert (evaluator.plain[name] - expected).abs().sum() <= 2  # ties
     assert evaluator.compute().valid_loss == pytest.approx(-cosine.max(1).values.mean().item(), abs=1e-5)
 
 
@@ -59,7 +60,7 @@ def test_update__images_count_equally_in_batches_of_any_size(batch):
         for part in parts:
             add(evaluator, part)
     for name in ("cluster", "linear"):
-        difference = mixed.plain[name].compute() - apart.plain[name].compute()
+        difference = mixed.plain[name] - apart.plain[name]
         assert difference.abs().sum() <= 2  # ties
     assert mixed.compute().images == apart.compute().images == 3
     assert mixed.compute().valid_loss == pytest.approx(apart.compute().valid_loss, abs=1e-6)
@@ -80,15 +81,14 @@ def test_direct__code_is_the_cluster_logits(batch):
     add(evaluator, batch)
     full = F.interpolate(batch["code"], size=(40, 48), mode="bilinear").argmax(1)
     label = batch["label"]
-    assert evaluator.plain["cluster"].compute()[1, 5] == ((full == 5) & (label == 1)).sum()
+    assert evaluator.plain["cluster"][1, 5] == ((full == 5) & (label == 1)).sum()
     assert "linear" not in evaluator.compute().scores
 
 
 def test_crf__literal_logits_reach_the_workers(batch):
     """log-softmax of the linear logits, and of twice the cosines of the upsampled code."""
     seen = []
-    refiner = SimpleNamespace(on_device=False, submit=lambda *given, tag: seen.append(given))
-    refiner.finished = lambda **_: ()
+    refiner = SimpleNamespace(on_device=False, most_pending=2, refine=lambda *given: seen.append(given))
     evaluator = Evaluator(3, 4, is_direct=False, with_linear=True, refiner=refiner)
     with torch.no_grad():
         add(evaluator, batch)
@@ -100,17 +100,15 @@ def test_crf__literal_logits_reach_the_workers(batch):
             np.testing.assert_allclose(head.at((40, 48)), literal[place].numpy(), atol=1e-4)
 
 
-class InProcess(list):
+class InProcess:
     """What CrfPool does, without processes."""
 
-    on_device = False
+    on_device, most_pending = False, 1
 
-    def submit(self, image, heads, tag):
-        self.append((tag, [marginals.argmax(0) for marginals in refine(image, heads)]))
-
-    def finished(self, *, wait_for_one=False):
-        while self:
-            yield self.pop(0)
+    def refine(self, image, heads):
+        done = Future()
+        done.set_result([marginals.argmax(0) for marginals in refine(image, heads)])
+        return done
 
 
 @needs_pydensecrf
@@ -122,7 +120,8 @@ def test_crf__on_the_device_equals_the_pool(batch, is_direct, with_linear):
     )
     for evaluator in (in_pool, on_device):
         add(evaluator, batch)
+        evaluator.finish_refining()
     for name in ("cluster", "linear") if with_linear else ("cluster",):
-        difference = on_device.refined[name].compute() - in_pool.refined[name].compute()
+        difference = on_device.refined[name] - in_pool.refined[name]
         assert difference.abs().sum() <= 4  # ties
-        assert on_device.refined[name].compute().sum() == (batch["label"] < 3).sum()
+        assert on_device.refined[name].sum() == (batch["label"] < 3).sum()

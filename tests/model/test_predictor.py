@@ -29,9 +29,10 @@ class Recorder(MeanField):
 
     found = None
 
-    def finished(self, **how):
-        for tag, self.found in super().finished(**how):
-            yield tag, self.found
+    def refine(self, *given):
+        done = super().refine(*given)
+        self.found = done.result()
+        return done
 
 
 def make_module(*, refiner=None, **changes):

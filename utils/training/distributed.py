@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
-from torch.nn import functional as F
 
 Rows = TypeVar("Rows", bound=Sequence)
 
@@ -34,10 +33,8 @@ def own_slice(rows: Rows) -> Rows:
 
 
 def own_groups(groups: Tensor) -> Tensor:
-    """This rank's share of (G, A_max) anchor groups; all ranks get equally many, padded with -1."""
-    each = -(-len(groups) // world_size())
-    padded = F.pad(groups, (0, 0, 0, each * world_size() - len(groups)), value=-1)  # (world_size*each, A_max)
-    return own_slice(padded)
+    """This rank's share of G groups of anchors or patches, (G, ...); sizes differ by at most one."""
+    return groups.tensor_split(world_size())[rank()]
 
 
 def all_gather(rows: Tensor) -> Tensor:

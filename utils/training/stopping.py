@@ -1,7 +1,5 @@
 """Graceful shutdown on Ctrl-C, SIGTERM or SLURM's warning signal."""
 
-from __future__ import annotations
-
 import ctypes
 import multiprocessing
 import os
@@ -46,7 +44,7 @@ class StopSignal:
         for signum in self._before:
             signal.signal(signum, signal.SIG_DFL if signum == signal.SIGCHLD else self._handle)
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> "StopSignal":
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)
         self._before = {signum: signal.getsignal(signum) for signum in signals}
         return self

@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import multiprocessing
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.special import softmax
@@ -119,36 +118,20 @@ def _start_worker() -> None:
             glibc.mallopt(trim, 2**30)
 
 
-class CrfPool:
-    """Processes, one per core by default, that refine images in order while the network continues."""
+class CrfPool(ProcessPoolExecutor):
+    """Processes, one per core by default, that refine images while the network continues."""
 
     on_device = False
 
     def __init__(self, workers: int | None = None) -> None:
-        self.workers = workers or cores()
+        workers = workers or cores()
+        self.most_pending = 4 * workers
         spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's threads and CUDA context
-        self._pool = ProcessPoolExecutor(self.workers, spawn, initializer=_start_worker)
-        self._pending: deque[tuple[Any, Future]] = deque()
+        super().__init__(workers, spawn, initializer=_start_worker)
 
-    def submit(self, image: np.ndarray, heads: Sequence[HeadLogits], tag: Any) -> None:
-        """Queues one image, as for `refine`; the result is returned with the tag."""
-        self._pending.append((tag, self._pool.submit(_predict, image, heads)))
-
-    def finished(self, *, wait_for_one: bool = False) -> Iterator[tuple[Any, list[np.ndarray]]]:
-        """Yields (tag, predictions (H, W) int16 per head); waits for the oldest if the queue is long."""
-        while self._pending:
-            tag, future = self._pending[0]
-            if not (wait_for_one or future.done() or len(self._pending) > 4 * self.workers):
-                return
-            wait_for_one = False
-            self._pending.popleft()
-            yield tag, future.result()
-
-    def __len__(self) -> int:
-        return len(self._pending)
-
-    def __enter__(self) -> CrfPool:
-        return self
+    def refine(self, image: np.ndarray, heads: Sequence[HeadLogits]) -> Future:
+        """Queues one image; the result is its predictions (H, W) int16 per head."""
+        return self.submit(_predict, image, heads)
 
     def __exit__(self, *_exception) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self.shutdown(wait=True, cancel_futures=True)

@@ -1,7 +1,5 @@
 """Class names and colours of a data set, as used by tables, figures and checkpoints."""
 
-from __future__ import annotations
-
 import colorsys
 from dataclasses import dataclass
 
@@ -34,7 +32,7 @@ class LabelSpace:
         return len(self.names)
 
     @classmethod
-    def with_spread_colours(cls, names: tuple[str, ...]) -> LabelSpace:
+    def with_spread_colours(cls, names: tuple[str, ...]) -> "LabelSpace":
         """A label space whose hues differ by the golden ratio, so that neighbours are easy to tell apart."""
         colours = []
         for index in range(len(names)):

@@ -4,8 +4,6 @@ Splat, blur along the d + 1 axes and slice are sparse matrices, written as `embe
 summed in a fixed order, so the result is deterministic on a GPU too.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 
@@ -40,7 +38,7 @@ class PermutohedralLattice:
             table = F.embedding_bag(neighbours, table, mode="sum", per_sample_weights=shares)
         return F.embedding_bag(self.vertices, table, mode="sum", per_sample_weights=self.weights)
 
-    def normalised(self, weight: float) -> PermutohedralLattice:
+    def normalised(self, weight: float) -> "PermutohedralLattice":
         """The lattice whose filter is v -> weight * n * filter(n * v) with n = 1 / sqrt(filter(1))."""
         ones = self.weights.new_ones(len(self.weights), 1)
         factor = (self.filter(ones)[:, 0] + 1e-20).rsqrt()  # (N,)

@@ -3,10 +3,9 @@
 Computes what `utils.vision.crf` computes with pydensecrf; the labels of all heads are channels of one filter.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,25 +60,15 @@ def _divided(features: Tensor, deviation: float) -> Tensor:
 
 
 class MeanField:
-    """Refines images on their device when they are submitted; has the interface of `CrfPool`."""
+    """Refines images on their device at once; has the interface of `CrfPool`."""
 
-    on_device = True
+    on_device, most_pending = True, 0
 
-    def __init__(self) -> None:
-        self._done: deque[tuple[Any, list[Tensor]]] = deque()
-
-    def submit(self, image: Tensor, heads: Sequence[HeadLogits], tag: Any) -> None:
-        """Refines one image (H, W, 3) uint8; the result is returned with the tag."""
-        full = []
+    def refine(self, image: Tensor, heads: Sequence[HeadLogits]) -> Future:
+        """Refines one image (H, W, 3) uint8; the result is its predictions (H, W) int64 per head."""
+        full, done = [], Future()
         for head in heads:
             logits = F.interpolate(head.logits[None], size=image.shape[:2], mode="bilinear")[0]  # (K, H, W)
             full.append(logits if head.divisor is None else logits / head.divisor)
-        self._done.append((tag, [marginals.argmax(dim=0) for marginals in refine(image, full)]))
-
-    def finished(self, *, wait_for_one: bool = False) -> Iterator[tuple[Any, list[Tensor]]]:
-        """Yields (tag, predictions (H, W) int64 per head) of all submitted images."""
-        while self._done:
-            yield self._done.popleft()
-
-    def __len__(self) -> int:
-        return len(self._done)
+        done.set_result([marginals.argmax(dim=0) for marginals in refine(image, full)])
+        return done

@@ -6,36 +6,18 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchmetrics import Metric
 
 
-class ConfusionMatrix(Metric):
-    """Counts (C, n_predictions) of true class and prediction; labels outside [0, C) are ignored.
+def confusion(prediction: Tensor, label: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Counts (C, P) int64 of true class and prediction; labels outside [0, C) are ignored.
 
-    Each process counts its own pixels; the evaluator sums over processes.
+    Both are (..., H, W) integer, predictions in [0, P).
     """
-
-    full_state_update = False
-    counts: Tensor
-
-    def __init__(self, n_classes: int, n_predictions: int) -> None:
-        super().__init__(sync_on_compute=False)
-        self.n_classes, self.n_predictions = n_classes, n_predictions
-        self.add_state("counts", torch.zeros(n_classes, n_predictions, dtype=torch.int64))
-
-    def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Adds a batch: both (..., H, W) integer, predictions in [0, n_predictions)."""
-        label, prediction = label.flatten().long(), prediction.flatten().long()
-        valid = (label >= 0) & (label < self.n_classes)
-        flat = torch.where(valid, label * self.n_predictions + prediction, self.counts.numel())
-        # unlike bincount, scatter_add_ does not wait for a GPU
-        counts = flat.new_zeros(self.counts.numel() + 1).scatter_add_(0, flat, torch.ones_like(flat))[:-1]
-        counts = counts.to(self.counts.device, non_blocking=self.counts.is_cuda)
-        self.counts = self.counts + counts.view_as(self.counts)  # not in place: may be an inference tensor
-
-    def compute(self) -> Tensor:
-        """(C, n_predictions) int64."""
-        return self.counts
+    label, prediction = label.flatten().long(), prediction.flatten().long()
+    valid, size = (label >= 0) & (label < shape[0]), shape[0] * shape[1]
+    flat = torch.where(valid, label * shape[1] + prediction, size)
+    # unlike bincount, scatter_add_ does not wait for a GPU
+    return flat.new_zeros(size + 1).scatter_add_(0, flat, torch.ones_like(flat))[:-1].view(shape)
 
 
 @dataclass(frozen=True)

@@ -90,18 +90,12 @@ def test_refine__heads_together_equal_heads_alone(labels):
         torch.testing.assert_close(together, refined(image, [head])[0], rtol=0, atol=1e-5)
 
 
-def test_mean_field__predictions_keep_order_and_tag():
-    images = [blobs(40, 48, seed=seed) for seed in range(3)]
-    logits, divisor = [coarse(4, 40, 48, seed=seed) for seed in range(3)], torch.full((40, 48), 0.5)
-    refiner = MeanField()
-    for tag, (image, head) in enumerate(zip(images, map(torch.from_numpy, logits), strict=True)):
-        refiner.submit(torch.from_numpy(image), [HeadLogits(head, divisor), HeadLogits(head)], tag=tag)
-    assert len(refiner) == 3
-    for tag, predictions in refiner.finished(wait_for_one=True):
-        expected = refined(images.pop(0), [2 * logits[tag], logits[tag]])
-        for prediction, marginals in zip(predictions, expected, strict=True):
-            assert (prediction == marginals.argmax(0)).float().mean() >= 0.999
-    assert (tag, len(refiner)) == (2, 0)
+def test_mean_field__predictions_of_divided_logits():
+    image, logits, divisor = blobs(40, 48), coarse(4, 40, 48, seed=0), torch.full((40, 48), 0.5)
+    head = torch.from_numpy(logits)
+    found = MeanField().refine(torch.from_numpy(image), [HeadLogits(head, divisor), HeadLogits(head)])
+    for prediction, marginals in zip(found.result(), refined(image, [2 * logits, logits]), strict=True):
+        assert (prediction == marginals.argmax(0)).float().mean() >= 0.999
 
 
 @pytest.mark.gpu

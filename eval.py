@@ -39,7 +39,7 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
 
     `checkpoint` is a file, a folder or a run below `output_dir`; figures and metrics are written to `folder`.
     """
-    from dataset import build_data, spread_indices
+    from dataset import build_data
     from model import build_module
     from model.checkpoint import open_checkpoint
     from model.evaluator import open_refiner
@@ -48,6 +48,7 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
     from utils.plots.tables import metrics_markdown
     from utils.training.device import explained_errors
     from utils.training.trainer import build_trainer
+    from utils.vision.images import spread_indices
 
     stored = open_checkpoint(str(checkpoint), options.output_dir)
     data = build_data(options, train=False)

@@ -43,7 +43,7 @@ def train(
     options: Options, run_dir: RunDir, longer: dict[str, int]
 ) -> tuple[dict[str, Any], HtmlReport, WandbImages]:
     """Trains or resumes one run; returns its cost and the callbacks that report results."""
-    from dataset import build_data, spread_indices
+    from dataset import build_data
     from model import build_module
     from model.callbacks import HtmlReport, ReferenceImages, WandbImages
     from model.checkpoint import open_checkpoint
@@ -53,6 +53,7 @@ def train(
     from utils.training.loggers import build_loggers, wandb_runs
     from utils.training.stopping import StopSignal
     from utils.training.trainer import build_trainer
+    from utils.vision.images import spread_indices
 
     hardware, data = hardware_settings(options), build_data(options)
     start = options.checkpoint and open_checkpoint(options.checkpoint, options.output_dir)
@@ -159,7 +160,7 @@ def planned_runs(job: Job, *, evaluate_only: bool) -> list[tuple[str, Options]]:
 
 
 def trained_with(options: Options) -> str:
-    """The method of a run, or its own loss in PPAP's place."""
+    """Name of the method, or of the registered loss that replaces PPAP's."""
     method = options.trained_by
     return options.training_coeff.loss if method == "ppap" else method
 

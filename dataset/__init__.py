@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from dataset import cityscapes, cocostuff, image_folder, potsdam, synthetic
-from dataset.base import DataSetKind, FileSource, RawItem, Source, class_rule, spread_indices
+from dataset.base import DataSetKind, FileSource, RawItem, Source, class_rule
 from dataset.datamodule import SegmentationDataModule
 from utils.config.options import DATA_TYPES, WITHOUT_FOLDER, DatasetOptions, Options, register_name
 from utils.errors import UserError

@@ -179,12 +179,6 @@ def require_files(options: DatasetOptions, paths: Sequence[Path], *, unless: boo
         )
 
 
-def spread_indices(count: int, images: int) -> list[int]:
-    """`count` indices spread over a split of `images` images, or all if it has fewer."""
-    count = min(count, images)
-    return [number * images // count for number in range(count)]
-
-
 class Batch(NamedTuple):
     """One item, or a batch of items with a leading axis."""
 
@@ -239,7 +233,7 @@ class SegmentationDataset(Dataset):
 
 @lru_cache(maxsize=1)  # crops that are read one after another share a decode
 def _read(source: Source, position: int, hides_label: bool) -> RawItem:
-    """An item, of which a hidden label is not read."""
+    """Reads an item, without its label if labels are hidden."""
     try:
         return RawItem(source.read_image(position), None) if hides_label else source.read(position)
     except UserError as error:

@@ -64,7 +64,7 @@ def write_crops(source: Source, folder: Path, options: DatasetOptions, index: in
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags; further words are in `overrides`."""
+    """The flags; the remaining arguments are in `overrides`."""
     about = {"description": "Write the five crops of each train image to files.", "epilog": EPILOG}
     parser = argparse.ArgumentParser(**about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--opt", required=True, help="option file: a path, or a name in json/ or below")

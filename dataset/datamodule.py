@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
-from dataset.base import DataSetKind, FileSource, SegmentationDataset, Source, class_rule, spread_indices
+from dataset.base import DataSetKind, FileSource, SegmentationDataset, Source, class_rule
 from dataset.crops import CROPS, prepared_folder
 from dataset.neighbours import FeatureEncoder, nearest_neighbours
 from dataset.samplers import EvaluationBatchSampler, TrainBatchSampler, loader_workers, validation_batch_size
@@ -21,6 +21,7 @@ from utils.errors import UserError
 from utils.training.distributed import own_slice
 from utils.training.randomness import generator
 from utils.training.stopping import worker_settings
+from utils.vision.images import spread_indices
 from utils.vision.transforms import Geometry
 
 

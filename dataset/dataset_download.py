@@ -118,7 +118,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("target", choices=list(TARGETS), help="the data set")
     root = {"required": True, "type": os.path.expanduser}
     parser.add_argument("--root", **root, help="its folder: the later --data_path")
-    parser.add_argument("--mirror", default="", metavar="URL", help="address that is tried first")
+    parser.add_argument("--mirror", default="", metavar="URL", help="URL to try first")
     parser.add_argument("--keep-archives", action="store_true", help="keep archives after unpacking")
     parser.add_argument("--dry-run", action="store_true", help="print addresses and sizes, write nothing")
     return parser.parse_args(argv)
@@ -159,7 +159,7 @@ def _obtain(target: Target, root: Path, *, mirror: str, keep: bool) -> None:
     reasons: list[str] = []
 
     def is_missing(plan: tuple[File, ...]) -> bool:
-        """False, which comes first, if all files were put there by hand or by a stopped run."""
+        """Sort key: plans whose files are all present come first."""
         return not all((root / file.name).is_file() for file in plan)
 
     with exclusive(root / "download", advice=""):
@@ -177,7 +177,7 @@ def _obtain(target: Target, root: Path, *, mirror: str, keep: bool) -> None:
 
 
 def _obtain_file(file: File, root: Path, *, mirror: str, keep: bool) -> None:
-    """Downloads a file, and unpacks an archive. It is deleted last, so one that is left is unpacked again."""
+    """Downloads a file; unpacks an archive and deletes it last, so that a stopped extraction is repeated."""
     path = root / file.name
     if not path.is_file():
         if file.wanted and all((root / file.into / name).exists() for name in file.wanted):

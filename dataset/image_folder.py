@@ -67,7 +67,7 @@ class ImageFolder(FileSource):
         folders = {part for image in images for part in image.relative_to(folder).parts[:-1]}
         for name in sorted(folders & LABEL_FOLDERS) if plain else ():
             hint = "if they are labels, move the photographs to imgs/train and the labels to labels/train"
-            print_once(f"{root}: the images in {name} are trained on as photographs; {hint}")
+            print_once(f"{root}: the images in {name} are used as training photographs; {hint}")
         if split == "train" and not images:
             endings = ", ".join(sorted(IMAGE_ENDINGS))
             message = f"{folder} holds no image ({endings}); put yours there"

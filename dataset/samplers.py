@@ -71,7 +71,7 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class EvaluationBatchSampler(Sampler[list[int]]):
-    """The batches of a split in order, dealt out to the ranks in turn.
+    """The batches of a split in order, distributed round-robin over the ranks.
 
     Each batch is the one that a single process would see. When the `total` batches run out, the other ranks
     get the first one again to stay in step; `number(turn) >= total` marks it as one to skip.

@@ -78,7 +78,7 @@ class TokenLoader(DataLoader):
 
 @contextmanager
 def cache_entry(items: SegmentationDataset, options: Options, name: str, *about: Any) -> Iterator[Path]:
-    """The path below `output_dir` of what is computed from items; `about` is what else it depends on.
+    """The path below `output_dir` of data computed from items; `about` lists its other dependencies.
 
     It is locked, as another run or process may be writing the same.
     """

@@ -16,7 +16,7 @@ memory = cache(torch.cuda.mem_get_info)  # a driver call, so only once per devic
 class ChunkedLoss:
     """Sums over the anchors of a batch, and in `grad_z` the gradient of the weighted sum of L_i.
 
-    Takes z (N, D'), f_j as `bank` (N, D), float32 both, and a `PPAPLoss`, whose `bank` has rounded f_j.
+    Takes z (N, D'), f_j as `bank` (N, D), both float32, and a `PPAPLoss`, whose `bank` has rounded f_j.
     """
 
     def __init__(self, z: Tensor, bank: Tensor, criterion: nn.Module) -> None:

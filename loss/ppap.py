@@ -67,6 +67,11 @@ class PPAPLoss(nn.Module):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
+        above_0 = {"tau": tau, "sigma_pos": sigma_pos, "sigma_amb": sigma_amb, "group_size": group_size}
+        above_0 |= {"trainpatchsplit": trainpatchsplit, "chunk_size": 1 if chunk_size is None else chunk_size}
+        for name, value in above_0.items():
+            if value <= 0:
+                raise ValueError(f"{name} is {value}, must be above 0")
         allowed = ("float32", "float16", "split")[: 2 if similarity_dtype == torch.float16 else 3]
         if products not in allowed:
             raise ValueError(f"products is {products}, must be one of {allowed} with {similarity_dtype}")
@@ -114,7 +119,13 @@ class PPAPLoss(nn.Module):
             features: criterion features, (B, D, h, w) of any float dtype with B*h*w = N; normalised here.
             anchors: (groups, A_max) int64 indices into the patches of all ranks, -1 = unused; None samples.
             generator: the CPU generator for sampling.
+
+        Raises:
+            ValueError: the shapes do not match.
         """
+        if z.ndim != 2 or features.ndim != 4 or features[:, 0].numel() != len(z):
+            shapes = f"z is {list(z.shape)}, features are {list(features.shape)}"
+            raise ValueError(f"{shapes}; must be (N, D') and (B, D, h, w) with N = B*h*w")
         if anchors is None:
             anchors = self.sample_anchors(world_size() * len(z), generator)
         anchors = anchors.to(z.device, non_blocking=z.is_cuda)

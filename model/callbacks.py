@@ -56,7 +56,8 @@ class WandbImages(Callback):
                 run.summary.update(summary_of(result))
                 existing = [folder / name for name in PICTURES if (folder / name).exists()]
                 pictures = {path.stem: wandb.Image(str(path)) for path in existing}
-                free = run.step + (run.step % 3 < 2)  # see `wandb_step`
+                last = max(run.step, run.starting_step)  # a resumed run starts at step 0 again
+                free = last + (last % 3 < 2)  # see `wandb_step`
                 run.log(pictures | {"iters": result["step"]}, step=free)
                 attach(run, folder, ("metrics.json", NAME))
                 if artifact is not None:
@@ -80,7 +81,7 @@ class WandbImages(Callback):
 
 
 class ReferenceImages(Callback):
-    """Hands random train images to the method before the steps for which it wants some."""
+    """Passes random train images to the method before steps that need them."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: PPAPModule, _: Any, batch_idx: int) -> None:
         """Calls `Method.prepare` if it is due."""

@@ -32,7 +32,7 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 class _Entry(BaseModel, extra="allow"):
-    """The keys of our entry that are read; others describe the run to people."""
+    """Keys of the `ppap` entry that are read; the rest is informational."""
 
     class_names: tuple[str, ...] = Field(min_length=1, max_length=IGNORE)
     palette: tuple[tuple[Byte, Byte, Byte], ...]
@@ -86,7 +86,7 @@ def parse_checkpoint(path: Path, content: Any) -> Checkpoint:
     if keys >= PUBLISHED.keys():
         return Checkpoint(path, _published_state(path, content), {})
     if not keys >= {CHECKPOINT_ENTRY, "state_dict"}:
-        raise UserError(f"{path}: neither one of our checkpoints nor a published one")
+        raise UserError(f"{path}: not a PPAP checkpoint, neither of this project nor in the published format")
     state = checked_state(content["state_dict"], f"{path}: state_dict")
     try:
         entry = _Entry.model_validate(content[CHECKPOINT_ENTRY], context=state)

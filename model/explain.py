@@ -18,7 +18,7 @@ from utils.errors import UserError
 from utils.files import make_folder, printable, read_json_object, write_json
 from utils.plots.explain_figure import AMBIGUOUS, ANCHOR, NEGATIVE, POSITIVE, Explanation, draw_explanation
 from utils.training.trainer import build_trainer
-from utils.vision.images import open_image
+from utils.vision.images import open_image, spread_indices
 
 
 def explain_image(
@@ -52,8 +52,7 @@ def build_bank(data: Any, image: str, *, size: int, flag: str = "--explain") -> 
     else:
         raise UserError(f"{flag} is {image}, must be an image file or an index from 0 to {len(split) - 1}")
     others = [index for index, name in enumerate(names) if Path(name).resolve() != Path(image).resolve()]
-    count = min(size - 1, len(others))
-    chosen = [others[number * len(others) // count] for number in range(count)]
+    chosen = [others[place] for place in spread_indices(size - 1, len(others))]
     images = torch.stack([first, *(split[index].image for index in chosen)])  # (B, 3, H, W)
     return images, [printable(image), *(names[index] for index in chosen)]
 

@@ -23,7 +23,7 @@ from utils.errors import UserError
 from utils.files import make_folder, printable, write_text
 from utils.plots.figures import SET_COLOURS
 from utils.plots.report import render
-from utils.vision.images import find_images, open_image
+from utils.vision.images import find_images, open_image, spread_indices
 from utils.vision.labels import LabelSpace
 from utils.vision.transforms import Geometry
 
@@ -74,12 +74,11 @@ def explore(
 def open_photographs(path: Path, options: Options, *, size: int) -> tuple[Tensor, list[str]]:
     """A photograph, or up to `size` spread over those in a folder, (B, 3, H, W) uint8, and their names."""
     found, others = find_images(path) if path.is_dir() else ([path], "")
-    count = min(size, len(found))
-    if count < len(found):
-        print(f"{path}: showing {count} of {len(found)} images, see dataloader.batch_size")
+    if size < len(found):
+        print(f"{path}: showing {size} of {len(found)} images, see dataloader.batch_size")
     geometry = Geometry(options.dataset.val_res, "center", options.dataset.interpolation)
     pixels, names = [], []
-    for file in (found[number * len(found) // count] for number in range(count)):
+    for file in (found[place] for place in spread_indices(size, len(found))):
         try:
             pixels.append(np.asarray(geometry(open_image(file), None)[0]))  # (H, W, 3)
             names.append(printable(file))

@@ -41,7 +41,7 @@ class Predictor:
         device: None selects CUDA, then Apple MPS, then the CPU.
         res: shorter side in pixels at which the network sees a photograph; None is `dataset.val_res`.
         head: "cluster" or "linear".
-        crf: whether to refine with the CRF of `eval.crf_backend`.
+        crf: whether to refine with the CRF of `eval.crf_backend`, or "pydensecrf" or "torch".
         tile: side in pixels of overlapping tiles; None tiles photographs of more than 4,096 patches only,
             and reduces extremely large or thin ones to 262,144 patches.
 
@@ -58,13 +58,15 @@ class Predictor:
         device: str | torch.device | None = None,
         res: int | None = None,
         head: str = "cluster",
-        crf: bool = False,
+        crf: bool | str = False,
         tile: int | None = None,
     ) -> None:
         options, labels, patch = module.options, module.labels, module.segmenter.backbone.spec.patch
         self.head, self.tile, self.patch, self._announced = head, tile, patch, False
         self.res = options.dataset.val_res if res is None else res
-        self.crf = resolve_backend(options.eval.crf_backend) if crf else None
+        if crf not in (False, True, "auto", "pydensecrf", "torch"):
+            raise UserError(f"crf is {crf}, must be True, False, auto, pydensecrf or torch")
+        self.crf = resolve_backend(options.eval.crf_backend if crf is True else crf) if crf else None
         heads = HEADS if module.evaluator.with_linear else ("cluster",)
         if head not in heads:
             allowed = f"{' or '.join(heads)}; linear needs labelled train data"

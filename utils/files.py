@@ -34,7 +34,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: not a readable JSON file: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold an object {{...}}, holds {type(content).__name__}")
+        raise UserError(f"{path}: must be a JSON object, found {type(content).__name__}")
     return content
 
 

@@ -39,7 +39,7 @@ class Bar(tqdm):
 
 @cache
 def print_once(text: str) -> None:
-    """Prints a text unless this process has printed it: an evaluation opens the data of a training again."""
+    """Prints a message once per process: an evaluation reopens the data of the training."""
     print(text)
 
 

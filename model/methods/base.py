@@ -68,8 +68,8 @@ class Method(nn.Module):
         return [(part, self.options.optimizer.net) for part in (segmenter.trainable(), own) if part]
 
     def reference_images(self, step: int, batch_idx: int) -> int:
-        """How many random train images `prepare` needs before a step, from 1, `batch_idx` in its epoch."""
+        """Number of train images that `prepare` needs before a step, from 1, `batch_idx` in its epoch."""
         return 0
 
     def prepare(self, segmenter: Segmenter, batches: Iterable[Any], step: int) -> None:
-        """Renews state that random train images determine, see HP; the batches are on the device."""
+        """Updates state computed from random train images, see HP; the batches are on the device."""

@@ -186,6 +186,14 @@ def test_products__that_do_not_exist(change):
         PPAPLoss(**COEFFICIENTS | change)
 
 
+@pytest.mark.parametrize("name", ["tau", "sigma_pos", "trainpatchsplit", "group_size", "chunk_size"])
+def test_loss__wrong_arguments(name):
+    with pytest.raises(ValueError, match=f"{name} is 0, must be above 0"):
+        PPAPLoss(**COEFFICIENTS | {name: 0})
+    with pytest.raises(ValueError, match=r"must be .* with N = B"):
+        PPAPLoss(**COEFFICIENTS)(torch.zeros(7, 3), torch.zeros(1, 4, 2, 4))
+
+
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch < 2.9")
 @pytest.mark.parametrize(
     "place", [None, torch.backends.cuda.matmul, torch.backends], ids=["old", "products", "all"]

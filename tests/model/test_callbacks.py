@@ -9,6 +9,7 @@ import pytest
 import run
 from model import callbacks
 from tests.utils.wandb_server import wandb_server  # noqa: F401
+from utils.errors import Interrupted
 
 KEY = "k" * 40  # of `wandb_server`
 METRICS = {"Cluster_Accuracy", "Cluster_mIoU", "Linear_Accuracy", "Linear_mIoU"}
@@ -47,6 +48,17 @@ def test_run__is_in_wandb_and_in_metrics_csv(tiny_file, tmp_path, wandb_server):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
 
+def test_resume__behind_the_last_step_still_sends_the_pictures(tiny_file, monkeypatch, wandb_server):  # noqa: F811
+    words = ["--opt", tiny_file(wandb__mode="online", wandb__id="abc", train__epoch=2, eval__pictures=2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.HtmlReport, "finish", Mock(side_effect=Interrupted(143)))
+        with pytest.raises(Interrupted):
+            run.main(words)
+    (result,) = run.main([*words, "--resume"])
+    pictures = [row["iters"] for row in wandb_server.history("abc") if "predictions" in row]
+    assert pictures == [result["step"]]
+
+
 def check_history(history, *, best):
     """No point is lost to the images, and the final pictures belong to the best step."""
     steps = [row for row in history if "total_loss" in row]
@@ -77,7 +89,7 @@ def check_summary(summary, metrics):
 
 def test_artifact__is_the_best_checkpoint(tmp_path):
     (tmp_path / "best.ckpt").touch()
-    run = Mock(id="a=b", step=8)
+    run = Mock(id="a=b", step=8, starting_step=0)
     callbacks.WandbImages([run], []).finish({"step": 8}, folder=tmp_path, artifact=tmp_path / "best.ckpt")
     (artifact,) = run.log_artifact.call_args.args
     assert (artifact.type, artifact.name) == ("model", "a_b-best")

@@ -112,6 +112,9 @@ def test_map__after_crf_is_the_evaluators(module, checkpoint, backend):
     found = load_segmenter(checkpoint, opt=options, crf=True)(image)
     evaluated(module, image)
     assert np.mean(found == ASSIGNMENT[module.evaluator.refiner.found[0]]) > 0.995
+    assert np.array_equal(load_segmenter(checkpoint, crf=backend)(image), found)
+    with pytest.raises(UserError, match="crf is cuda, must be"):
+        load_segmenter(checkpoint, crf="cuda")
     smaller = load_segmenter(checkpoint, opt=options, crf=True, res=40)
     assert smaller(photo(61, 83)).shape == (83, 61)
 

@@ -68,7 +68,7 @@ def find_option_file(name: str, *, beside: Path = Path(), asked: str = "--opt") 
 
 
 def read_option_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Reads the flat options of a file, merged over those of its `base`; a `description` is for people."""
+    """Reads the flat options of a file, merged over those of its `base`; a `description` is ignored."""
     if path in seen:
         raise UserError(f"{path}: base: the option files form a cycle; remove one base")
     tree = read_json_object(path)

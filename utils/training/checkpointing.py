@@ -16,11 +16,15 @@ from utils.training.distributed import Agreement
 from utils.training.loggers import wandb_runs
 from utils.training.run_dir import BEST, LAST, Progress
 from utils.training.stopping import Stopped, StopSignal, worker_was_killed
-from utils.training.torch_files import write_torch_file
+from utils.training.torch_files import read_torch_file, write_torch_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's reader and writer of checkpoints, with atomic writes."""
+    """Lightning's reader and writer of checkpoints, with integrity checks and atomic writes."""
+
+    def load_checkpoint(self, path: str, *_: Any, **_settings: Any) -> dict[str, Any]:
+        """Reads a checkpoint."""
+        return read_torch_file(Path(path))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
         """Writes a checkpoint, completely or not at all."""
@@ -111,9 +115,9 @@ class CheckpointManager(Callback):
             self._save(trainer, best=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves between two steps, as on damaged data or a killed worker; saving needs all ranks.
+        """Saves if the error, such as damaged data or a killed worker, occurred between two steps.
 
-        Within a step, the weights may be ahead of the recorded position.
+        Within a step, the weights may be ahead of the recorded position. Saving needs all ranks.
         """
         if trainer.world_size == 1 and not self._in_step and self._saved_step < self.progress.step:
             self._save(trainer)

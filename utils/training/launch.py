@@ -45,16 +45,11 @@ def _number(name: str) -> int:
         raise UserError(f"the environment variable {name} is {value!r}, must be a number; {fix}") from None
 
 
-def in_slurm_job() -> bool:
-    """Whether SLURM runs this as a batch job."""
-    return "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
-
-
 def check_launch(wanted: TrainerOptions) -> None:
     """Raises a UserError if torchrun or srun started a different number of processes than configured."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         started = _number("WORLD_SIZE")
-    elif in_slurm_job():
+    elif "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         started = _number("SLURM_STEP_NUM_TASKS") or 1
     else:
         return

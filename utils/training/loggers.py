@@ -36,8 +36,8 @@ class StepWandbLogger(WandbLogger):
 def wandb_step(step: int, *, validation: bool) -> int:
     """The step given to wandb, which drops rows of earlier steps.
 
-    A validation has its own, in case a stop cuts it off. 3 * step + 2 is left for the final pictures, so that
-    extending a run loses no point.
+    A validation has a separate step, because a stop may interrupt it. 3 * step + 2 is left for the final
+    pictures, so that extending a run loses no point.
     """
     return 3 * step + validation
 

@@ -73,7 +73,7 @@ def end_with_parent() -> None:
 
 
 def follow_main_process(*_: Any) -> None:
-    """Makes a worker end with its main process, and not before: a step in progress needs its workers.
+    """Ties a worker's lifetime to the main process: a step in progress needs its workers.
 
     In a process group of its own, it does not get signals to that of the main process, such as Ctrl-C.
     """

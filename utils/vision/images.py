@@ -106,3 +106,9 @@ def find_images(folder: Path, *, without: Path | None = None) -> tuple[list[Path
     skipped = ", ".join(f"{number} {kind}" for kind, number in sorted(others.most_common(10)))
     hint = f"; {VIDEO_HINT}" if VIDEO_ENDINGS & others.keys() else ""
     return sorted(images), skipped and f"other files: {skipped}{hint}"
+
+
+def spread_indices(count: int, images: int) -> list[int]:
+    """`count` indices spread over `images` images, or all if there are fewer."""
+    count = min(count, images)
+    return [number * images // count for number in range(count)]

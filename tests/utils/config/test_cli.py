@@ -100,7 +100,7 @@ def test_weights_file__is_needed_for_training_but_not_with_a_checkpoint(tiny_fil
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("[]", "must hold an object"),
+        ("[]", "must be a JSON object"),
         ('{"a": {}, "a": {"train": {"epoch": 2}}}', r'mine\.json: .*"a" appears twice'),
         ('{"a": 3}', "must map names to objects of options"),
         ('{"a": {"train": {"seed": 3}}}', "a: train.seed is also set by the command line"),

@@ -9,7 +9,7 @@ import run
 from dataset import DATA_SETS
 from model import PPAPModule, build_module
 from model.backbone import FrozenViT
-from model.checkpoint import CHECKPOINT_ENTRY, PUBLISHED, Checkpoint, export, read_checkpoint
+from model.checkpoint import CHECKPOINT_ENTRY, PUBLISHED, Checkpoint, export, read_checkpoint, stored_options
 from model.segmenter import BlockSegmenter
 from model.weights import backbone_spec
 from utils.config.loading import as_tree, load_options
@@ -140,3 +140,10 @@ def test_resume__an_entry_of_the_wrong_form_is_named(tiny_file, tmp_path, no_fig
     torch.save(content, last)
     with pytest.raises(UserError, match=r"last\.ckpt: ppap\.assignment"):
         run.main([*words, "--resume", "train.epoch=2"])
+
+
+def test_removed_key__is_dropped_from_the_options_of_a_checkpoint():
+    stored = {"training_coeff": {"backend": "auto", "tau": 0.5}}
+    assert stored_options(Checkpoint(Path("best.ckpt"), {}, {"options": stored})) == {
+        "training_coeff.tau": 0.5
+    }

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from dataset.base import Source, classes_of
 from utils.errors import UserError, listed
 from utils.progress import Bar, print_once
+from utils.training.device import explained_errors
 from utils.training.stopping import worker_settings
 
 _checked: dict[str, list[str]] = {}  # by digest: the runs of a sweep read the same files once
@@ -16,7 +17,8 @@ _checked: dict[str, list[str]] = {}  # by digest: the runs of a sweep read the s
 def in_workers(task: Callable[[int], str], indices: Sequence[int], *, workers: int, **bar: str) -> list[str]:
     """The results of a task for each index, with a DataLoader as the pool; `bar` is for the progress bar."""
     loader = DataLoader(indices, batch_size=None, collate_fn=task, **worker_settings(workers))
-    return list(Bar(loader, **bar))
+    with explained_errors():
+        return list(Bar(loader, **bar))
 
 
 def _message(source: Source, index: int) -> str:

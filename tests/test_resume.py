@@ -153,6 +153,15 @@ def test_resume__of_an_epoch_of_seven_steps(tiny_file, tmp_path, sevens, stop_in
     assert_same_run(tmp_path / "output/tiny", sevens[valid_freq])
 
 
+@pytest.mark.parametrize("steps", [6, 12])  # within and at the end of an epoch
+def test_resume__with_max_steps_in_the_last_validation(tiny_file, tmp_path, stop_in, steps):
+    words = ["--opt", tiny_file(**LONG | {"train__epoch": 9}), f"train.max_steps={steps}"]
+    stop_in(steps, words, hook="validation_step")
+    run.main([*words, "--resume"])
+    run.main([*words, "wandb.name=uninterrupted"])
+    assert_same_run(tmp_path / "output/tiny", tmp_path / "output/uninterrupted")
+
+
 @pytest.mark.parametrize("per_epoch", [1, 4])
 def test_resume__with_max_steps_from_the_end_of_an_epoch(tiny_file, tmp_path, stop_in, per_epoch):
     path = tiny_file(**LONG | {"train__epoch": 9, "dataset__train_images": 4 * per_epoch})

@@ -55,6 +55,7 @@ class CheckpointManager(Callback):
         self._agreement = Agreement()
         self._saved_step, self._saved = progress.step, time.perf_counter()
         self._in_step = False
+        self._max_steps: int | None = None  # to be restored
         self._began = time.perf_counter() - progress.seconds
 
     @property
@@ -66,6 +67,7 @@ class CheckpointManager(Callback):
         """Runs the validation that was due when the run stopped; Lightning skips it on resume."""
         self.stop.listen()  # Lightning has replaced the handlers
         self._loops = self._loops or _resumable_loops(trainer)
+        trainer.fit_loop.epoch_loop.max_steps = self._max_steps or trainer.max_steps
         if self.validates and not self.progress.validated:
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
@@ -131,6 +133,8 @@ class CheckpointManager(Callback):
         epoch stays open, so that the hooks around training still run. With `max_steps`, Lightning takes
         every epoch for one that was interrupted, so its batches are reset here.
         """
+        if self.validates and not self.progress.validated:  # at max_steps, Lightning would end at once
+            self._max_steps, trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, -1
         self._loops = state = checkpoint["loops"]["fit_loop"]
         epochs, batches = state["epoch_progress"]["current"]["ready"], state["epoch_loop.batch_progress"]
         if batches["is_last_batch"] and epochs < trainer.max_epochs:

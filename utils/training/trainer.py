@@ -75,6 +75,8 @@ class RunBar(Callback):
         """Opens the bar of an evaluation; a validation during training is shown in that of the training."""
         if self._bar is None:
             self._bar = Bar(total=sum(trainer.num_val_batches), desc="evaluation", unit="batch")
+        elif trainer.state.fn == "fit":
+            self._bar.total = trainer.estimated_stepping_batches  # see `CheckpointManager.on_train_start`
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any

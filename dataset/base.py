@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset.crops import CROPS, crop_boxes
+from utils.config.loading import download_hint
 from utils.config.options import DatasetOptions
 from utils.errors import UserError
 from utils.files import printable
@@ -171,10 +171,9 @@ def require_files(options: DatasetOptions, paths: Sequence[Path], *, unless: boo
     present = {folder: set(os.listdir(folder)) for folder in folders if os.path.isdir(folder)}
     missing = [path for path in paths if path.name not in present.get(os.path.dirname(path), ())]
     if missing and not unless:
-        name = options.data_type.rstrip("0123456789")  # cocostuff27 -> cocostuff
+        hint = download_hint(options.data_type, options.data_path)
         raise UserError(
-            f"dataset.data_path is {options.data_path}: {missing[0]} is missing; download it with: "
-            f"python dataset/dataset_download.py {name} --root {shlex.quote(options.data_path)} "
+            f"dataset.data_path is {options.data_path}: {missing[0]} is missing{hint} "
             "(dataset/README.md shows the layout)"
         )
 

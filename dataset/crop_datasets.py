@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     existing, numbers, labelled = set(folder.glob("*/train/*")), range(CROPS * len(source)), source.labelled
     missing = [n for n in numbers if not existing.issuperset(crop_files(folder, n, labelled=labelled))]
     todo = sorted({number // CROPS for number in missing})
-    print(f"{folder}: {len(source) - len(todo)} of {len(source)} images have all their crops", flush=True)
+    done = f"{len(source) - len(todo)} of {len(source)} images have all their crops"
+    print(f"{folder}: {done}; to write: {CROPS * len(todo)}", flush=True)
     if arguments.dry_run:
         return
     for part in ("img", "label") if labelled else ("img",):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import typing
 from functools import reduce
 from pathlib import Path
@@ -139,6 +140,14 @@ def allowed(field: FieldInfo) -> str:
     return ", ".join(words) + (" or null" if NoneType in kinds else "")
 
 
+def download_hint(data_type: str, folder: str) -> str:
+    """How to download a published data set; "" for others."""
+    if data_type not in DATA_TYPES[: DATA_TYPES.index("directory")]:
+        return ""
+    name = data_type.rstrip("0123456789")  # cocostuff27 -> cocostuff
+    return f"; download it with: python dataset/dataset_download.py {name} --root {shlex.quote(folder)}"
+
+
 def missing_files(flat: dict[str, Any], *, weights: bool) -> list[str]:
     """Lists a missing data folder and, with `weights`, a missing weights file of flat options."""
     name = flat.get("dataset.data_type", FIELDS["dataset.data_type"].default)
@@ -148,9 +157,10 @@ def missing_files(flat: dict[str, Any], *, weights: bool) -> list[str]:
         mistakes.append(f"{WEIGHTS} is {file}: no such file; null: the official weights")
     if misspelt or name not in DATA_TYPES or name in WITHOUT_FOLDER or os.path.isdir(folder):
         return mistakes
-    problem = f"{folder}: no such folder; name it with --data_path"
+    problem = f"{folder}: no such folder; name it with --data_path" + download_hint(name, folder)
     if not folder:
-        problem = f"not set: name the {name} folder with --data_path"
+        hint = download_hint(name, "<folder>").replace("'", "")
+        problem = f"not set: name the {name} folder with --data_path{hint}"
     elif os.path.exists(folder):
         problem = f"{folder}: a file, must be the folder of the data set"
     return [*mistakes, f"dataset.data_path is {problem}"]

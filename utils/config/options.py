@@ -345,8 +345,10 @@ def _rules(options: Options) -> Iterator[tuple[Any, ...]]:
         yield "model.pretrained.registers", not backbone.registers, f"false {given}", "model.arch"
     if arch in (*PATCHES, "vit"):  # for others it is checked when the backbone is built
         patch = backbone.dino_patch_size
-        for key, size in (("dataset.res", data.res), ("dataset.val_res", data.val_res)):
-            yield key, size % patch == 0, f"a multiple of {patch_key} ({patch})", patch_key
+        sizes = {"dataset.res": data.res, "dataset.val_res": data.val_res}
+        for key, size in (sizes | {"model.pretrained.native_res": backbone.native_res or patch}).items():
+            allowed = f"a multiple of {patch_key} ({patch}): {_nearest(size, patch)}"
+            yield key, size % patch == 0, allowed, patch_key
     if arch == "vit":
         key, width = ("model.pretrained.dim", backbone.dim) if backbone.dim else ("model.dim", model.dim)
         heads, allowed = "model.pretrained.heads", f"a multiple of model.pretrained.heads ({backbone.heads})"
@@ -357,7 +359,7 @@ def _rules(options: Options) -> Iterator[tuple[Any, ...]]:
     else:
         yield "model.name", model.name is None, f"null {given}, or set model.arch timm", "model.arch"
     batch, processes = options.dataloader.batch_size, options.trainer.world_size
-    allowed = f"a multiple of trainer.devices x trainer.num_nodes ({processes})"
+    allowed = f"a multiple of trainer.devices x trainer.num_nodes ({processes}): {_nearest(batch, processes)}"
     yield "dataloader.batch_size", batch % processes == 0, allowed
     same = options.eval.extra_clusters == extra
     yield "eval.extra_clusters", same, f"equal to model.extra_clusters ({extra})", "model.extra_clusters"
@@ -367,6 +369,11 @@ def _rules(options: Options) -> Iterator[tuple[Any, ...]]:
     constant = data.cache_features is None or data.loader_crop_type != "random"
     yield "dataset.cache_features", constant, "null with dataset.loader_crop_type random"
     yield from _method_rules(options)
+
+
+def _nearest(number: int, divisor: int) -> str:
+    below = number - number % divisor
+    return f"{below} or {below + divisor}" if below else str(divisor)
 
 
 def _method_rules(options: Options) -> Iterator[tuple[Any, ...]]:

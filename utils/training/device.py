@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor
+from torch.distributed import DistError
 
 from utils.config.options import Options
 from utils.errors import UserError, first_line, stdout_is_lost
+from utils.training.distributed import world_size
 from utils.training.launch import check_launch
 from utils.training.stopping import worker_was_killed
 
@@ -99,6 +101,10 @@ def explained_errors() -> Iterator[None]:
             ) from error
         if isinstance(error, BrokenPipeError) and stdout_is_lost():
             raise
+        if world_size() > 1 and (isinstance(error, DistError) or "gloo" in reason):
+            raise UserError(
+                f"another process of this run has ended ({reason}); rerun with --resume"
+            ) from error
         if isinstance(error, BrokenExecutor) or worker_was_killed(error):
             raise UserError(
                 f"a worker process was killed ({reason}), usually because memory or /dev/shm is full; lower "

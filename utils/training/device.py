@@ -102,9 +102,8 @@ def explained_errors() -> Iterator[None]:
         if isinstance(error, BrokenPipeError) and stdout_is_lost():
             raise
         if world_size() > 1 and (isinstance(error, DistError) or "gloo" in reason):
-            raise UserError(
-                f"another process of this run has ended ({reason}); rerun with --resume"
-            ) from error
+            what = f"another process of this run has ended ({reason}); its own message says why"
+            raise UserError(f"{what}; then rerun with --resume") from error
         if isinstance(error, BrokenExecutor) or worker_was_killed(error):
             raise UserError(
                 f"a worker process was killed ({reason}), usually because memory or /dev/shm is full; lower "

@@ -138,14 +138,18 @@ def test_missing_files__folder_and_weights(monkeypatch, tmp_path):
     key, path = "model.pretrained.pretrained_weights", "dataset.data_path"
     assert missing_files({key: "no.pth"}, weights=True) == [
         f"{key} is no.pth: no such file; null: the official weights",
-        f"{path} is not set: name the cocostuff27 folder with --data_path",
+        f"{path} is not set: name the cocostuff27 folder with --data_path; download it with: "
+        "python dataset/dataset_download.py cocostuff --root <folder>",
     ]
     assert missing_files({path: __file__}, weights=True)[0].endswith(
         "a file, must be the folder of the data set"
     )
     assert missing_files({path: "/none", key: "no.pth"}, weights=False) == [
-        f"{path} is /none: no such folder; name it with --data_path"
+        f"{path} is /none: no such folder; name it with --data_path; download it with: "
+        "python dataset/dataset_download.py cocostuff --root /none"
     ]
+    own = {path: "/none", "dataset.data_type": "directory"}
+    assert missing_files(own, weights=False) == [f"{path} is /none: no such folder; name it with --data_path"]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert missing_files({path: "~"}, weights=True) == []
     for name in ("synthetic", "unknown"):

@@ -86,7 +86,7 @@ def parse_checkpoint(path: Path, content: Any) -> Checkpoint:
     if keys >= PUBLISHED.keys():
         return Checkpoint(path, _published_state(path, content), {})
     if not keys >= {CHECKPOINT_ENTRY, "state_dict"}:
-        raise UserError(f"{path}: not a PPAP checkpoint, neither of this project nor in the published format")
+        raise UserError(f"{path}: neither one of our checkpoints nor in the published format")
     state = checked_state(content["state_dict"], f"{path}: state_dict")
     try:
         entry = _Entry.model_validate(content[CHECKPOINT_ENTRY], context=state)

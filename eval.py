@@ -175,13 +175,15 @@ def export_checkpoint(options: Options, path: Path) -> None:
 
 
 def _stored_options(arguments: Namespace) -> dict[str, Any]:
-    """The flat options in --checkpoint; if it lies in a run's folder, results are written there."""
+    """The flat options in --checkpoint; by default, results are written to the folder of its run, if any."""
     from model.checkpoint import open_checkpoint, stored_options
 
     choices, _ = parse_overrides(arguments.overrides)
     (output_dir,) = choices.get("output_dir", [Options().output_dir])
     found = open_checkpoint(arguments.checkpoint, output_dir)
-    folder, flat = found.path.parent, stored_options(found)
+    path = found.path.absolute()
+    folder, flat = path.parent, stored_options(found)
+    arguments.checkpoint = str(path)  # `output_dir`, in which a name is looked up, changes below
     if (folder / "options.json").exists():
         flat |= {"output_dir": str(folder.parent), "wandb.name": folder.name}
     return flat

@@ -233,7 +233,8 @@ def closing_words(job: Job, results: dict[str, dict[str, Any]], *, alone: bool) 
         parts += [f"report: {folder / 'report.html'}"]
         trust = " --trust-plugins" if job.options.plugins else ""
         parts += [f"masks:  python eval.py --checkpoint {folder}{trust} --images <folder> --out <masks>"]
-        parts += [f"\n{fill(result['warning'], COLUMNS)}"] if "warning" in result else []
+    if "warning" in result:
+        parts += ["", fill(result["warning"], COLUMNS, break_on_hyphens=False)]
     return "\n".join(parts)
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -201,6 +201,7 @@ class SegmentationDataset(Dataset):
     crops: tuple[float, str] | None = None  # ratio and kind: item 5 * i + k is crop k of image i
     kept: Sequence[int] | None = None  # indices in the source of the images to use; None: all
     hides_labels: bool = False
+    _last: tuple[int, RawItem | None] = (-1, None)  # crops that are read in a row share a decode
 
     def __post_init__(self) -> None:
         if self.kept is None:
@@ -216,10 +217,21 @@ class SegmentationDataset(Dataset):
         """The image of an item."""
         return self.source.name(self._position(index))
 
+    def _read(self, position: int) -> RawItem:
+        if self._last[0] != position or not self.crops:
+            self._last = -1, None  # frees its memory before the next image is decoded
+            hidden, source = self.hides_labels, self.source
+            try:  # a hidden label is not read
+                item = RawItem(source.read_image(position), None) if hidden else source.read(position)
+            except UserError as error:
+                raise UserError(f"{error}; dataset.skip_damaged=true skips all damaged files") from None
+            self._last = position, item
+        return self._last[1]
+
     def __getitem__(self, key: int | tuple[int, int]) -> Batch:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         source, position = self.source, self._position(index)
-        image, label = _read(source, position, self.hides_labels)
+        image, label = self._read(position)
         if self.crops:
             box = crop_boxes(image.size, *self.crops, position)[index % CROPS]
             image, label = image.crop(box), None if label is None else label.crop(box)
@@ -228,12 +240,3 @@ class SegmentationDataset(Dataset):
         pixels = torch.from_numpy(np.asarray(item.image).transpose(2, 0, 1).copy())  # (3, H, W)
         classes = classes_of(item, source, position)
         return Batch(pixels, torch.from_numpy(classes), torch.tensor(index))
-
-
-@lru_cache(maxsize=1)  # crops that are read one after another share a decode
-def _read(source: Source, position: int, hides_label: bool) -> RawItem:
-    """Reads an item, without its label if labels are hidden."""
-    try:
-        return RawItem(source.read_image(position), None) if hides_label else source.read(position)
-    except UserError as error:
-        raise UserError(f"{error}; dataset.skip_damaged=true skips all damaged files") from None

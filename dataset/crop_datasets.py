@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     missing = [n for n in numbers if not existing.issuperset(crop_files(folder, n, labelled=labelled))]
     todo = sorted({number // CROPS for number in missing})
     done = f"{len(source) - len(todo)} of {len(source)} images have all their crops"
-    print(f"{folder}: {done}; to write: {CROPS * len(todo)}", flush=True)
+    print(f"{folder}: {done}; {CROPS * len(todo)} crops to write", flush=True)
     if arguments.dry_run:
         return
     for part in ("img", "label") if labelled else ("img",):

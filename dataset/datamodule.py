@@ -93,12 +93,12 @@ class SegmentationDataModule(LightningDataModule):
         return found
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The neighbours, so that a resumed run draws from the same."""
+        """The neighbours, so that a resumed run uses the same ones."""
         return {} if self.neighbours is None else {"neighbours": self.neighbours.int()}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """Restores them, unless the run continues on other data."""
-        if len(state_dict["neighbours"]) == len(self.train_set):
+        """Restores the neighbours, unless the run continues on other data."""
+        if not self.options.resume_on_other_data:
             self.neighbours = state_dict["neighbours"].long()
 
     def inventory(self) -> dict[str, dict[str, int]]:

@@ -68,9 +68,9 @@ class PPAPLoss(nn.Module):
     ) -> None:
         super().__init__()
         above_0 = {"tau": tau, "sigma_pos": sigma_pos, "sigma_amb": sigma_amb, "group_size": group_size}
-        above_0 |= {"trainpatchsplit": trainpatchsplit, "chunk_size": 1 if chunk_size is None else chunk_size}
+        above_0 |= {"trainpatchsplit": trainpatchsplit, "chunk_size": chunk_size}
         for name, value in above_0.items():
-            if value <= 0:
+            if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}, must be above 0")
         allowed = ("float32", "float16", "split")[: 2 if similarity_dtype == torch.float16 else 3]
         if products not in allowed:

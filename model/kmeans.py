@@ -35,9 +35,9 @@ def assign(rows: Tensor, centroids: Tensor) -> Tensor:
 
 
 def stability(images: Tensor, sizes: Sequence[int], drawn: torch.Generator) -> list[float]:
-    """For each number of clusters, the adjusted Rand index of two k-means on all patches.
+    """For each number of clusters, the adjusted Rand index of k-means fitted to two random halves of images.
 
-    They are fitted to two random halves of the `images`, (P, h*w, D) with rows of unit length.
+    It is computed over all patches of the `images`, (P, h*w, D) with rows of unit length.
     """
     rows, halves = images.flatten(0, 1), torch.randperm(len(images), generator=drawn).chunk(2)
     halves = [images[half].flatten(0, 1) for half in halves]  # (P/2*h*w, D) each

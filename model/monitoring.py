@@ -61,17 +61,20 @@ class NonFiniteGuard:
 
 
 class SetWatch:
-    """Prints `sets_warning` after the first ten logged steps, or a quarter of them if these are fewer."""
+    """Prints `sets_warning` once, after ten logged steps or a quarter of the run's, whichever is fewer."""
 
     def __init__(self) -> None:
         self._seen: list[Mapping[str, float]] = []
 
     def add(self, scalars: Mapping[str, float], *, patches: int, logged_steps: int) -> None:
         """Adds the scalars of a logged step, whose bank has `patches` entries."""
+        due = max(1, min(10, logged_steps // 4))
+        if len(self._seen) >= due:
+            return
         self._seen.append(scalars)
-        due = len(self._seen) == max(1, min(10, logged_steps // 4))
-        if due and is_rank_zero() and (warning := sets_warning(self._seen, patches=patches)):
-            print(f"\n{fill(warning, COLUMNS)}", flush=True)
+        warning = sets_warning(self._seen, patches=patches)
+        if len(self._seen) == due and warning and is_rank_zero():
+            print(f"\n{fill(warning, COLUMNS, break_on_hyphens=False)}", flush=True)
 
 
 def sets_warning(rows: Sequence[Mapping[str, float]], *, patches: int) -> str:

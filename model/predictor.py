@@ -66,7 +66,7 @@ class Predictor:
         self.res = options.dataset.val_res if res is None else res
         if crf not in (False, True, "auto", "pydensecrf", "torch"):
             raise UserError(f"crf is {crf}, must be True, False, auto, pydensecrf or torch")
-        self.crf = resolve_backend(options.eval.crf_backend if crf is True else crf) if crf else None
+        self.crf = resolve_backend(crf if isinstance(crf, str) else options.eval.crf_backend) if crf else None
         heads = HEADS if module.evaluator.with_linear else ("cluster",)
         if head not in heads:
             allowed = f"{' or '.join(heads)}; linear needs labelled train data"

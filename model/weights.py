@@ -179,7 +179,7 @@ def clean_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 def load_strictly(
     module: torch.nn.Module, state: dict[str, Tensor], source: str, *, found: str | None = None
 ) -> None:
-    """Loads a state dict; a UserError names differences and both sizes, `found` that of a file."""
+    """Loads a state dict; a UserError lists differences and both sizes; `found` replaces that of `state`."""
     wanted, differing = module.state_dict(), []
     for name in sorted(state.keys() | wanted.keys()):
         given, must = (list(each[name].shape) if name in each else "missing" for each in (state, wanted))

@@ -23,6 +23,7 @@ from tests.test_resume import LONG, assert_same_run, fast, whole  # noqa: F401
 from utils.config.cli import guarded
 from utils.errors import NotFinite, UserError, exit_on_signals
 from utils.files import REPOSITORY
+from utils.training.checkpointing import AtomicCheckpointIO
 from utils.training.stopping import Stopped
 from utils.vision.crf import CrfPool
 
@@ -119,6 +120,8 @@ def test_flipped_bit__another_checkpoint_takes_its_place(tmp_path, whole, monkey
     words = ["--checkpoint", "run", *words, "eval.is_crf=false"]
     with pytest.raises(UserError, match=r"best\.ckpt: not a readable checkpoint"):
         evaluation.main(words)
+    with pytest.raises(UserError, match=r"best\.ckpt: not a readable checkpoint"):  # on resume
+        AtomicCheckpointIO().load_checkpoint("run/best.ckpt")
     shutil.copy(whole / "last.ckpt", folder)
     evaluation.main(words)
     assert "trying the next checkpoint" in capsys.readouterr().out

@@ -23,13 +23,15 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_method__trains_evaluates_and_writes_masks(method, tiny_file, tmp_path):
+def test_method__trains_evaluates_and_writes_masks(method, tiny_file, tmp_path, monkeypatch):
     (trained,) = run.main(["--opt", tiny_file(**METHODS[method], eval__crf_backend="torch")])
     folder = tmp_path / "output/tiny"
     assert set(trained["before_crf"]) == set(trained["after_crf"]) == {*METRICS}
     assert trained["trainable_parameters"] == {"stego": 1100, "hp": 1210}[method]
     assert all(np.isfinite(scalars_of(folder, f"{method}_loss")))
-    (again,) = evaluation.main(["--checkpoint", str(folder), "eval.is_crf=false"])
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        (again,) = evaluation.main(["--checkpoint", ".", "eval.is_crf=false"])
     assert again["before_crf"] == trained["before_crf"]
     assert (folder / "evaluation/metrics.json").exists()
     segment = load_segmenter(folder)

@@ -42,7 +42,8 @@ class HP(Method):
         self.average = copy.deepcopy(segmenter.head).requires_grad_(False)
         with seeded(self.seed, "hp projection"):
             self.projection = nn.Linear(self.channels, self.channels)
-        self.pools = nn.Module()  # M rows of unit length, as buffers: features (M, D) and codes (M, K)
+        # M rows of unit length, (M, D) and (M, K); buffers, so that a resumed run compares with the same
+        self.pools = nn.Module()
         for name, dim in (("agnostic", segmenter.backbone.spec.dim), ("specific", self.channels)):
             rows = torch.zeros(options.hp.pool_size, dim, dtype=torch.float16)
             self.pools.register_buffer(name, rows)

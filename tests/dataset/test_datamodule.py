@@ -37,3 +37,13 @@ def test_random_batches__are_a_function_of_seed_and_step(tiny_options):
     assert not torch.equal(torch.cat(first), torch.cat(other))
     with pytest.raises(UserError, match=r"hp\.pool_size is 17.*16"):
         data.random_batches(17, 1)
+
+
+def test_crops__that_are_read_in_a_row_share_a_decode(data_of, directory, monkeypatch):
+    items = data_of("directory", directory, dataset__crop_type="five", dataloader__batch_size=1).train_set
+    expected, reads, read = [items[index] for index in (0, 1, 7)], [], items.source.read
+    monkeypatch.setattr(items.source, "read", lambda index: reads.append(index) or read(index))
+    found = [items[index] for index in range(10)]
+    assert reads == [0, 1]
+    for place, other in zip((0, 1, 7), expected, strict=True):
+        assert torch.equal(found[place].inputs, other.inputs)

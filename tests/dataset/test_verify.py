@@ -1,11 +1,13 @@
 """Reading every file before a run."""
 
 import os
+import signal
 import sys
 
 import numpy as np
 import pytest
 
+from dataset.verify import in_workers
 from tests.dataset.files import SIZE, names, save
 from utils.errors import UserError
 from utils.files import read_json_object, write_json
@@ -89,3 +91,9 @@ def test_skip__missing_files_of_a_list(data_of, coco):
     data = data_of("cocostuff27", coco, dataset__skip_damaged=True)
     assert len(data.train_set) == 2
     assert "000000000001.jpg" in data.damaged[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the worker is forked")
+def test_in_workers__a_killed_worker_is_one_message():
+    with pytest.raises(UserError, match="a worker process was killed"):
+        in_workers(lambda _: os.kill(os.getpid(), signal.SIGKILL), range(2), workers=1)

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 import run
@@ -35,4 +37,7 @@ def test_degenerate_sets__a_run_reports_them_again_at_its_end(tiny_file, tmp_pat
     start, end = capsys.readouterr().out.split("trained in")
     assert "warning: training learns little" in start
     assert "warning: training learns little" in end
+    assert "--measure-sets" in end  # in one piece
+    shares = [re.search(r"([\d.]+)% of the patches are positives", text)[1] for text in (start, end)]
+    assert shares[0] == shares[1]
     assert "training learns little" in (tmp_path / "output/tiny/report.html").read_text()

@@ -147,7 +147,7 @@ def test_load__files_of_timm_and_of_the_original_code(tmp_path, capsys, name, fo
 def test_load__file_of_another_model(tmp_path):
     torch.save(reference(PLAIN).state_dict(), tmp_path / "w.pth")
     for name in (DINOV3, EVA):
-        with pytest.raises(UserError, match=r"w\.pth \(width 192, 12 blocks\) does not fit the options"):
+        with pytest.raises(UserError, match=r"w\.pth .*does not fit"):
             load_backbone(TimmViT(name, 2), str(tmp_path / "w.pth"))
 
 

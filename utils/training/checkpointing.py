@@ -55,7 +55,7 @@ class CheckpointManager(Callback):
         self._agreement = Agreement()
         self._saved_step, self._saved = progress.step, time.perf_counter()
         self._in_step = False
-        self._max_steps: int | None = None  # to be restored
+        self._max_steps: int | None = None  # the limit, while it is lifted
         self._began = time.perf_counter() - progress.seconds
 
     @property
@@ -130,10 +130,10 @@ class CheckpointManager(Callback):
         """Restores the position that the run resumes from.
 
         An epoch whose last batch is trained becomes complete, or Lightning would count it twice; the last
-        epoch stays open, so that the hooks around training still run. With `max_steps`, Lightning takes
-        every epoch for one that was interrupted, so its batches are reset here.
+        epoch stays open, so that the hooks around training still run. With `max_steps`, Lightning treats
+        every restored epoch as interrupted, so its batches are reset here.
         """
-        if self.validates and not self.progress.validated:  # at max_steps, Lightning would end at once
+        if self.validates and not self.progress.validated:  # at max_steps, Lightning would skip all hooks
             self._max_steps, trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, -1
         self._loops = state = checkpoint["loops"]["fit_loop"]
         epochs, batches = state["epoch_progress"]["current"]["ready"], state["epoch_loop.batch_progress"]

@@ -89,7 +89,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained_errors() -> Iterator[None]:
-    """Converts exhausted memory and killed workers to a UserError with advice."""
+    """Converts exhausted memory, killed workers and lost processes to a UserError with advice."""
     try:
         yield
     except (MemoryError, RuntimeError, ConnectionError, EOFError) as error:
@@ -102,8 +102,10 @@ def explained_errors() -> Iterator[None]:
         if isinstance(error, BrokenPipeError) and stdout_is_lost():
             raise
         if world_size() > 1 and (isinstance(error, DistError) or "gloo" in reason):
-            what = f"another process of this run has ended ({reason}); its own message says why"
-            raise UserError(f"{what}; then rerun with --resume") from error
+            raise UserError(
+                f"another process of this run has ended ({reason}); its own message says why, if it was not "
+                "killed, usually because memory is full; then rerun with --resume"
+            ) from error
         if isinstance(error, BrokenExecutor) or worker_was_killed(error):
             raise UserError(
                 f"a worker process was killed ({reason}), usually because memory or /dev/shm is full; lower "

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 HELD = {"cpu": 2**22, "cuda": 2**27}  # entries of upsampled logits in memory at a time
-LARGEST = 2**26  # an image with more entries is upsampled channel by channel
+LARGEST = 2**26  # an image with more entries is upsampled in strips of rows
 
 
 def upsampled_argmax(
@@ -24,21 +24,27 @@ def upsampled_argmax(
     held = HELD.get(logits.device.type, HELD["cpu"])
     per_image = logits.shape[1] * size[0] * size[1]
     if per_image > max(held, LARGEST):
-        return _argmax_by_channel(logits, size, extent)
+        return _argmax_in_strips(logits, size, extent, held)
     found = [_upsampled(part, size, extent).max(dim=1) for part in logits.split(max(1, held // per_image))]
     return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
 
-def _argmax_by_channel(
-    logits: Tensor, size: tuple[int, int], extent: tuple[float, float] | None
+def _argmax_in_strips(
+    logits: Tensor, size: tuple[int, int], extent: tuple[float, float] | None, held: int
 ) -> tuple[Tensor, Tensor]:
-    """As `upsampled_argmax`, with one channel in memory at a time."""
-    values = logits.new_full((len(logits), *size), -torch.inf)  # (B, H, W)
-    indices = torch.zeros_like(values, dtype=torch.int64)
-    for channel in range(logits.shape[1]):
-        found = _upsampled(logits[:, channel : channel + 1], size, extent)[:, 0]  # (B, H, W)
-        indices.masked_fill_(found > values, channel)
-        torch.maximum(values, found, out=values)
+    """As `upsampled_argmax`; equal up to rounding. A strip has its rows upsampled first, then its columns."""
+    height, width = size
+    row_extent, column_extent = extent or logits.shape[2:]
+    weights = _axis_weights(logits.shape[2], height, row_extent, device=logits.device)  # (h, H)
+    values = logits.new_empty(len(logits), height, width)
+    indices = torch.empty_like(values, dtype=torch.int64)
+    step = max(1, held // (len(logits) * logits.shape[1] * width))
+    for start in range(0, height, step):
+        rows = slice(start, start + step)
+        strip = torch.einsum("bkhw,hr->bkrw", logits, weights[:, rows])  # (B, K, r, w)
+        count = strip.shape[2]
+        full = _upsampled(strip, (count, width), (count, column_extent))  # (B, K, r, W)
+        values[:, rows], indices[:, rows] = full.max(dim=1)
     return values, indices
 
 
@@ -55,9 +61,15 @@ def _upsampled(logits: Tensor, size: tuple[int, int], extent: tuple[float, float
 
 @lru_cache(maxsize=16)  # an upload would wait for the GPU
 @torch.inference_mode(False)
-def _axis_weights(n_in: int, n_out: int, device: torch.device) -> Tensor:
+def _axis_weights(
+    n_in: int, n_out: int, extent: float | None = None, *, device: torch.device | None = None
+) -> Tensor:
     """Weights of the source positions in each target position along one axis, (n_in, n_out) float32."""
-    return F.interpolate(torch.eye(n_in)[None], size=n_out, mode="linear")[0].to(device)
+    identity = torch.eye(n_in)[None]
+    if extent is None:
+        return F.interpolate(identity, size=n_out, mode="linear")[0].to(device)
+    padded = F.pad(identity, (0, 1), mode="replicate")
+    return F.interpolate(padded, scale_factor=n_out / extent, mode="linear")[0, :, :n_out].to(device)
 
 
 def upsampled_norm(code: Tensor, size: tuple[int, int]) -> Tensor:
@@ -66,7 +78,7 @@ def upsampled_norm(code: Tensor, size: tuple[int, int]) -> Tensor:
     A pixel is a weighted sum of four patches, so its squared norm is a sum of their inner products.
     """
     sides = zip(code.shape[2:], size, strict=True)
-    rows, columns = (_axis_weights(n_in, n_out, code.device) for n_in, n_out in sides)
+    rows, columns = (_axis_weights(n_in, n_out, device=code.device) for n_in, n_out in sides)
     row_pairs, column_pairs = (weight[:-1] * weight[1:] for weight in (rows, columns))  # (n_in - 1, n_out)
     rows, columns = rows.square(), columns.square()  # (n_in, n_out)
 

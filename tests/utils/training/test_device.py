@@ -64,3 +64,11 @@ def test_precision__auto_and_the_published_scaler(tiny_options, monkeypatch):
 def test_explained_errors__say_what_to_lower(error, expected):
     with pytest.raises(UserError, match=expected), device.explained_errors():
         raise error
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.distributed.DistError])
+def test_explained_errors__another_process_has_ended(monkeypatch, kind):
+    monkeypatch.setattr(device, "world_size", lambda: 2)
+    error = kind("[/gloo/transport/tcp/pair.cc:538] Connection closed by peer")
+    with pytest.raises(UserError, match="another process of this run has ended"), device.explained_errors():
+        raise error

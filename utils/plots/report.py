@@ -13,16 +13,7 @@ from utils.config.loading import as_tree, flatten
 from utils.config.options import FROZEN, Options
 from utils.files import make_folder, read_json_object, write_json, write_text
 from utils.plots.figures import draw_sweep
-from utils.plots.tables import (
-    COST_TITLES,
-    METRIC_TITLES,
-    METRICS,
-    NO_METRICS,
-    STAGES,
-    markdown,
-    percent,
-    sweep_rows,
-)
+from utils.plots.tables import COST_TITLES, METRIC_TITLES, METRICS, STAGES, markdown, percent, sweep_rows
 from utils.vision.labels import LabelSpace
 
 NAME = "report.html"
@@ -108,7 +99,7 @@ def write_sweep(folder: Path, results: Sequence[tuple[str, dict[str, Any]]], *, 
     runs = [{"setting": setting} | {key: result.get(key) for key in OF_SWEEP} for setting, result in results]
     write_json(folder / "sweep.json", runs)
     rows, header = sweep_rows(results), ["setting", "runs", *METRIC_TITLES, *COST_TITLES]
-    write_text(folder / "sweep.md", (markdown(header, rows) if rows else NO_METRICS) + "\n")
+    write_text(folder / "sweep.md", markdown(header, rows) + "\n")
     stages = [(setting, result["before_crf"]) for setting, result in results if result["before_crf"]]
     scored = [(setting, {name: m[name] for name in METRICS if name in m}) for setting, m in stages]
     if scored:

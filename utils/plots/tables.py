@@ -16,7 +16,9 @@ NO_METRICS = "no labels, so no metrics"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are right-aligned."""
+    """A Markdown table, or `NO_METRICS` without rows; all columns but the first are right-aligned."""
+    if not rows:
+        return NO_METRICS
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
@@ -27,7 +29,12 @@ def percent(value: float | None) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns for a terminal of 80 columns, two spaces apart; a long first cell gets its own line."""
+    """Columns for a terminal of 80 columns, two spaces apart; a long first cell gets its own line.
+
+    `NO_METRICS` without rows.
+    """
+    if not rows:
+        return NO_METRICS
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     widths[0] = min(widths[0], COLUMNS - sum(width + 2 for width in widths[1:]))
     lines = []
@@ -77,8 +84,7 @@ def metrics_markdown(result: dict[str, Any]) -> str:
 
 def class_table(result: dict[str, Any]) -> str:
     """IoU per class in percent of each head, before and, if it was evaluated, after CRF."""
-    header, rows = _class_rows(result)
-    return text_table(header, rows) if rows else NO_METRICS
+    return text_table(*_class_rows(result))
 
 
 def _class_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -93,8 +99,7 @@ def _class_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def sweep_table(results: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """Mean and sample standard deviation over the runs (seeds) of each setting, from (setting, result)."""
     rows = [[*row[:2], *_pairs(row[2:])] for row in sweep_rows(results)]
-    header = ["accuracy / mIoU, %", "runs", "clusters", "linear probe"]
-    table = text_table(header, rows) if rows else NO_METRICS
+    table = text_table(["accuracy / mIoU, %", "runs", "clusters", "linear probe"], rows)
     costs = [[setting, *_cost(group)] for setting, group in _by_setting(results).items()]
     costs = [row for row in costs if row[-1] != "-"]  # the last step of a run has none
     differ = len({parameters for *_, parameters in costs}) > 1

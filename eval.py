@@ -21,6 +21,7 @@ from utils.config.loading import with_changes
 from utils.config.options import Options
 from utils.training.launch import is_rank_zero
 from utils.vision.crf import crf_missing
+from utils.vision.images import spread_indices
 from utils.vision.labels import LabelSpace
 
 EXAMPLES = """\
@@ -48,7 +49,6 @@ def evaluate(options: Options, *, checkpoint: str | Path, folder: Path) -> dict[
     from utils.plots.tables import metrics_markdown
     from utils.training.device import explained_errors
     from utils.training.trainer import build_trainer
-    from utils.vision.images import spread_indices
 
     stored = open_checkpoint(str(checkpoint), options.output_dir)
     data = build_data(options, train=False)

@@ -26,6 +26,7 @@ from utils.config.loading import with_changes
 from utils.config.options import FROZEN, Options
 from utils.progress import COLUMNS, duration
 from utils.training.launch import is_rank_zero
+from utils.vision.images import spread_indices
 
 if TYPE_CHECKING:
     from model.callbacks import HtmlReport, WandbImages
@@ -53,7 +54,6 @@ def train(
     from utils.training.loggers import build_loggers, wandb_runs
     from utils.training.stopping import StopSignal
     from utils.training.trainer import build_trainer
-    from utils.vision.images import spread_indices
 
     hardware, data = hardware_settings(options), build_data(options)
     start = options.checkpoint and open_checkpoint(options.checkpoint, options.output_dir)

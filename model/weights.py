@@ -194,6 +194,7 @@ def load_strictly(
 
 def _size(state: dict[str, Tensor]) -> str:
     """Width and number of blocks of the backbone in a state dict."""
-    widths = [value.shape[-1] for name, value in state.items() if name.endswith(("cls_token", "pos_embed"))]
+    places = ("cls_token", "pos_embed")
+    widths = [value.shape[-1] for name, value in state.items() if name.endswith(places) and value.ndim]
     blocks = {found[0] for name in state if (found := re.search(r"\bblocks\.([\d.]+)", name))}
     return f"width {widths[0] if widths else 'unknown'}, {len(blocks)} blocks"

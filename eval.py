@@ -174,8 +174,11 @@ def export_checkpoint(options: Options, path: Path) -> None:
     print(f"{found.path} written in the published format: {path}")
 
 
-def _stored_options(arguments: Namespace) -> dict[str, Any]:
-    """The flat options in --checkpoint; by default, results are written to the folder of its run, if any."""
+def _stored_options(arguments: Namespace) -> tuple[dict[str, Any], str]:
+    """The flat options in --checkpoint, and its file.
+
+    By default, results are written to the folder of its run, if there is one.
+    """
     from model.checkpoint import open_checkpoint, stored_options
 
     choices, _ = parse_overrides(arguments.overrides)
@@ -183,17 +186,18 @@ def _stored_options(arguments: Namespace) -> dict[str, Any]:
     found = open_checkpoint(arguments.checkpoint, output_dir)
     path = found.path.absolute()
     folder, flat = path.parent, stored_options(found)
-    arguments.checkpoint = str(path)  # `output_dir`, in which a name is looked up, changes below
     if (folder / "options.json").exists():
         flat |= {"output_dir": str(folder.parent), "wandb.name": folder.name}
-    return flat
+    return flat, str(path)
 
 
 def main(argv: Sequence[str] | None = None) -> list[Any]:
     """Runs the command that the flags choose, once per job."""
     arguments = parse_arguments(argv, description="Evaluate a checkpoint.", examples=EXAMPLES, training=False)
-    # an export needs no options
-    stored = {} if arguments.opt or arguments.export else _stored_options(arguments)
+    stored = {}
+    if not (arguments.opt or arguments.export):  # an export needs no options
+        stored, file = _stored_options(arguments)  # a name would be looked up in another `output_dir` below
+        arguments = Namespace(**vars(arguments) | {"checkpoint": file})
     jobs = plan_jobs(arguments, stored)
     if arguments.print_options:
         return print_options(jobs)

@@ -72,8 +72,8 @@ class SetWatch:
         if len(self._seen) >= due:
             return
         self._seen.append(scalars)
-        warning = sets_warning(self._seen, patches=patches)
-        if len(self._seen) == due and warning and is_rank_zero():
+        warning = sets_warning(self._seen, patches=patches) if len(self._seen) == due else ""
+        if warning and is_rank_zero():
             print(f"\n{fill(warning, COLUMNS, break_on_hyphens=False)}", flush=True)
 
 

@@ -157,9 +157,9 @@ def missing_files(flat: dict[str, Any], *, weights: bool) -> list[str]:
         mistakes.append(f"{WEIGHTS} is {file}: no such file; null: the official weights")
     if misspelt or name not in DATA_TYPES or name in WITHOUT_FOLDER or os.path.isdir(folder):
         return mistakes
-    problem = f"{folder}: no such folder; name it with --data_path" + download_hint(name, folder)
+    hint = download_hint(name, folder or "<folder>")
+    problem = f"{folder}: no such folder; name it with --data_path{hint}"
     if not folder:
-        hint = download_hint(name, "<folder>").replace("'", "")
         problem = f"not set: name the {name} folder with --data_path{hint}"
     elif os.path.exists(folder):
         problem = f"{folder}: a file, must be the folder of the data set"

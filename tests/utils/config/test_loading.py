@@ -139,7 +139,7 @@ def test_missing_files__folder_and_weights(monkeypatch, tmp_path):
     assert missing_files({key: "no.pth"}, weights=True) == [
         f"{key} is no.pth: no such file; null: the official weights",
         f"{path} is not set: name the cocostuff27 folder with --data_path; download it with: "
-        "python dataset/dataset_download.py cocostuff --root <folder>",
+        "python dataset/dataset_download.py cocostuff --root '<folder>'",
     ]
     assert missing_files({path: __file__}, weights=True)[0].endswith(
         "a file, must be the folder of the data set"
